@@ -1,0 +1,25 @@
+"""streamfisher: exact spectra of the empirical Fisher of very large models, streamed out of core."""
+
+__version__ = "0.1.0"
+
+from streamfisher.analysis import Run, open_run
+from streamfisher.collect import collect
+from streamfisher.config import SpectralConfig
+from streamfisher.errors import StreamfisherError
+from streamfisher.fisher import FisherSpectral
+from streamfisher.spectrum import BlockSpectrum, Spectrum
+
+__all__ = [
+    # One call
+    "FisherSpectral",
+    "SpectralConfig",
+    # Stored runs
+    "collect",
+    "open_run",
+    "Run",
+    # Results
+    "Spectrum",
+    "BlockSpectrum",
+    # Errors
+    "StreamfisherError",
+]

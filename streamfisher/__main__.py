@@ -1,0 +1,8 @@
+"""`python -m streamfisher` is the `streamfisher` command."""
+
+import sys
+
+from streamfisher.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

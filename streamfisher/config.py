@@ -1,0 +1,263 @@
+"""Every knob of an analysis, once: typed, validated, documented with its unit.
+
+A field is either part of a run's *identity* (it changes stored gradients or Grams, so a run refuses to resume when it
+differs) or it is not (it changes where and how fast, never what). `IDENTITY_FIELDS` is that list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+import yaml
+
+from streamfisher.errors import ConfigError
+
+StorageMode = Literal["full", "chunked", "streaming"]
+SampleUnit = Literal["sequence", "token", "example"]
+Codec = Literal["blosc-lz4", "zstd", "raw"]
+OnNonfinite = Literal["raise", "skip"]
+Labels = Literal["data", "model"]
+LossName = Literal["causal", "token", "classification", "regression", "model"]
+
+_FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: Fields that decide the bits of stored gradients and Grams.
+IDENTITY_FIELDS = (
+    "seed",
+    "chunk_size",
+    "batch_tokens",
+    "max_length",
+    "sample_unit",
+    "labels",
+    "loss",
+    "include",
+    "exclude",
+    "dtype_model",
+    "dtype_compute",
+    "dtype_store",
+    "bitround",
+    "store_centered",
+    "on_nonfinite",
+    "use_deterministic",
+)
+
+
+def parse_dtype(value: torch.dtype | str | None, field: str = "dtype") -> torch.dtype | None:
+    """Return the floating `torch.dtype` that `value` names; `None` stays `None`.
+
+    Raises:
+        ConfigError: `value` is not one of float64, float32, bfloat16, float16.
+    """
+    if value is None:
+        return None
+    name = str(value).removeprefix("torch.")
+    if name not in _FLOATS:
+        raise ConfigError(f"{field}={value!r} is not a floating dtype; choose one of {', '.join(_FLOATS)}.")
+    return _FLOATS[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return `'float32'` for `torch.float32`, and so on."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectralConfig:
+    """How gradients are taken, held, multiplied and solved.
+
+    Raises:
+        ConfigError: a field has a value that cannot be used; the message names the field and the value.
+    """
+
+    # What is computed
+    block_structure: str = "layer"  # 'layer' | 'module' | 'parameter' | 'none'
+    center_gradients: bool = False  # the covariance of gradients instead of the Fisher
+    sample_unit: SampleUnit = "sequence"  # what N counts; 'token' takes one gradient per token's loss
+    labels: Labels = "data"  # 'data': empirical Fisher; 'model': labels drawn from the model's own prediction
+    loss: LossName | None = None  # None: chosen from the model's output and labels, and named in the metadata
+    include: tuple[str, ...] = ()  # glob patterns of parameter names; empty: all trainable ones
+    exclude: tuple[str, ...] = ()  # glob patterns of parameter names left out (listed in the result)
+    max_length: int | None = None  # tokens; longer sequences are cut
+    max_params_per_block: int | None = None  # columns; None: exact. Otherwise seeded subsampling, rescaled
+
+    # Samples and batches
+    seed: int = 42
+    chunk_size: int = 32  # samples; rows of one Zarr chunk, the unit that is written and marked
+    batch_tokens: int = 4096  # padded tokens in one backward pass; bounds the activations
+    on_nonfinite: OnNonfinite = "raise"  # a NaN loss or gradient stops the run, or is skipped, counted and named
+
+    # Precision
+    dtype_model: torch.dtype | None = None  # cast the model; None: as it comes
+    dtype_compute: torch.dtype = torch.float32  # of gradient rows; float64 models always use float64
+    dtype_store: torch.dtype | None = None  # of rows on disk; None: the same. 'bfloat16' halves the store
+    bitround: int | None = None  # mantissa bits kept by the BitRound codec (fp32 rows); None: all
+    dtype_gram: torch.dtype = torch.float32  # of slab products; sums over slabs are always float64
+    dtype_eigensolve: torch.dtype = torch.float64
+    eps: float | None = None  # relative to the largest eigenvalue: what counts as noise; None: from the dtypes
+
+    # Eigensolve
+    top_k_eigenvalues: int = 100  # how many eigenvalues the metrics list
+    regularization: float = 1e-8  # jitter, relative to the mean eigenvalue; only if the solver fails
+    eigensolve_device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    # Where and how
+    storage_mode: StorageMode = "full"  # FisherSpectral: in memory, in memory by chunks, or through Zarr
+    store_path: str | None = None  # folder for storage_mode='streaming'; None: a temporary one
+    store_centered: bool = False  # write centered gradient chunks (a mean pass first)
+    codec: Codec = "blosc-lz4"
+    device: str = "auto"  # 'auto' | 'cpu' | 'cuda' | 'cuda:N' | 'mps'
+    n_workers: int | None = None  # Dask workers; None: one per core
+    memory_budget: int | str | None = None  # bytes or '2GB' for the reduction; None: half of what is free
+    use_deterministic: bool = False  # full determinism, CUDA included; the global state is restored
+
+    def __post_init__(self) -> None:
+        for field in ("dtype_model", "dtype_compute", "dtype_store", "dtype_gram", "dtype_eigensolve"):
+            object.__setattr__(self, field, parse_dtype(getattr(self, field), field))
+        for field in ("include", "exclude"):
+            value = getattr(self, field)
+            object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+        self._check_choice("sample_unit", get_args(SampleUnit))
+        self._check_choice("labels", get_args(Labels))
+        self._check_choice("loss", (None, *get_args(LossName)))
+        self._check_choice("on_nonfinite", get_args(OnNonfinite))
+        self._check_choice("storage_mode", get_args(StorageMode))
+        self._check_choice("codec", get_args(Codec))
+        self._check_choice("eigensolve_device", ("auto", "cpu", "cuda"))
+        self._check_choice("block_structure", ("layer", "module", "parameter", "none"))
+        self._check_choice("dtype_gram", (torch.float32, torch.float64))
+        self._check_choice("dtype_compute", (torch.float32, torch.float64))
+        self._check_choice("dtype_eigensolve", (torch.float32, torch.float64))
+        for field in ("chunk_size", "batch_tokens", "top_k_eigenvalues"):
+            self._check_integer(field, 1)
+        for field in ("max_length", "max_params_per_block", "n_workers"):
+            if getattr(self, field) is not None:
+                self._check_integer(field, 1)
+        self._check_integer("seed", 0)
+        if self.bitround is not None:
+            self._check_integer("bitround", 1)
+            if self.bitround > 23 or self.dtype_store not in (None, torch.float32):
+                raise ConfigError(f"bitround={self.bitround} needs float32 rows and at most 23 bits.")
+        if self.regularization < 0:
+            raise ConfigError(f"regularization={self.regularization} must not be negative.")
+        if self.eps is not None and not 0 <= self.eps < 1:
+            raise ConfigError(f"eps={self.eps} is relative to the largest eigenvalue and must lie in [0, 1).")
+        if self.memory_budget is not None:
+            object.__setattr__(self, "memory_budget", parse_bytes(self.memory_budget, "memory_budget"))
+
+    def _check_choice(self, field: str, allowed: tuple[Any, ...]) -> None:
+        value = getattr(self, field)
+        if value not in allowed:
+            names = ", ".join(str(choice).removeprefix("torch.") for choice in allowed)
+            raise ConfigError(f"{field}={_show(value)} is unknown; choose one of {names}.")
+
+    def _check_integer(self, field: str, least: int) -> None:
+        value = getattr(self, field)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{field}={_show(value)} must be a whole number of at least {least}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field as plain JSON values."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields that decide stored bits, as plain JSON values."""
+        everything = self.to_dict()
+        return {name: everything[name] for name in IDENTITY_FIELDS}
+
+    def replace(self, **changes: Any) -> SpectralConfig:
+        """Return a copy with `changes`, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SpectralConfig:
+        """Build a config from plain values.
+
+        Raises:
+            ConfigError: a key is not an option; the message names it and the nearest ones.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        check_keys(values, known, "option")
+        return cls(**values)
+
+
+def check_keys(values: Mapping[str, Any], known: list[str], what: str) -> None:
+    """Raise `ConfigError` naming the first key of `values` that is not in `known`, with near matches."""
+    import difflib
+
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=3)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known)}."
+            raise ConfigError(f"{key!r} is not a known {what}. {hint}")
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Read a flat mapping of options from a `.toml`, `.yaml`, `.yml` or `.json` file.
+
+    Raises:
+        ConfigError: the file is missing, cannot be parsed, or does not hold a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"--config {path}: there is no such file.")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".toml":
+            values: Any = tomllib.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            values = yaml.safe_load(text)
+        elif path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            raise ConfigError(f"--config {path}: unknown kind {path.suffix!r}; use .toml, .yaml or .json.")
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
+        raise ConfigError(f"--config {path} cannot be parsed: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path} must hold a mapping of options, not {type(values).__name__}.")
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+_UNITS = {"": 1, "b": 1, "k": 1e3, "kb": 1e3, "kib": 2**10, "m": 1e6, "mb": 1e6, "mib": 2**20, "g": 1e9, "gb": 1e9}
+_UNITS |= {"gib": 2**30, "t": 1e12, "tb": 1e12, "tib": 2**40}
+
+
+def parse_bytes(value: int | str, field: str = "size") -> int:
+    """Return a number of bytes from `2000000`, `'2GB'` (powers of ten) or `'2GiB'` (powers of two).
+
+    Raises:
+        ConfigError: the text is not a size, or it is not positive.
+    """
+    text = str(value).strip().lower().replace(" ", "").replace("_", "")
+    digits = text.rstrip("abcdefghijklmnopqrstuvwxyz")
+    try:
+        size = int(float(digits) * _UNITS[text[len(digits) :]])
+    except (ValueError, KeyError, OverflowError):
+        raise ConfigError(f"{field}={value!r} is not a size; write for example 500MB, 2GB or 16GiB.") from None
+    if size <= 0:
+        raise ConfigError(f"{field}={value!r} must be more than nothing.")
+    return size
+
+
+def format_bytes(size: float) -> str:
+    """Return `'1.50 GB'` for 1.5e9: powers of ten, three significant digits."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.3g} {unit}"
+    return f"{size:.0f} B"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _show(value: Any) -> str:
+    return dtype_name(value) if isinstance(value, torch.dtype) else repr(value)

@@ -1,0 +1,83 @@
+"""The errors a user can meet, each with one sentence on what was wrong and one on what to do.
+
+Everything that a user can cause derives from `StreamfisherError`: the command line prints its message without a
+traceback and exits with `exit_code`. Anything else that escapes is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class StreamfisherError(Exception):
+    """Base of every error caused by the input, the environment or a stored run."""
+
+    exit_code = 2
+
+
+class ConfigError(StreamfisherError, ValueError):
+    """An option has a value that cannot be used; the message names the option, the value and what is allowed."""
+
+
+class DataError(StreamfisherError, ValueError):
+    """The samples cannot be used: empty, too few, too short, or of mixed kinds."""
+
+
+class ModelError(StreamfisherError, ValueError):
+    """The model cannot be loaded or has nothing to differentiate."""
+
+
+class LossError(StreamfisherError, ValueError):
+    """The loss has the wrong shape, no targets, or cannot be chosen."""
+
+
+class CaptureError(StreamfisherError, RuntimeError):
+    """Per-sample gradients disagree with plain autograd on every path that was tried."""
+
+
+class NonFiniteError(StreamfisherError, FloatingPointError):
+    """A loss or gradient is NaN or infinite; the message names the sample."""
+
+    exit_code = 3
+
+
+class RunError(StreamfisherError, RuntimeError):
+    """A folder is not a run, is unfinished where a finished one is needed, or holds another run."""
+
+
+class RunMismatchError(RunError):
+    """A run cannot be resumed because model, data or settings differ; the message says which."""
+
+
+class CorruptRunError(RunError):
+    """Something stored in a run is missing, altered or torn."""
+
+    exit_code = 4
+
+
+class CapacityError(StreamfisherError, OSError):
+    """The work does not fit the disk or the memory that is there."""
+
+    exit_code = 5
+
+
+class MissingExtraError(StreamfisherError, ImportError):
+    """An optional package is not installed; the message gives the command that installs it."""
+
+
+def require(package: str, extra: str, purpose: str) -> None:
+    """Raise a clear error when an optional package is missing.
+
+    Args:
+        package: importable name, for example `matplotlib`.
+        extra: the extra of streamfisher that brings it.
+        purpose: what it is needed for, completing "is needed to ...".
+
+    Raises:
+        MissingExtraError: the package cannot be imported.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise MissingExtraError(
+            f"{package} is needed to {purpose} and is not installed. "
+            f"Install it with: pip install 'streamfisher[{extra}]'"
+        )

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Install streamfisher with everything its tests need into .venv-test, and run the tests.
+# Arguments go to pytest. With CI=true, or --all as the first argument, the slow tests run too.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+[ -x .venv-test/bin/python ] || "$python" -m venv .venv-test
+.venv-test/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+marks=()
+if [ "${1:-}" = "--all" ]; then
+    shift
+    marks=(-m "slow or not slow")
+elif [ "${CI:-}" = "true" ]; then
+    marks=(-m "slow or not slow")
+fi
+.venv-test/bin/ruff check .
+.venv-test/bin/ruff format --check .
+exec .venv-test/bin/python -m pytest "${marks[@]}" "$@"
