@@ -1,0 +1,14 @@
+"""Per-sample gradients of every trainable parameter, exactly, at about the price of an ordinary backward pass."""
+
+from streamfisher.gradients.engine import BatchGradients, GradientEngine
+from streamfisher.gradients.parameters import ParameterInfo, select_parameters
+from streamfisher.gradients.report import ParameterReport, ProbeReport
+
+__all__ = [
+    "GradientEngine",
+    "BatchGradients",
+    "ProbeReport",
+    "ParameterReport",
+    "ParameterInfo",
+    "select_parameters",
+]

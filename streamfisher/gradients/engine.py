@@ -1,0 +1,377 @@
+"""The engine: a model and a batch in, one gradient row per sample and parameter out."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from streamfisher.errors import CaptureError, LossError
+from streamfisher.gradients.capture import Capture, Group, Pass
+from streamfisher.gradients.layout import position_counts
+from streamfisher.gradients.parameters import ParameterInfo, select_parameters
+from streamfisher.gradients.probe import FLOOR, TOLERANCE, run_probe
+from streamfisher.gradients.report import ProbeReport
+from streamfisher.gradients.sink import RowSink
+from streamfisher.gradients.state import (
+    as_it_was,
+    gradients_of,
+    inputs_of_checkpoints,
+    prepare_recurrent,
+    requiring_grad,
+    without_fast_paths,
+)
+from streamfisher.losses import PerSampleLoss, batch_size, sample_of
+
+
+@dataclass(frozen=True)
+class BatchGradients:
+    """What `GradientEngine.rows` says about a batch, beside the rows themselves."""
+
+    losses: Tensor  # (B,) float64 on the CPU
+    n_targets: Tensor  # (B,) int64 on the CPU
+
+
+class GradientEngine:
+    """Per-sample gradients of every selected trainable parameter, one backward pass per batch.
+
+    A context manager: inside, the model is in eval mode with every parameter frozen, and carries hooks; on leaving it
+    is as it was. In eval mode BatchNorm uses its running statistics and dropout is off, which makes a sample's
+    gradient a function of that sample alone.
+
+        with GradientEngine(model, resolve_loss(model, batch)) as engine:
+            print(engine.probe(batch).summary())
+            rows = engine.allocate(32)
+            for batch in batches:
+                losses = engine.rows(batch, rows).losses  # rows[name][:B] is filled
+
+    Args:
+        model: any module; compiled ones are run eagerly, because hooks cannot see inside.
+        loss: what `resolve_loss` returned.
+        include: glob patterns of parameter names to capture; empty: all trainable ones.
+        exclude: glob patterns of parameter names to leave out.
+        dtype_compute: the least dtype in which rows are formed.
+        deterministic: use the attention kernel whose result does not depend on padding or batch mates.
+
+    Raises:
+        ModelError: nothing can be captured, see `select_parameters`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: PerSampleLoss,
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        dtype_compute: torch.dtype = torch.float32,
+        deterministic: bool = False,
+    ) -> None:
+        self.model = getattr(model, "_orig_mod", model)
+        self.loss = loss
+        self.deterministic = deterministic
+        selection = select_parameters(self.model, include, exclude)
+        self.tensors = selection.tensors
+        self.slots = selection.slots
+        self.parameters: dict[str, ParameterInfo] = selection.infos
+        self.excluded: dict[str, str] = selection.excluded
+        self.left_out = {
+            name: p for name, p in self.model.named_parameters() if name in selection.excluded and p.requires_grad
+        }
+        self.row_dtype = dtype_compute
+        for parameter in self.tensors.values():
+            self.row_dtype = torch.promote_types(self.row_dtype, parameter.dtype)
+        self.capture = Capture(self.model)
+        self.noise = 0.0  # by how much plain autograd differs between a sample in a batch and alone
+        self._groups: list[Group] | None = None
+        self._per_sample: tuple[str, ...] = ()
+        self._undo: contextlib.ExitStack | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first captured parameter, where rows are formed."""
+        return next(iter(self.tensors.values())).device
+
+    @property
+    def tolerance(self) -> float:
+        """Norm-relative error that counts as agreement, by the coarsest dtype in play and the model's own rounding."""
+        return max(TOLERANCE[self._coarsest()], 10.0 * self.noise)
+
+    @property
+    def floor(self) -> float:
+        """Share of the whole gradient's norm below which a difference is rounding."""
+        return FLOOR[self._coarsest()]
+
+    @property
+    def factored(self) -> dict[str, str]:
+        """Weights that `factors` serves, by name of their module: those that linear rules serve and nothing else."""
+        groups = self._groups or []
+        served = {g.names["weight"]: g.site for g in groups if g.rule == "linear" and "weight" in g.names}
+        places = [name for g in groups for name in g.names.values()]
+        return {name: site for name, site in served.items() if places.count(name) == 1}
+
+    def __enter__(self) -> GradientEngine:
+        if self._undo is not None:
+            raise CaptureError("This GradientEngine is already in use. Make another one, or leave the first.")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(as_it_was(self.model))
+            stack.callback(self.capture.remove)
+            stack.enter_context(without_fast_paths(self.model))
+            if self.deterministic:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self.model.eval()
+            prepare_recurrent(self.model, self.device)
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(False)
+            if self._groups is not None:
+                self.capture.install(self._groups)
+            self._undo = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo.close()
+
+    def probe(self, batch: Mapping[str, Any]) -> ProbeReport:
+        """Decide which rule serves which parameter, and verify it against plain autograd on each sample alone.
+
+        Args:
+            batch: a dict of batched tensors with at least 2 samples; at most 3 are used.
+
+        Raises:
+            LossError: the loss couples samples, is random, or has the wrong shape.
+            CaptureError: a parameter disagrees on every path; the message names it.
+        """
+        self._check_entered()
+        batch = self._prepared(batch)
+        n_samples = batch_size(batch)
+        if n_samples < 2:
+            raise LossError("The probe compares a sample in a batch with the sample alone, so it needs 2 samples.")
+        # Two samples, unless an axis of length two could be taken for the batch.
+        ambiguous = any(2 in value.shape[1:] for value in batch.values() if isinstance(value, Tensor))
+        n_used = 3 if ambiguous and n_samples >= 3 else 2
+        batch = {
+            key: value[:n_used] if isinstance(value, Tensor) and value.dim() and value.shape[0] == n_samples else value
+            for key, value in batch.items()
+        }
+        return run_probe(self, batch)
+
+    def apply_routes(self, report: ProbeReport) -> None:
+        """Reuse the routing of an earlier probe, so that a resumed run has the same bits.
+
+        Raises:
+            CaptureError: the report is about other parameters.
+        """
+        if list(report.parameters) != list(self.parameters):
+            different = set(report.parameters).symmetric_difference(self.parameters)
+            raise CaptureError(
+                "The stored routing is for other parameters; they differ in "
+                f"{', '.join(sorted(different)[:5]) or 'their order'}."
+            )
+        self.noise = report.tolerance / 10.0
+        self.use_groups([Group.from_dict(group) for group in report.groups], report.per_sample)
+
+    def use_groups(self, groups: Sequence[Group], per_sample: Mapping[str, str] | Sequence[str]) -> None:
+        """Serve parameters by `groups`, and those in `per_sample` by a pass per sample."""
+        self._groups = list(groups)
+        self._per_sample = tuple(name for name in self.parameters if name in per_sample)
+        if self._undo is not None:
+            self.capture.install(self._groups)
+
+    def allocate(self, n_rows: int) -> dict[str, Tensor]:
+        """Return buffers `(n_rows, P_k)` in `row_dtype` on each parameter's device, to be reused for every batch."""
+        return {
+            name: torch.zeros(n_rows, p.numel(), dtype=self.row_dtype, device=p.device)
+            for name, p in self.tensors.items()
+        }
+
+    def rows(self, batch: Mapping[str, Any], out: Mapping[str, Tensor]) -> BatchGradients:
+        """Fill `out[name][:B]` with the gradient of each sample's loss.
+
+        Args:
+            batch: a dict of batched tensors, B samples.
+            out: as from `allocate`, with at least B rows; row slices of larger buffers will do. Parameters that are not
+                in `out` are not formed.
+
+        Raises:
+            LossError: the loss has the wrong shape, or a sample has no target.
+            CaptureError: the engine was not entered and probed.
+        """
+        batch, _ = self._ready(batch)
+        names = [name for name in self.parameters if name in out]
+        losses, pending = self._captured(batch, out, [n for n in names if n not in self._per_sample])
+        slow = [name for name in names if name in self._per_sample or name in pending]
+        if slow or losses is None:
+            losses = self._one_by_one(batch, out, slow)
+        return BatchGradients(losses.detach().double().cpu(), self.loss.n_targets(batch).cpu())
+
+    def factors(
+        self, batch: Mapping[str, Any], out: Mapping[str, Tensor] | None = None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return inputs and output gradients of every linear layer instead of their product.
+
+        The gradient of sample i's weight is `D_i^T A_i`; `factored` says which weights are covered. Positions of a
+        module that is called several times follow one another.
+
+        Args:
+            batch: a dict of batched tensors, B samples.
+            out: buffers for the rows of other parameters, filled in the same pass; None: no rows.
+
+        Returns:
+            Module name -> `(A (B, T, d_in), D (B, T, d_out))` in the dtype that autograd multiplies.
+
+        Raises:
+            CaptureError: the engine was not entered and probed, or a layout is met that the probe never saw right.
+        """
+        batch, _ = self._ready(batch)
+        covered = self.factored
+        out = {name: rows for name, rows in (out or {}).items() if name not in covered}
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        _, pending = self._captured(batch, out, [n for n in out if n not in self._per_sample], found)
+        lost = pending.intersection(covered)
+        if lost:
+            raise CaptureError(f"The factors of {', '.join(sorted(lost)[:5])} cannot be told apart in this batch.")
+        slow = [name for name in out if name in self._per_sample or name in pending]
+        if slow:
+            self._one_by_one(batch, out, slow)
+        sites = set(covered.values())
+        return {site: _joined(pairs) for site, pairs in found.items() if site in sites}
+
+    def guard(self, batch: Mapping[str, Any], out: Mapping[str, Tensor]) -> dict[str, float]:
+        """Compare the sum of the rows of `batch` with its ordinary gradient (one plain backward pass).
+
+        Returns:
+            Parameter -> relative difference, to be compared with `tolerance`. A difference that is within the rounding
+            of the whole gradient is scaled to lie below it.
+        """
+        batch, n_samples = self._ready(batch)
+        _, grads = self.plain_gradients(batch)
+        sums = {name: out[name][:n_samples].sum(0, dtype=torch.float64) for name in grads if name in out}
+        squares = [float(out[name][:n_samples].double().square().sum()) for name in sums]
+        whole = sum(squares) ** 0.5
+        differences = {}
+        for (name, total), square in zip(sums.items(), squares, strict=True):
+            grad = grads[name]
+            difference = float((total - (0.0 if grad is None else grad.double())).norm())
+            # Rows may cancel in the sum: their own size is what rounding is relative to.
+            scale = max(square**0.5, whole * self.floor / self.tolerance)
+            differences[name] = difference / scale if scale else difference
+        return differences
+
+    def plain_gradients(
+        self, batch: Mapping[str, Any], *, index: int | None = None, left_out: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Return the loss and the flat gradients of plain autograd, without hooks.
+
+        Args:
+            batch: a dict of batched tensors.
+            index: the sample whose loss to differentiate; None: the sum.
+            left_out: also for trainable parameters that are not captured.
+        """
+        tensors = {**self.tensors, **self.left_out} if left_out else self.tensors
+        with self._unwatched(tensors.values()):
+            losses = self.loss(self.model, batch)
+            loss = losses.sum() if index is None else losses[index]
+            grads = gradients_of(loss, list(tensors.values()))
+        flat = {n: None if g is None else g.detach().reshape(-1) for n, g in zip(tensors, grads, strict=True)}
+        return loss.detach(), flat
+
+    def learning_pass(
+        self, batch: Mapping[str, Any], out: Mapping[str, Tensor], names: Sequence[str]
+    ) -> dict[str, str]:
+        """Fill `out` with the installed groups, recording layouts; return parameter -> reason for what failed."""
+        state = self._pass(batch, out, names, learning=True)
+        self._backward(batch, state)
+        unclear = dict.fromkeys(state.deferred, "the batch axis cannot be found")
+        return {**unclear, **state.failed}
+
+    def _pass(self, batch: Mapping[str, Any], out: Mapping[str, Tensor], names: Sequence[str], **options: Any) -> Pass:
+        n_samples = batch_size(batch)
+        sink = RowSink(out, n_samples, {name: self.parameters[name].shape for name in names})
+        return Pass(sink, position_counts(batch, n_samples), **options)
+
+    def _backward(self, batch: Mapping[str, Any], state: Pass) -> Tensor:
+        """Run one forward and backward pass that serves `state`; return the losses."""
+        checkpoints = inputs_of_checkpoints(self.model, self.capture)
+        with self.capture.serving(state), torch.enable_grad(), checkpoints, warnings.catch_warnings():
+            # vmap says so where it falls back to a loop over one operator: right, and no news to the user.
+            warnings.filterwarnings("ignore", message=".*not yet implemented the batching rule.*")
+            losses = self.loss(self.model, batch)
+            if losses.requires_grad:
+                losses.sum().backward()
+        state.sink.finish()
+        return losses.detach()
+
+    def _captured(
+        self,
+        batch: Mapping[str, Any],
+        out: Mapping[str, Tensor],
+        names: Sequence[str],
+        factors: dict[str, list[tuple[Tensor, Tensor]]] | None = None,
+    ) -> tuple[Tensor | None, set[str]]:
+        """Form the rows of `names` in one pass; return losses and the parameters whose layout was not understood."""
+        if self.loss.sequential or (not names and factors is None):
+            return None, set()
+        state = self._pass(batch, out, names, factors=factors)
+        losses = self._backward(batch, state)
+        return losses, state.deferred
+
+    def _one_by_one(self, batch: Mapping[str, Any], out: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+        """Form the rows of `names` by a forward and backward pass for each sample; return the losses."""
+        tensors = [self.tensors[name] for name in names]
+        losses = []
+        for i in range(batch_size(batch)):
+            sample = sample_of(batch, i)
+            with self._unwatched(tensors):
+                loss = self.loss(self.model, sample).sum()
+                grads = gradients_of(loss, tensors)
+            for name, grad in zip(names, grads, strict=True):
+                if grad is None:
+                    out[name][i].zero_()
+                else:
+                    out[name][i].copy_(grad.reshape(-1))
+            losses.append(loss.detach())
+        return torch.stack(losses)
+
+    @contextlib.contextmanager
+    def _unwatched(self, tensors: Iterable[Tensor]) -> Iterator[None]:
+        """Run without hooks, with these parameters requiring grad."""
+        checkpoints = inputs_of_checkpoints(self.model, self.capture)
+        with self.capture.suspended(), torch.enable_grad(), requiring_grad(tensors), checkpoints:
+            yield
+
+    def _prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: value.detach().to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()
+        }
+
+    def _ready(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+        self._check_entered()
+        if self._groups is None:
+            raise CaptureError("Call probe (or apply_routes) before taking gradients: no rule is used unverified.")
+        batch = self._prepared(batch)
+        return batch, batch_size(batch)
+
+    def _check_entered(self) -> None:
+        if self._undo is None:
+            raise CaptureError("Use the GradientEngine in a with statement, which restores the model at its end.")
+
+    def _coarsest(self) -> torch.dtype:
+        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        if torch.is_autocast_enabled(self.device.type):
+            dtypes.add(torch.get_autocast_dtype(self.device.type))
+        known = [dtype for dtype in dtypes if dtype in TOLERANCE]
+        return max(known, key=TOLERANCE.__getitem__, default=torch.float32)
+
+
+def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    if len(pairs) == 1:
+        return pairs[0]
+    return torch.cat([a for a, _ in pairs], 1), torch.cat([d for _, d in pairs], 1)

@@ -1,0 +1,253 @@
+"""The probe: no rule is believed before its rows agree with plain autograd on each sample alone.
+
+Every place of every parameter has a list of candidates: the closed formula for its module, the same with the time axis
+first, the generic rule on its module, on the modules around it, and in the end nothing. All places try their first
+candidate in one batched pass; parameters that disagree move on to the next one, until all agree or have none left.
+Those take a backward pass per sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from streamfisher.errors import CaptureError, LossError
+from streamfisher.gradients.candidates import NoiseSearch, groups_of, options_of
+from streamfisher.gradients.capture import Group
+from streamfisher.gradients.report import ParameterReport, ProbeReport
+from streamfisher.losses import batch_size, sample_of
+
+if TYPE_CHECKING:
+    from streamfisher.gradients.engine import GradientEngine
+
+#: Norm-relative error that is rounding, by the coarsest dtype in play; and the share of the whole gradient's norm below
+#: which an error is rounding even if the parameter's own gradient is smaller still (an attention key bias, whose exact
+#: gradient is zero).
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+FLOOR = {torch.float64: 2e-15, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 2e-3}
+
+#: A sample's gradient that differs by less than this between its batch and alone differs by rounding.
+COUPLING = 1e-5
+
+
+@dataclass
+class Reference:
+    """Plain autograd on each sample alone."""
+
+    rows: list[dict[str, Tensor | None]]  # per sample: parameter -> flat gradient, None where it has none
+    norms: list[float]  # per sample: norm of the gradient over all trainable parameters
+    losses: list[float]
+    squares: dict[str, float] = field(default_factory=dict)  # parameter -> squared norm over the samples
+
+
+def run_probe(engine: GradientEngine, batch: Mapping[str, Any]) -> ProbeReport:
+    """Find the routing of every captured parameter and verify it.
+
+    Raises:
+        LossError: a sample's loss or gradient depends on the other samples of its batch, or on chance.
+        CaptureError: a parameter disagrees on every path, the per-sample one included.
+    """
+    samples = [sample_of(batch, i) for i in range(batch_size(batch))]
+    reference, total_square = _reference(engine, samples)
+    # A float64 model may compute its norms in float32: what plain autograd itself cannot repeat is no disagreement.
+    engine.noise = _check_independence(engine, batch, samples, reference)
+    called = _called_modules(engine, samples[0])
+    options = options_of(engine.model, engine.slots, called)
+    position = dict.fromkeys(options, 0)
+    dropped: dict[str, str] = {}
+    search = NoiseSearch()
+    rows = engine.allocate(len(samples))
+    singles = True
+    groups: list[Group] = []
+    if engine.loss.sequential:
+        dropped = dict.fromkeys(engine.parameters, "the model returns only a scalar loss")
+
+    while True:
+        active = [slot for slot in engine.slots if slot.parameter not in dropped]
+        chosen = {slot.name: options[slot.name][position[slot.name]] for slot in active}
+        groups = groups_of(active, chosen)
+        if not singles:
+            for group in groups:
+                group.layouts = tuple(layout for layout in group.layouts if layout != "single")
+                group.expands = False
+        engine.capture.install(groups)
+        names = [name for name in engine.parameters if name not in dropped]
+        try:
+            failed = engine.learning_pass(batch, rows, names)
+        except LossError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            # The plain forward ran: expanding a broadcast batch axis, or watching at all, breaks this model's own code.
+            reason = f"the forward fails while it is watched: {str(error).splitlines()[0] if str(error) else error!r}"
+            if singles:
+                singles = False
+            else:
+                dropped.update(dict.fromkeys(names, reason))
+            continue
+        moved = False
+        for name in names:
+            agrees, error, noise = (False, 0.0, False) if name in failed else _compare(engine, rows, reference, name)
+            if (agrees and not noise) or name in search.settled:
+                continue
+            moved = True
+            places = [slot.name for slot in active if slot.parameter == name]
+            if agrees:
+                search.note(name, error, {place: position[place] for place in places})
+            if search.enough(name) or all(position[place] == len(options[place]) - 1 for place in places):
+                if search.found(name):
+                    position.update(search.settle(name))
+                else:
+                    dropped[name] = failed.get(name, "every batched rule disagrees with plain autograd")
+                continue
+            for place in places:
+                position[place] = min(position[place] + 1, len(options[place]) - 1)
+        if not moved:
+            break
+    for group in groups:
+        group.settle()
+    engine.use_groups(groups, dropped)
+
+    engine.rows(batch, rows)
+    reports = {}
+    for name in engine.parameters:
+        agrees, error, noise = _compare(engine, rows, reference, name)
+        if not agrees:
+            raise CaptureError(
+                f"The per-sample gradients of parameter {name!r} differ from plain autograd by {error:.1e} (relative) "
+                "on every path. Exclude it, or report this model."
+            )
+        square = reference.squares[name]
+        reports[name] = ParameterReport(
+            name=name,
+            rule=_rule_name(name, groups, dropped),
+            numel=engine.parameters[name].numel,
+            error=error,
+            share=square / total_square if total_square else 0.0,
+            zero=square == 0.0,
+            noise=noise,
+            reason=dropped.get(name, ""),
+        )
+    captured = sum(info.numel for info in engine.parameters.values())
+    left_out = sum(parameter.numel() for parameter in engine.left_out.values())
+    return ProbeReport(
+        n_samples=len(samples),
+        tolerance=engine.tolerance,
+        parameters=reports,
+        excluded=dict(engine.excluded),
+        excluded_numel=left_out,
+        coverage_parameters=captured / (captured + left_out),
+        coverage_norm=sum(reference.squares.values()) / total_square if total_square else 1.0,
+        groups=tuple(group.to_dict() for group in groups),
+    )
+
+
+def _rule_name(name: str, groups: Iterable[Group], dropped: Mapping[str, str]) -> str:
+    if name in dropped:
+        return "per_sample"
+    rules = [group.rule for group in groups if name in group.names.values() and group.layouts]
+    return "+".join(sorted(set(rules))) or "unreached"
+
+
+def _reference(engine: GradientEngine, samples: list[dict[str, Any]]) -> tuple[Reference, float]:
+    """Return plain autograd's gradients of each sample alone, and the squared norm over all trainable parameters."""
+    reference = Reference([], [], [])
+    total_square = 0.0
+    for sample in samples:
+        loss, grads = engine.plain_gradients(sample, left_out=True)
+        square = sum(float(grad.double().square().sum()) for grad in grads.values() if grad is not None)
+        total_square += square
+        reference.rows.append({name: grads[name] for name in engine.parameters})
+        reference.norms.append(square**0.5)
+        reference.losses.append(float(loss))
+    for name in engine.parameters:
+        reference.squares[name] = sum(
+            float(rows[name].double().square().sum()) for rows in reference.rows if rows[name] is not None
+        )
+    return reference, total_square
+
+
+def _check_independence(
+    engine: GradientEngine, batch: Mapping[str, Any], samples: list[dict[str, Any]], reference: Reference
+) -> float:
+    """Raise `LossError` if sample i's gradient in the batch is not its gradient alone; return the rounding between."""
+    noise = 0.0
+    if len(samples) < 2 or engine.loss.sequential:
+        return noise
+    engine.noise = 0.0
+    limit = max(engine.tolerance, COUPLING)
+    for i in range(len(samples)):
+        loss, grads = engine.plain_gradients(batch, index=i)
+        worst = max(
+            (_error(grads[n], reference.rows[i][n], reference.norms[i], engine.floor) for n in engine.parameters),
+            key=lambda pair: pair[0] if pair[1] else 0.0,
+        )
+        gap = abs(float(loss) - reference.losses[i]) / max(abs(reference.losses[i]), 1e-3)
+        if (worst[0] <= limit or not worst[1]) and gap <= limit:
+            noise = max(noise, worst[0] if worst[1] else 0.0)
+            continue
+        again, _ = engine.plain_gradients(samples[i])
+        if float(again) != reference.losses[i] and abs(float(again) - reference.losses[i]) > 1e-6 * abs(float(again)):
+            raise LossError(
+                f"The loss of one sample is {reference.losses[i]:.6g} at one time and {float(again):.6g} at the next: "
+                "the model or the loss is random even in eval mode. Make it deterministic."
+            )
+        error = LossError(
+            f"The loss couples samples: alone, sample {i} of the batch has the loss {reference.losses[i]:.6g} and in a "
+            f"batch of {len(samples)} {float(loss):.6g}; its gradients differ by {worst[0]:.1e} (relative). Per-sample "
+            "gradients need a loss of each sample by itself (no contrastive terms, no batch statistics)."
+        )
+        error.samples = [i]
+        raise error
+    return noise
+
+
+def _called_modules(engine: GradientEngine, sample: Mapping[str, Any]) -> set[str]:
+    """Return the names of the modules that the forward calls."""
+    called: set[str] = set()
+    handles = []
+    for name, module in engine.model.named_modules():
+
+        def note(_module: nn.Module, _args: Any, name: str = name) -> None:
+            called.add(name)
+
+        handles.append(module.register_forward_pre_hook(note))
+    try:
+        with torch.no_grad():
+            engine.loss(engine.model, sample)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return called
+
+
+def _error(row: Tensor | None, truth: Tensor | None, whole: float, floor: float) -> tuple[float, bool]:
+    """Return the norm-relative error, and whether it is more than the rounding of the `whole` gradient's norm."""
+    if truth is None and row is None:
+        return 0.0, False
+    if truth is None or row is None:
+        size = float((row if truth is None else truth).double().norm())
+        return (0.0, False) if size == 0.0 else (float("inf"), size > floor * whole)
+    difference = float((row.reshape(-1).double() - truth.reshape(-1).double()).norm())
+    size = float(truth.double().norm())
+    if difference == 0.0:
+        return 0.0, False
+    # `not <=`, so that a NaN is an error and never an agreement.
+    return (difference / size if size else float("inf")), not difference <= floor * whole
+
+
+def _compare(
+    engine: GradientEngine, rows: Mapping[str, Tensor], reference: Reference, name: str
+) -> tuple[bool, float, bool]:
+    """Return whether a parameter's rows agree, the worst error, and whether agreement is only up to noise."""
+    agrees, worst, noise = True, 0.0, False
+    for i, truth in enumerate(reference.rows):
+        error, significant = _error(rows[name][i], truth[name], reference.norms[i], engine.floor)
+        if not error <= engine.tolerance:
+            agrees = agrees and not significant
+            noise = True
+        worst = max(worst, error)
+    return agrees, worst, noise

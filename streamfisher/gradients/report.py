@@ -1,0 +1,140 @@
+"""What the probe found: which rule serves which parameter, how exactly, and how much of the gradient that is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """How one parameter is served."""
+
+    name: str
+    rule: str  # names of rules joined by '+' where a tied parameter has several; 'per_sample'; 'unreached'
+    numel: int
+    error: float  # worst over samples of ||row - autograd|| / ||autograd||; 0 where both are zero
+    share: float  # of the squared gradient norm of the probed samples
+    zero: bool  # the gradient of every probed sample is exactly zero
+    noise: bool  # the error is above the tolerance, but below the rounding of the whole gradient
+    reason: str = ""  # why the per-sample path
+
+
+@dataclass(frozen=True)
+class ProbeReport:
+    """The routing of every captured parameter, verified against plain autograd, and the coverage it gives."""
+
+    n_samples: int  # samples compared
+    tolerance: float  # norm-relative
+    parameters: dict[str, ParameterReport]
+    excluded: dict[str, str]  # parameter -> reason
+    excluded_numel: int  # trainable parameters left out
+    coverage_parameters: float  # captured / trainable parameters, by number of elements
+    coverage_norm: float  # captured share of the squared gradient norm of all trainable parameters
+    groups: tuple[dict[str, Any], ...] = field(default=(), repr=False)  # the routing, see capture.Group
+
+    @property
+    def worst_error(self) -> float:
+        """The largest error of a parameter whose gradient is more than rounding."""
+        return max((p.error for p in self.parameters.values() if not p.noise), default=0.0)
+
+    @property
+    def per_sample(self) -> tuple[str, ...]:
+        """Parameters that take a backward pass of their own for every sample."""
+        return tuple(name for name, p in self.parameters.items() if p.rule == "per_sample")
+
+    @property
+    def fallbacks(self) -> dict[str, str]:
+        """Return parameter -> reason for everything on the per-sample path."""
+        return {name: self.parameters[name].reason for name in self.per_sample}
+
+    @property
+    def share_per_sample(self) -> float:
+        """The share of captured parameters (by elements) that is on the per-sample path."""
+        total = sum(p.numel for p in self.parameters.values())
+        return sum(self.parameters[name].numel for name in self.per_sample) / total if total else 0.0
+
+    def rules(self) -> dict[str, int]:
+        """Return rule -> number of parameter tensors that it serves, most used first."""
+        counts: dict[str, int] = {}
+        for parameter in self.parameters.values():
+            counts[parameter.rule] = counts.get(parameter.rule, 0) + 1
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+    def summary(self) -> str:
+        """Return a few lines for a person."""
+        numel = sum(p.numel for p in self.parameters.values())
+        lines = [
+            f"{len(self.parameters)} parameter tensors ({numel:,} values) captured: "
+            f"{self.coverage_parameters:.2%} of the trainable parameters, "
+            f"{self.coverage_norm:.2%} of the squared gradient norm",
+            f"worst relative error against plain autograd on {self.n_samples} samples: {self.worst_error:.1e} "
+            f"(tolerance {self.tolerance:.0e})",
+            "rules: " + ", ".join(f"{rule} {count}" for rule, count in self.rules().items()),
+        ]
+        if self.per_sample:
+            shown = ", ".join(self.per_sample[:4]) + (", ..." if len(self.per_sample) > 4 else "")
+            lines.append(f"one pass per sample for {len(self.per_sample)} ({self.share_per_sample:.2%}): {shown}")
+        zero = [name for name, p in self.parameters.items() if p.zero]
+        if zero:
+            lines.append(f"zero gradient: {len(zero)} ({', '.join(zero[:4])}{', ...' if len(zero) > 4 else ''})")
+        left_out = {name: reason for name, reason in self.excluded.items() if reason != "frozen"}
+        if left_out:
+            shown = ", ".join(f"{name} ({reason})" for name, reason in list(left_out.items())[:4])
+            lines.append(f"left out: {len(left_out)}: {shown}{', ...' if len(left_out) > 4 else ''}")
+        frozen = len(self.excluded) - len(left_out)
+        if frozen:
+            lines.append(f"frozen: {frozen} parameter tensors")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; `from_dict` reads them back."""
+        return {
+            "n_samples": self.n_samples,
+            "tolerance": self.tolerance,
+            "worst_error": _plain(self.worst_error),
+            "coverage_parameters": self.coverage_parameters,
+            "coverage_norm": self.coverage_norm,
+            "share_per_sample": self.share_per_sample,
+            "parameters": {
+                name: {
+                    "rule": p.rule,
+                    "numel": p.numel,
+                    "error": _plain(p.error),
+                    "share": _plain(p.share),
+                    "zero": p.zero,
+                    "noise": p.noise,
+                    "reason": p.reason,
+                }
+                for name, p in self.parameters.items()
+            },
+            "fallbacks": self.fallbacks,
+            "excluded": dict(self.excluded),
+            "excluded_numel": self.excluded_numel,
+            "groups": [dict(group) for group in self.groups],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ProbeReport:
+        """Rebuild a report from what `to_dict` returned."""
+        return cls(
+            n_samples=values["n_samples"],
+            tolerance=values["tolerance"],
+            parameters={
+                name: ParameterReport(
+                    name, **{**entry, "error": math.inf if entry["error"] is None else entry["error"]}
+                )
+                for name, entry in values["parameters"].items()
+            },
+            excluded=dict(values["excluded"]),
+            excluded_numel=values["excluded_numel"],
+            coverage_parameters=values["coverage_parameters"],
+            coverage_norm=values["coverage_norm"],
+            groups=tuple(values["groups"]),
+        )
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

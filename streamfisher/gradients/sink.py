@@ -1,0 +1,70 @@
+"""The row buffers of one pass: the first contribution to a parameter overwrites, every further one is added."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class RowSink:
+    """Rows `(B, P_k)` of each parameter, filled by the rules while the backward pass runs.
+
+    Tied parameters and modules that are called several times contribute more than once. A parameter that nothing
+    contributed to has the gradient zero: `finish` writes it, because the buffers are reused.
+    """
+
+    def __init__(self, out: Mapping[str, Tensor], n_samples: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.n_samples = n_samples
+        self.rows = {name: out[name][:n_samples] for name in shapes}  # (B, P_k) each
+        self.shapes = dict(shapes)
+        self.written: set[str] = set()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which products of this parameter are formed."""
+        return self.rows[name].dtype
+
+    def product(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Add `left @ right`, `(B, m, T) @ (B, T, n)`, formed in the dtype of the rows, with m * n = P_k."""
+        rows = self.rows[name]
+        left, right = left.to(rows.dtype), right.to(rows.dtype)
+        target = rows.unflatten(1, (left.shape[1], right.shape[2]))
+        if name in self.written:
+            target.baddbmm_(left, right)
+        else:
+            torch.bmm(left, right, out=target)
+            self.written.add(name)
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Add `value` `(B, *shape)`."""
+        rows = self.rows[name]
+        value = value.reshape(self.n_samples, -1)
+        if value.shape != rows.shape:
+            raise ValueError(f"{name}: a rule formed {tuple(value.shape)} where {tuple(rows.shape)} is needed")
+        if name in self.written:
+            rows.add_(value)
+        else:
+            rows.copy_(value)
+            self.written.add(name)
+
+    def scatter(self, name: str, index: Tensor, value: Tensor) -> None:
+        """Add `value` `(B, T, d)` into the table rows `index` `(B, T)` of a parameter of shape `(V, d)`."""
+        rows = self.rows[name]
+        if name not in self.written:
+            rows.zero_()
+            self.written.add(name)
+        n_entries, width = self.shapes[name]
+        if rows.is_contiguous():
+            offset = torch.arange(self.n_samples, device=index.device).unsqueeze(1) * n_entries
+            flat = (index + offset).reshape(-1)
+            rows.view(self.n_samples * n_entries, width).index_add_(0, flat, value.reshape(-1, width).to(rows.dtype))
+            return
+        for row, where, what in zip(rows, index, value, strict=True):
+            row.view(n_entries, width).index_add_(0, where, what.to(rows.dtype))
+
+    def finish(self) -> None:
+        """Write zeros where nothing contributed."""
+        for name, rows in self.rows.items():
+            if name not in self.written:
+                rows.zero_()
