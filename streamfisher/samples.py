@@ -1,0 +1,257 @@
+"""Samples, numbered once and for all, and the fixed batches made of them.
+
+What is in a batch decides the last bits of a gradient, so batches depend on the samples and two settings only, never on
+the number of processes: a *unit* is `chunk_size` consecutive samples (the rows of one Zarr chunk, written and marked
+together), and within a unit consecutive samples share a backward pass while they fit `batch_tokens` padded tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamfisher.errors import DataError
+
+#: What a missing position is filled with when sequences of unequal length are batched.
+_PADDING = {"labels": -100}
+IGNORED_LABEL = -100
+
+Sample = dict[str, Tensor]
+
+
+class SampleSource(Protocol):
+    """A map-style dataset: `len(source)` samples, `source[i]` a dict of tensors without a batch axis."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive samples that are computed, written and marked together."""
+
+    index: int
+    start: int  # first sample
+    stop: int  # one past the last sample
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class Samples:
+    """A validated, numbered view of a sample source.
+
+    Args:
+        source: a map-style dataset of dicts of tensors (or arrays) without batch axis, a dict of batched tensors, or an
+            iterable of dicts.
+        n_samples: how many to use, from the first; `None` means all.
+        max_length: tokens; longer sequences are cut. `None` means never.
+
+    Raises:
+        DataError: there is nothing in it, or less than `n_samples`.
+    """
+
+    def __init__(self, source: Any, n_samples: int | None = None, max_length: int | None = None):
+        self.source = _as_source(source)
+        self.max_length = max_length
+        available = len(self.source)
+        if available == 0:
+            raise DataError("The data holds no samples; at least 2 are needed for a spectrum.")
+        if n_samples is not None and n_samples < 1:
+            raise DataError(f"--samples {n_samples}: ask for at least 2 samples.")
+        if n_samples is not None and n_samples > available:
+            raise DataError(f"{n_samples} samples were asked for and the data holds {available}; ask for fewer.")
+        self.n_samples = available if n_samples is None else n_samples
+
+    def __len__(self) -> int:
+        return self.n_samples
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return sample `index` as CPU tensors, cut to `max_length` and checked.
+
+        Raises:
+            DataError: it is not a dict of tensors, or it is a sequence of fewer than one token.
+        """
+        sample = self.source[index]
+        if not isinstance(sample, Mapping) or not sample:
+            raise DataError(f"sample {index} is a {type(sample).__name__}, not a dict of tensors.")
+        tensors = {str(key): _tensor(value, str(key), index) for key, value in sample.items()}
+        length = sequence_length(tensors)
+        if self.max_length is not None and length is not None and length > self.max_length:
+            tensors = {
+                key: value[: self.max_length] if value.ndim and value.shape[0] == length else value
+                for key, value in tensors.items()
+            }
+        return tensors
+
+    def digest(self, unit: Unit) -> str:
+        """Return the SHA-256 of the contents of the samples of `unit`: keys, dtypes, shapes and bytes."""
+        digest = hashlib.sha256()
+        for index in range(unit.start, unit.stop):
+            for key, value in sorted(self[index].items()):
+                digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
+                digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class TokenSamples:
+    """One sample per target token: its sequence, with every other label masked.
+
+    The gradient of such a sample is that of one token's loss, which flows back through attention to earlier positions.
+
+    Args:
+        sequences: the sequences that the tokens come from.
+        shifted: the label at position t is predicted from the tokens before it (causal models). The sequence is then
+            cut after t, which changes nothing and saves the rest.
+
+    Raises:
+        DataError: no sequence has a target token.
+    """
+
+    def __init__(self, sequences: Samples, *, shifted: bool):
+        self.sequences = sequences
+        self.shifted = shifted
+        self.targets: list[tuple[int, int]] = []  # (sequence, position) of each sample
+        for index in range(len(sequences)):
+            sample = sequences[index]
+            labels = sample.get("labels", sample.get("input_ids"))
+            if labels is None or labels.ndim != 1 or labels.is_floating_point():
+                raise DataError(
+                    "sample_unit='token' needs sequences of integer `input_ids` or `labels`; "
+                    f"sample {index} has {', '.join(sample)}."
+                )
+            valid = labels != IGNORED_LABEL
+            if "attention_mask" in sample:
+                valid = valid & (sample["attention_mask"] != 0)
+            if shifted:
+                valid[0] = False
+            self.targets += [(index, int(position)) for position in valid.nonzero()]
+        if not self.targets:
+            raise DataError("no sequence has a target token: every label is masked, or every sequence has one token.")
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Sample:
+        sequence, position = self.targets[index]
+        sample = dict(self.sequences[sequence])
+        original = sample.get("labels", sample["input_ids"])
+        labels = torch.full_like(original, IGNORED_LABEL)
+        labels[position] = original[position]
+        length = sample["input_ids"].shape[0]
+        sample["labels"] = labels
+        if self.shifted:
+            sample = {
+                key: value[: position + 1] if value.ndim and value.shape[0] == length else value
+                for key, value in sample.items()
+            }
+        return sample
+
+
+def make_units(n_samples: int, chunk_size: int) -> list[Unit]:
+    """Return the units of `n_samples`: `chunk_size` samples each, the last one shorter."""
+    starts = range(0, n_samples, chunk_size)
+    return [Unit(index, start, min(start + chunk_size, n_samples)) for index, start in enumerate(starts)]
+
+
+def make_batches(lengths: Sequence[int], batch_tokens: int) -> list[range]:
+    """Cut `len(lengths)` consecutive samples into ranges of at most `batch_tokens` padded tokens, at least one each.
+
+    A batch of B sequences is padded to the longest, so it costs `B * max(lengths)` tokens.
+    """
+    batches, start, longest = [], 0, 0
+    for index, length in enumerate(lengths):
+        longest = max(longest, length)
+        if index > start and (index - start + 1) * longest > batch_tokens:
+            batches.append(range(start, index))
+            start, longest = index, length
+    if len(lengths):
+        batches.append(range(start, len(lengths)))
+    return batches
+
+
+def sequence_length(sample: Mapping[str, Tensor]) -> int | None:
+    """Return the number of tokens of a sample that is a sequence of token ids, else `None`."""
+    for key in ("input_ids", "labels"):
+        value = sample.get(key)
+        if value is not None and value.ndim == 1 and not value.is_floating_point():
+            return value.shape[0]
+    return None
+
+
+def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack samples into a batch, padded on the right where sequences differ in length.
+
+    Padding is 0, except -100 for `labels`; an `attention_mask` of shape (B, T) is added when something was padded and
+    the samples bring none.
+
+    Raises:
+        DataError: samples differ in keys, dtypes or in more than their first axis.
+    """
+    first = samples[0]
+    for sample in samples[1:]:
+        if sample.keys() != first.keys():
+            raise DataError(f"samples of one batch have different keys: {sorted(first)} and {sorted(sample)}.")
+    batch: dict[str, Tensor] = {}
+    for key in first:
+        values = [sample[key] for sample in samples]
+        if len({(value.dtype, value.ndim, value.shape[1:]) for value in values}) > 1:
+            shapes = sorted({f"{tuple(value.shape)} {value.dtype}" for value in values})
+            raise DataError(f"{key!r} cannot be batched: the samples have {' and '.join(shapes)}.")
+        if first[key].ndim == 0 or len({value.shape[0] for value in values}) == 1:
+            batch[key] = torch.stack(values)
+        else:
+            padding = _PADDING.get(key, 0)
+            batch[key] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
+    lengths = [sequence_length(sample) for sample in samples]
+    if "input_ids" in batch and "attention_mask" not in batch and len(set(lengths)) > 1:
+        positions = torch.arange(batch["input_ids"].shape[1])
+        batch["attention_mask"] = (positions < torch.tensor(lengths)[:, None]).long()
+    return batch
+
+
+class _BatchedTensors:
+    """A dict of tensors with one common batch axis, as a map-style dataset."""
+
+    def __init__(self, batch: Mapping[str, Any]):
+        self.batch = {str(key): torch.as_tensor(value) for key, value in batch.items() if value is not None}
+        sizes = {key: value.shape[0] if value.ndim else None for key, value in self.batch.items()}
+        if len(set(sizes.values())) > 1 or None in sizes.values():
+            raise DataError(f"the tensors of the batch must share their first axis; they have sizes {sizes}.")
+        self.size = next(iter(sizes.values()), 0)
+
+    def __len__(self) -> int:
+        return self.size or 0
+
+    def __getitem__(self, index: int) -> Sample:
+        return {key: value[index] for key, value in self.batch.items()}
+
+
+def _as_source(source: Any) -> SampleSource:
+    if isinstance(source, Samples):
+        return source.source
+    if isinstance(source, Mapping):
+        return _BatchedTensors(source)
+    if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, str | bytes):
+        return source
+    if isinstance(source, Iterable) and not isinstance(source, str | bytes):
+        return list(source)
+    raise DataError(
+        f"samples are a {type(source).__name__}; expected a dataset of dicts of tensors or one dict of batched tensors."
+    )
+
+
+def _tensor(value: Any, key: str, index: int) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    try:
+        return torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{key!r} of sample {index} is a {type(value).__name__}, not a tensor: {error}") from error

@@ -1,0 +1,90 @@
+"""How gradient rows are encoded on disk.
+
+Measured on bf16 and fp32 gradients (see docs/design.md): Blosc lz4 with bitshuffle is the fastest that still shrinks
+them. None of raw, Blosc and plain Zstd notices a flipped byte, so every chunk ends in a CRC-32C.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import torch
+import zarr
+from torch import Tensor
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+
+from streamfisher.config import Codec
+
+#: Zarr v3 has no bfloat16: its bits are stored as uint16 under the attribute `logical_dtype`.
+_STORED = {
+    torch.float64: np.dtype("float64"),
+    torch.float32: np.dtype("float32"),
+    torch.float16: np.dtype("float16"),
+    torch.bfloat16: np.dtype("uint16"),
+}
+_BFLOAT16_NAN = 0x7FC0
+
+
+def stored_dtype(dtype: torch.dtype) -> np.dtype:
+    """Return the numpy dtype that holds `dtype` on disk."""
+    return _STORED[dtype]
+
+
+def fill_value(dtype: torch.dtype) -> float | int:
+    """Return NaN in the encoding of `dtype`: a chunk that is missing must never read as zeros."""
+    return _BFLOAT16_NAN if dtype == torch.bfloat16 else float("nan")
+
+
+def compressors(codec: Codec, dtype: torch.dtype) -> list[Any]:
+    """Return the bytes-to-bytes codecs of a chunk; the last one is always a CRC-32C."""
+    if codec == "raw":
+        return [Crc32cCodec()]
+    if codec == "zstd":
+        return [ZstdCodec(level=1), Crc32cCodec()]
+    return [
+        BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=stored_dtype(dtype).itemsize),
+        Crc32cCodec(),
+    ]
+
+
+def filters(bitround: int | None) -> list[Any]:
+    """Return the array-to-array codecs: BitRound to `bitround` mantissa bits, or none."""
+    if bitround is None:
+        return []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "not in the Zarr v3 specification": documented in docs/format.md
+        from zarr.codecs.numcodecs import BitRound
+
+        return [BitRound(keepbits=bitround)]
+
+
+def encode(rows: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """Round rows to `dtype` (to nearest, ties to even) and return them as the numpy array that is stored."""
+    rounded = rows.to(dtype)
+    if dtype == torch.bfloat16:
+        return rounded.view(torch.uint16).numpy()
+    return rounded.numpy()
+
+
+def decode(stored: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Return stored rows as float32, or float64 where they were stored so."""
+    if dtype == torch.bfloat16:
+        return torch.from_numpy(stored).view(torch.bfloat16).float().numpy()
+    if dtype == torch.float16:
+        return stored.astype(np.float32)
+    return stored
+
+
+def checksum(array: np.ndarray) -> int:
+    """Return the CRC-32C of an array's bytes."""
+    return google_crc32c.value(array.tobytes())
+
+
+def quiet_open(*args: Any, **kwargs: Any) -> zarr.Group:
+    """Open a Zarr group without the warnings about files that are not part of the hierarchy (markers, log)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=UserWarning)
+        return zarr.open_group(*args, **kwargs)

@@ -1,0 +1,142 @@
+"""Where everything of a run lies, and how wide its chunks are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+import torch
+import zarr
+
+from streamfisher.config import parse_dtype
+from streamfisher.errors import RunError
+from streamfisher.samples import make_units
+from streamfisher.store import codecs
+from streamfisher.store.durable import write_json
+from streamfisher.store.manifest import Manifest
+
+#: Columns of one product of the Gram; chunk widths are multiples of it.
+PANEL = 4096
+_CHUNK_BYTES = 4 << 20
+_SLAB_BYTES = 64 << 20
+
+
+def chunk_columns(n_columns: int, n_samples: int, chunk_rows: int, itemsize: int) -> int:
+    """Return the columns of one chunk: about 4 MiB, and a full-height slab of one chunk column under 64 MiB.
+
+    A multiple of `PANEL` (or all columns, when they are fewer), so that products never split a chunk.
+    """
+    width = min(_CHUNK_BYTES // (chunk_rows * itemsize), _SLAB_BYTES // (n_samples * 4))
+    return min(n_columns, max(PANEL, width // PANEL * PANEL))
+
+
+def node_name(parameter: str) -> str:
+    """Return a parameter's name as one path component that cannot leave the folder or clash with Zarr's own names."""
+    name = quote(parameter, safe="")
+    if name.startswith("__") or set(name) <= {"."} or name == "zarr.json":
+        name = "%" + f"{ord(name[0]):02X}" + name[1:]
+    return name
+
+
+def create_run(path: Path, manifest: Manifest) -> None:
+    """Lay out an empty run; the manifest is written last, so that a kill leaves nothing that passes for a run.
+
+    Raises:
+        RunError: the folder exists and holds something that is not the remains of an unfinished creation.
+    """
+    check_free(path)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "done").mkdir(exist_ok=True)
+    root = codecs.quiet_open(path, mode="a", zarr_format=3)
+    root.attrs.update({"format": manifest.format, "format_version": manifest.format_version})
+    n, layout = manifest.data["n_samples"], manifest.layout
+    dtype = parse_dtype(layout["dtype_store"])
+    gradients = root.require_group("gradients")
+    for item in manifest.parameters:
+        gradients.create_array(
+            node_name(item["name"]),
+            shape=(n, int(np.prod(item["shape"], dtype=np.int64))),
+            chunks=(layout["chunk_rows"], item["chunk_columns"]),
+            dtype=codecs.stored_dtype(dtype),
+            fill_value=codecs.fill_value(dtype),
+            filters=codecs.filters(layout["bitround"]),
+            compressors=codecs.compressors(layout["codec"], dtype),
+            dimension_names=("sample", f"element of {item['name']}"),
+            attributes={
+                "parameter": item["name"],
+                "parameter_shape": item["shape"],
+                "logical_dtype": layout["dtype_store"],
+                "centered": layout["centered"],
+            },
+            config={"write_empty_chunks": True},
+            overwrite=True,
+        )
+    _create_sample_arrays(root, manifest)
+    if layout["centered"]:
+        _create_mean_arrays(root, manifest)
+    root.require_group("gram")
+    write_json(path / "manifest.json", manifest.to_dict())
+
+
+def check_free(path: Path) -> None:
+    """Refuse a path that holds something which is not a run.
+
+    Raises:
+        RunError: it is a file, or a folder with other contents.
+    """
+    if path.is_file():
+        raise RunError(f"{path} is a file; --out names a folder that does not exist yet, or a run.")
+    if path.is_dir() and any(path.iterdir()):
+        ours = {"zarr.json", "gradients", "samples", "mean", "mean_parts", "gram", "done", "lock", "log.jsonl"}
+        foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
+        if not foreign and (path / "zarr.json").exists() and not (path / "done").is_dir():
+            foreign = ["another Zarr hierarchy"]
+        if foreign:
+            names = ", ".join(foreign[:3])
+            raise RunError(f"{path} exists and is not a streamfisher run (it holds {names}); name another folder.")
+
+
+def _create_sample_arrays(root: zarr.Group, manifest: Manifest) -> None:
+    n, rows = manifest.data["n_samples"], manifest.layout["chunk_rows"]
+    k = len(manifest.parameters)
+    group = root.require_group("samples")
+    for name, dtype, fill, shape in (
+        ("loss", "float64", float("nan"), (n,)),
+        ("n_targets", "int64", -1, (n,)),
+        ("valid", "uint8", 255, (n,)),
+        ("squared_norm", "float64", float("nan"), (n, k)),
+    ):
+        group.create_array(
+            name,
+            shape=shape,
+            chunks=(rows, *shape[1:]),
+            dtype=dtype,
+            fill_value=fill,
+            compressors=codecs.compressors("zstd", torch.float64),
+            dimension_names=("sample", "parameter")[: len(shape)],
+            config={"write_empty_chunks": True},
+            overwrite=True,
+        )
+    group["squared_norm"].attrs["parameters"] = [item["name"] for item in manifest.parameters]
+
+
+def _create_mean_arrays(root: zarr.Group, manifest: Manifest) -> None:
+    n_units = len(make_units(manifest.data["n_samples"], manifest.layout["chunk_rows"]))
+    for item in manifest.parameters:
+        columns = int(np.prod(item["shape"], dtype=np.int64))
+        for group, shape, dimensions in (
+            ("mean", (columns,), (f"element of {item['name']}",)),
+            ("mean_parts", (n_units, columns), ("unit", f"element of {item['name']}")),
+        ):
+            root.require_group(group).create_array(
+                node_name(item["name"]),
+                shape=shape,
+                chunks=(1,) * (len(shape) - 1) + (min(columns, 1 << 20),),
+                dtype="float64",
+                fill_value=float("nan"),
+                compressors=codecs.compressors("zstd", torch.float64),
+                dimension_names=dimensions,
+                config={"write_empty_chunks": True},
+                overwrite=True,
+            )

@@ -1,0 +1,141 @@
+"""What a run was made of: settings, model, data and layout, so that only its like can resume it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamfisher.errors import CorruptRunError
+
+FORMAT = "streamfisher-run"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The facts of a run, all plain JSON values; written once, last of all at creation."""
+
+    config: dict[str, Any]  # every option as it was when the run was created
+    identity: dict[str, Any]  # the options that decide stored bits
+    model: dict[str, Any]  # class, fingerprint, n_params
+    parameters: list[dict[str, Any]]  # captured: name, shape, dtype, columns per chunk; in the model's order
+    excluded: dict[str, str]  # parameter name -> why it is not captured
+    data: dict[str, Any]  # n_samples, what N counts, chunk digests
+    loss: dict[str, Any]  # which loss, and how it reduces
+    layout: dict[str, Any]  # rows per chunk, row and stored dtype, codec
+    probe: dict[str, Any]  # which rule serves which parameter, coverage, worst error
+    versions: dict[str, str] = field(default_factory=dict)
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the manifest as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Manifest:
+        """Read a manifest back.
+
+        Raises:
+            CorruptRunError: it is of another format, another version, or lacks a field.
+        """
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise CorruptRunError("manifest.json is not the manifest of a streamfisher run.")
+        if values.get("format_version") != FORMAT_VERSION:
+            raise CorruptRunError(
+                f"the run has format version {values.get('format_version')!r} and this version of streamfisher reads "
+                f"{FORMAT_VERSION}; use the version that wrote it ({values.get('versions', {}).get('streamfisher')})."
+            )
+        names = {item.name for item in dataclasses.fields(cls)}
+        missing = names - values.keys()
+        if missing:
+            raise CorruptRunError(f"manifest.json lacks {', '.join(sorted(missing))}.")
+        return cls(**{name: values[name] for name in names})
+
+
+def differences(stored: Manifest, now: Manifest) -> list[str]:
+    """Return in words what keeps `now` from resuming the run `stored`; empty where nothing does."""
+    found = []
+    for key, value in now.identity.items():
+        before = stored.identity.get(key)
+        if before != value:
+            found.append(f"setting {key}: {before!r} in the run, {value!r} now")
+    if stored.model["class"] != now.model["class"]:
+        found.append(f"model class: {stored.model['class']} in the run, {now.model['class']} now")
+    before, after = _shapes(stored), _shapes(now)
+    for name in before.keys() | after.keys():
+        if before.get(name) != after.get(name):
+            found.append(f"parameter {name}: {before.get(name, 'absent')} in the run, {after.get(name, 'absent')} now")
+    if len(found) == 0 and stored.model["fingerprint"] != now.model["fingerprint"]:
+        found.append(
+            "model: the same parameters with other values "
+            f"(fingerprint {stored.model['fingerprint'][:12]} in the run, {now.model['fingerprint'][:12]} now)"
+        )
+    found += _data_differences(stored.data, now.data)
+    for key, value in now.loss.items():
+        if stored.loss.get(key) != value:
+            found.append(f"loss {key}: {stored.loss.get(key)!r} in the run, {value!r} now")
+    return found
+
+
+def _data_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    if stored["n_samples"] != now["n_samples"]:
+        return [f"number of samples: {stored['n_samples']} in the run, {now['n_samples']} now"]
+    for index, (before, after) in enumerate(zip(stored["chunk_digests"], now["chunk_digests"], strict=False)):
+        if before != after:
+            start = index * stored["chunk_size"]
+            return [
+                f"data: samples {start} to {start + stored['chunk_size'] - 1} have other contents (first difference)"
+            ]
+    return []
+
+
+def _shapes(manifest: Manifest) -> dict[str, str]:
+    return {item["name"]: f"{tuple(item['shape'])} {item['dtype']}" for item in manifest.parameters}
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and bytes of all parameters and persistent buffers.
+
+    Raises nothing for models on any device: tensors are copied to the CPU one at a time.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict(keep_vars=False).items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        flat = tensor.detach().contiguous().reshape(-1)
+        if flat.numel():
+            digest.update(memoryview(flat.view(torch.uint8).cpu().numpy()))
+    return digest.hexdigest()
+
+
+def model_manifest(model: nn.Module) -> dict[str, Any]:
+    """Return class, fingerprint and number of parameters of a model, as the manifest keeps them."""
+    kind = type(model)
+    return {
+        "class": f"{kind.__module__}.{kind.__qualname__}",
+        "fingerprint": model_fingerprint(model),
+        "n_params": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, of this package and of the packages that decide numbers."""
+    from streamfisher import __version__
+
+    found = {"streamfisher": __version__, "python": platform.python_version()}
+    for package in ("torch", "numpy", "zarr", "numcodecs", "dask", "accelerate", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

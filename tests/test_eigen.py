@@ -1,0 +1,79 @@
+"""The eigensolver is exact, scale-free, and fails in the open."""
+
+import numpy as np
+import pytest
+import torch
+
+from streamfisher import eigen
+from streamfisher.errors import CorruptRunError
+
+
+def gram(n=20, p=50, scale=1.0):
+    rows = scale * np.random.default_rng(1).standard_normal((n, p))
+    return rows @ rows.T, np.linalg.svd(rows, compute_uv=False) ** 2
+
+
+def test_eigenvalues_descend_and_match_the_singular_values():
+    K, expected = gram()
+    np.testing.assert_allclose(eigen.solve(K).values, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-120, 1e-30, 1e30, 1e120])
+def test_scale_does_not_matter(scale):
+    K, expected = gram(scale=scale)
+    np.testing.assert_allclose(eigen.solve(K).values, expected, rtol=1e-11)
+
+
+def test_a_zero_matrix_has_a_zero_spectrum():
+    assert np.array_equal(eigen.solve(np.zeros((4, 4))).values, np.zeros(4))
+
+
+def test_rank_deficiency_gives_no_negative_eigenvalues():
+    K, _ = gram(n=20, p=3)
+    values = eigen.solve(K).values
+    assert (values >= 0).all()
+    assert (values[3:] < 1e-12 * values[0]).all()
+
+
+def test_a_matrix_that_is_no_gram_is_refused():
+    with pytest.raises(CorruptRunError, match="not the Gram of any gradients"):
+        eigen.solve(np.diag([1.0, -0.5]))
+
+
+def test_nan_is_refused():
+    with pytest.raises(CorruptRunError, match="NaN"):
+        eigen.solve(np.full((2, 2), np.nan))
+
+
+def test_regularization_is_used_only_when_the_solver_fails_and_then_said(monkeypatch):
+    K, expected = gram()
+    assert eigen.solve(K, regularization=0.1).jitter == 0.0
+    drive = eigen._drive
+    calls = []
+
+    def fail_without_jitter(driver, matrix):
+        calls.append(driver)
+        if len(calls) <= 2:
+            raise np.linalg.LinAlgError("did not converge")
+        return drive(driver, matrix)
+
+    monkeypatch.setattr(eigen, "_drive", fail_without_jitter)
+    solved = eigen.solve(K, regularization=1e-6)
+    assert calls == ["lapack-syevd", "torch-cpu", "lapack-syevd"]
+    assert solved.solver == "lapack-syevd+jitter"
+    assert solved.jitter == 1e-6
+    np.testing.assert_allclose(solved.values, expected, rtol=1e-9)
+
+
+def test_when_every_solver_fails_nothing_is_made_up(monkeypatch):
+    def fail(driver, matrix):
+        raise np.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(eigen, "_drive", fail)
+    with pytest.raises(CorruptRunError, match="no eigensolver succeeded"):
+        eigen.solve(gram()[0])
+
+
+def test_float32_solve_is_close():
+    K, expected = gram()
+    np.testing.assert_allclose(eigen.solve(K, dtype=torch.float32).values, expected, rtol=1e-4)

@@ -1,0 +1,93 @@
+"""Grams from column slabs are those of the whole matrix, at any budget and with any number of workers."""
+
+import numpy as np
+import pytest
+import torch
+
+from streamfisher import SpectralConfig
+from streamfisher.errors import CapacityError, CorruptRunError
+from streamfisher.gram import FOLD, MemoryRows, build_grams, draw_columns, panels_per_slab
+from streamfisher.store.layout import PANEL
+
+
+def random_rows(n=12, widths=(5, PANEL + 7, 3 * PANEL), dtype=np.float64, scale=1.0):
+    generator = np.random.default_rng(0)
+    return {f"p{i}": (scale * generator.standard_normal((n, width))).astype(dtype) for i, width in enumerate(widths)}
+
+
+def grams_of(rows, **options):
+    config = SpectralConfig(**{"dtype_gram": torch.float64, "n_workers": 1, **options})
+    return {parameter.name: parameter.gram for parameter in build_grams(MemoryRows(rows), config, lambda gram: gram)}
+
+
+def test_float64_grams_match_numpy():
+    rows = random_rows()
+    for name, gram in grams_of(rows).items():
+        np.testing.assert_allclose(gram, rows[name] @ rows[name].T, rtol=1e-12)
+
+
+def test_float32_products_are_added_up_in_float64():
+    rows = random_rows(dtype=np.float32, widths=(8 * PANEL,))
+    exact = rows["p0"].astype(np.float64) @ rows["p0"].astype(np.float64).T
+    error = np.abs(grams_of(rows, dtype_gram="float32")["p0"] - exact).max() / np.abs(exact).max()
+    assert error < 1e-7
+
+
+def test_grams_are_exactly_symmetric():
+    for gram in grams_of(random_rows(dtype=np.float32), dtype_gram="float32").values():
+        assert np.array_equal(gram, gram.T)
+
+
+@pytest.mark.parametrize(
+    "options", [{"n_workers": 2}, {"memory_budget": "9MB"}, {"n_workers": 2, "memory_budget": "4MB"}]
+)
+def test_neither_workers_nor_budget_change_a_bit(options):
+    rows = random_rows(widths=(FOLD + PANEL + 3,), dtype=np.float32)
+    reference = grams_of(rows, dtype_gram="float32", use_deterministic=True)["p0"]
+    other = grams_of(rows, dtype_gram="float32", use_deterministic=True, **options)["p0"]
+    assert np.array_equal(reference, other)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_float32_gradients_near_the_ends_of_the_range_neither_vanish_nor_overflow(scale):
+    rows = random_rows(widths=(PANEL + 1,), dtype=np.float32, scale=scale)
+    wide = rows["p0"].astype(np.float64)
+    np.testing.assert_allclose(grams_of(rows, dtype_gram="float32")["p0"], wide @ wide.T, atol=1e-5 * scale**2 * PANEL)
+
+
+def test_missing_rows_are_refused_by_sample():
+    rows = random_rows(widths=(10,))
+    rows["p0"][3] = np.nan
+    with pytest.raises(CorruptRunError, match=r"Gram of p0 is not finite: the gradient rows of samples .*3"):
+        grams_of(rows)
+
+
+def test_a_budget_below_one_panel_says_what_would_do():
+    with pytest.raises(CapacityError, match=r"1000 samples need .* budget is 1 MB. Lower n_workers"):
+        panels_per_slab(1000, 2, 1_000_000)
+
+
+def test_subsampling_is_the_same_in_every_process_and_unbiased_in_scale():
+    parameters = {"a": 300, "b": 700}
+    first = draw_columns(parameters, {"block": ["a", "b"]}, 100, seed=1)
+    again = draw_columns(parameters, {"block": ["a", "b"]}, 100, seed=1)
+    other = draw_columns(parameters, {"another": ["a", "b"]}, 100, seed=1)
+    assert all(np.array_equal(first[name].columns, again[name].columns) for name in parameters)
+    assert not np.array_equal(first["b"].columns, other["b"].columns)
+    assert sum(len(subset.columns) for subset in first.values()) == 100
+    assert first["a"].scale == 10.0
+
+
+def test_subsampled_gram_is_the_rescaled_gram_of_the_drawn_columns():
+    rows = random_rows(widths=(2 * PANEL + 5,))
+    subsets = draw_columns({"p0": 2 * PANEL + 5}, {"b": ["p0"]}, 50, seed=3)
+    (finished,) = build_grams(
+        MemoryRows(rows), SpectralConfig(dtype_gram="float64"), lambda gram: gram, subsets=subsets
+    )
+    drawn = rows["p0"][:, subsets["p0"].columns]
+    np.testing.assert_allclose(finished.gram, drawn @ drawn.T * subsets["p0"].scale, rtol=1e-12)
+    assert 0.5 < np.trace(finished.gram) / np.trace(rows["p0"] @ rows["p0"].T) < 2
+
+
+def test_a_block_that_is_small_enough_is_not_subsampled():
+    assert draw_columns({"a": 10}, {"b": ["a"]}, 10, seed=0) == {}

@@ -1,0 +1,116 @@
+"""Samples are numbered, cut, batched and padded the same way every time."""
+
+import pytest
+import torch
+
+from streamfisher.errors import DataError
+from streamfisher.samples import Samples, TokenSamples, collate, make_batches, make_units
+
+
+def sequences(*lengths):
+    return [{"input_ids": torch.arange(1, length + 1)} for length in lengths]
+
+
+def test_units_cover_every_sample_once():
+    units = make_units(10, 4)
+    assert [(unit.start, unit.stop) for unit in units] == [(0, 4), (4, 8), (8, 10)]
+
+
+def test_units_of_a_longer_run_start_with_those_of_a_shorter_one():
+    assert make_units(12, 4)[:2] == make_units(8, 4)
+
+
+def test_batches_respect_the_padded_token_budget():
+    assert make_batches([10, 10, 10, 10], 20) == [range(0, 2), range(2, 4)]
+    assert make_batches([2, 2, 50, 2], 60) == [range(0, 2), range(2, 3), range(3, 4)]
+
+
+def test_a_sequence_longer_than_the_budget_is_a_batch_of_its_own():
+    assert make_batches([100, 100], 10) == [range(0, 1), range(1, 2)]
+
+
+def test_collate_pads_on_the_right_and_masks():
+    batch = collate([{"input_ids": torch.tensor([5, 6, 7])}, {"input_ids": torch.tensor([8])}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_collate_pads_labels_with_the_ignored_label():
+    samples = [
+        {"input_ids": torch.ones(n, dtype=torch.long), "labels": torch.ones(n, dtype=torch.long)} for n in (2, 1)
+    ]
+    assert collate(samples)["labels"].tolist() == [[1, 1], [1, -100]]
+
+
+def test_collate_adds_no_mask_where_nothing_is_padded():
+    assert "attention_mask" not in collate(sequences(4, 4))
+
+
+def test_collate_refuses_shapes_that_differ_beyond_the_first_axis():
+    with pytest.raises(DataError, match=r"'x' cannot be batched.*\(2, 3\).*\(2, 4\)"):
+        collate([{"x": torch.zeros(2, 3)}, {"x": torch.zeros(2, 4)}])
+
+
+def test_collate_refuses_different_keys():
+    with pytest.raises(DataError, match="different keys"):
+        collate([{"x": torch.zeros(2)}, {"y": torch.zeros(2)}])
+
+
+def test_samples_accept_a_dict_of_batched_tensors():
+    samples = Samples({"input_ids": torch.arange(6).reshape(3, 2)})
+    assert len(samples) == 3
+    assert samples[1]["input_ids"].tolist() == [2, 3]
+
+
+def test_samples_are_cut_to_max_length_together_with_their_labels():
+    sample = {"input_ids": torch.arange(9), "labels": torch.arange(9), "weight": torch.tensor(1.0)}
+    cut = Samples([sample, sample], max_length=4)[0]
+    assert cut["input_ids"].shape == cut["labels"].shape == (4,)
+    assert cut["weight"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("source", "n_samples", "message"),
+    [
+        ([], None, "holds no samples"),
+        (sequences(3, 3), 0, "--samples 0"),
+        (sequences(3, 3), 5, "5 samples were asked for and the data holds 2"),
+        ({"a": torch.zeros(2), "b": torch.zeros(3)}, None, "must share their first axis"),
+        ("text", None, "samples are a str"),
+    ],
+)
+def test_bad_sources_are_refused_with_the_value(source, n_samples, message):
+    with pytest.raises(DataError, match=message):
+        Samples(source, n_samples)
+
+
+def test_a_sample_that_is_no_dict_is_named():
+    with pytest.raises(DataError, match="sample 1 is a list"):
+        Samples([{"x": torch.zeros(1)}, [1, 2]])[1]
+
+
+def test_digest_changes_with_contents_and_not_with_the_container():
+    unit = make_units(2, 2)[0]
+    batched = Samples({"input_ids": torch.tensor([[1, 2], [3, 4]])})
+    listed = Samples([{"input_ids": torch.tensor([1, 2])}, {"input_ids": torch.tensor([3, 4])}])
+    other = Samples([{"input_ids": torch.tensor([1, 2])}, {"input_ids": torch.tensor([3, 5])}])
+    assert batched.digest(unit) == listed.digest(unit) != other.digest(unit)
+
+
+def test_token_samples_keep_one_label_each_and_cut_what_follows():
+    tokens = TokenSamples(Samples(sequences(3, 2)), shifted=True)
+    assert tokens.targets == [(0, 1), (0, 2), (1, 1)]
+    assert tokens[0]["input_ids"].tolist() == [1, 2]
+    assert tokens[0]["labels"].tolist() == [-100, 2]
+
+
+def test_token_samples_of_an_aligned_model_keep_the_whole_sequence():
+    sample = {"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([-100, 7, -100])}
+    tokens = TokenSamples(Samples([sample]), shifted=False)
+    assert tokens.targets == [(0, 1)]
+    assert tokens[0]["input_ids"].tolist() == [1, 2, 3]
+
+
+def test_token_samples_without_a_target_are_refused():
+    with pytest.raises(DataError, match="no sequence has a target token"):
+        TokenSamples(Samples(sequences(1, 1)), shifted=True)

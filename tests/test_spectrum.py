@@ -1,0 +1,171 @@
+"""From Grams to metrics: definitions, centering, the union, and the error of the block-diagonal approximation."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from streamfisher import SpectralConfig
+from streamfisher import spectrum as spectra
+from streamfisher.analysis import RowPrecision, solve_blocks
+
+PRECISION = RowPrecision(torch.float64, 2.0**-53)
+
+
+@pytest.fixture
+def rows():
+    generator = np.random.default_rng(2)
+    return {
+        "a": generator.standard_normal((15, 40)) + 0.3,
+        "b": generator.standard_normal((15, 4)),
+        "c": np.zeros((15, 6)),
+    }
+
+
+def solve(rows, assignment, center=False, **options):
+    return solve_blocks(
+        lambda name: rows[name] @ rows[name].T,
+        {name: values.shape[1] for name, values in rows.items()},
+        assignment,
+        SpectralConfig(**options),
+        center=center,
+        precision=PRECISION,
+        metadata={},
+    )
+
+
+def dense_fisher(rows, center=False):
+    G = np.concatenate(list(rows.values()), axis=1)
+    G = G - G.mean(axis=0) if center else G
+    return G.T @ G / len(G)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_whole_spectrum_is_that_of_the_parameter_side_fisher(rows, center):
+    found = solve(rows, dict.fromkeys(rows, "global"), center).global_.eigenvalues
+    expected = np.linalg.eigvalsh(dense_fisher(rows, center))[::-1][:15]
+    np.testing.assert_allclose(found, np.maximum(expected, 0), atol=1e-12 * expected[0])
+
+
+def test_global_eigenvalues_are_the_union_of_the_blocks(rows):
+    spectrum = solve(rows, {name: name for name in rows})
+    union = np.sort(np.concatenate([block.eigenvalues for block in spectrum.blocks.values()]))[::-1]
+    assert np.array_equal(spectrum.global_.eigenvalues, union)
+    assert spectrum.global_.n_params == 50
+    assert len(union) == 15 + 4 + 6
+
+
+def test_a_block_smaller_than_n_has_as_many_eigenvalues_as_parameters(rows):
+    block = solve(rows, {name: name for name in rows}).blocks["b"]
+    np.testing.assert_allclose(block.eigenvalues, np.linalg.eigvalsh(rows["b"].T @ rows["b"] / 15)[::-1], rtol=1e-10)
+
+
+def test_an_all_zero_block_has_a_zero_spectrum_and_no_condition_number(rows):
+    metrics = solve(rows, {name: name for name in rows}).blocks["c"].metrics
+    assert metrics["trace"] == metrics["largest_eigenvalue"] == metrics["effective_rank"] == 0
+    assert metrics["condition_number"] is None
+    assert metrics["numerical_rank"] == 0
+
+
+def test_centering_lowers_the_trace_by_the_squared_mean_gradient(rows):
+    names = dict.fromkeys(rows, "global")
+    difference = solve(rows, names).global_.trace - solve(rows, names, center=True).global_.trace
+    mean = np.concatenate([values.mean(axis=0) for values in rows.values()])
+    np.testing.assert_allclose(difference, mean @ mean, rtol=1e-12)
+
+
+def test_block_diagonal_error_is_that_of_the_dense_matrices(rows):
+    spectrum = solve(rows, {name: name for name in rows})
+    F = dense_fisher(rows)
+    blockdiag = np.zeros_like(F)
+    start = 0
+    for values in rows.values():
+        stop = start + values.shape[1]
+        blockdiag[start:stop, start:stop] = F[start:stop, start:stop]
+        start = stop
+    expected = np.linalg.norm(F - blockdiag) / np.linalg.norm(F)
+    np.testing.assert_allclose(spectrum.metadata["block_diagonal_error"], expected, rtol=1e-10)
+
+
+def test_metrics_follow_their_definitions(rows):
+    block = solve(rows, dict.fromkeys(rows, "global"), top_k_eigenvalues=3).global_
+    values, metrics = block.eigenvalues, block.metrics
+    p = values / values.sum()
+    assert metrics["spectral_gap"] == values[0] - values[1]
+    assert metrics["condition_number"] == values[0] / values[metrics["numerical_rank"] - 1]
+    np.testing.assert_allclose(metrics["effective_rank"], np.exp(-(p * np.log(p)).sum()), rtol=1e-12)
+    np.testing.assert_allclose(metrics["trace"], values.sum(), rtol=1e-12)
+    assert metrics["top_eigenvalues"] == [float(value) for value in values[:3]]
+    assert metrics["n_eigenvalues"] == 15
+
+
+def test_effective_rank_of_equal_eigenvalues_is_their_number():
+    np.testing.assert_allclose(spectra.effective_rank(np.ones(7)), 7)
+
+
+def test_truncation_says_so_and_keeps_the_exact_trace(rows):
+    full = solve(rows, dict.fromkeys(rows, "global")).global_
+    parameters = {name: values.shape[1] for name, values in rows.items()}
+    cut = solve_blocks(
+        lambda name: rows[name] @ rows[name].T,
+        parameters,
+        dict.fromkeys(rows, "global"),
+        SpectralConfig(),
+        center=False,
+        precision=PRECISION,
+        metadata={},
+        top_k=2,
+    ).global_
+    assert cut.truncated
+    assert np.array_equal(cut.eigenvalues, full.eigenvalues[:2])
+    assert cut.trace == full.trace
+    assert cut.metrics["condition_number"] is None
+
+
+def test_noise_floor_is_relative_so_small_gradients_keep_their_spectrum(rows):
+    tiny = {name: 1e-9 * values for name, values in rows.items()}
+    names = dict.fromkeys(rows, "global")
+    assert (
+        solve(tiny, names).global_.metrics["numerical_rank"]
+        == solve(rows, names).global_.metrics["numerical_rank"]
+        == 15
+    )
+
+
+def test_a_block_that_is_only_rounding_is_called_noise(rows):
+    rows["c"] = 1e-18 * rows["a"]  # what a gradient that cancels leaves in float64
+    blocks = solve(rows, {name: name for name in rows}).blocks
+    assert blocks["c"].metrics["numerical_rank"] == 0
+    assert blocks["a"].metrics["numerical_rank"] == 15
+
+
+def test_own_eps_sets_the_floor(rows):
+    block = solve(rows, dict.fromkeys(rows, "global"), eps=0.5).global_
+    assert block.noise_floor == 0.5 * block.eigenvalues[0]
+
+
+def test_rounding_of_stored_rows_raises_the_floor():
+    options = {"largest": 1.0, "trace": 256.0, "n_samples": 256, "product": torch.float64}
+    bf16 = spectra.noise_floor(**options, roundoff=2.0**-9)
+    assert 1e-4 < bf16 < 1e-3  # measured: 3e-4 of the mean eigenvalue
+    assert spectra.noise_floor(**options, roundoff=2.0**-24) < 1e-10
+
+
+def test_json_is_strict_and_the_same_every_time(rows, tmp_path):
+    first = solve(rows, {name: name for name in rows}).to_json(tmp_path / "a.json").read_bytes()
+    second = solve(rows, {name: name for name in rows}).to_json(tmp_path / "b.json").read_bytes()
+    assert first == second
+    content = json.loads(first)
+    assert set(content) == {"global", "per_block", "metadata"}
+    assert content["global"]["n_total_eigenvalues"] == 25
+    assert content["global"]["total_params"] == 50
+    np.testing.assert_allclose(content["global"]["gd_convergence_scale"], 1 / content["global"]["largest_eigenvalue"])
+
+
+def test_uncentering_undoes_storing_centered(rows):
+    G = rows["a"]
+    mean = G.mean(axis=0)
+    C = G - mean
+    products = np.append(C @ mean, mean @ mean)
+    np.testing.assert_allclose(spectra.uncenter(C @ C.T, products), G @ G.T, rtol=1e-11, atol=1e-11)
