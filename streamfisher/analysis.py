@@ -249,7 +249,7 @@ def describe(
         "n_target_tokens": n_targets,
         **{key: manifest.data[key] for key in ("sample_unit", "n_sequences") if key in manifest.data},
         "labels": manifest.config["labels"],
-        **{f"loss_{key}": value for key, value in manifest.loss.items()},
+        **manifest.loss,
         "model_mode": "eval",
         "skipped_samples": {str(sample): reason for sample, reason in skipped.items()},
         "excluded_parameters": dict(manifest.excluded),

@@ -25,6 +25,7 @@ from streamfisher.config import SpectralConfig, dtype_name
 from streamfisher.determinism import deterministic
 from streamfisher.errors import NonFiniteError, RunMismatchError
 from streamfisher.gradients import GradientEngine, ProbeReport
+from streamfisher.losses import draw_labels, sample_seed
 from streamfisher.samples import Unit, collate, make_batches
 from streamfisher.store import Manifest, RunLock, RunStore, UnitRecord, differences, model_manifest, versions
 from streamfisher.store.layout import check_free, chunk_columns
@@ -121,6 +122,9 @@ def gradient_units(
         for batch_range in make_batches([found.lengths[number] for number in numbers], config.batch_tokens):
             where = slice(batch_range.start, batch_range.stop)
             batch = to_model(collate([found.samples[unit.start + offset] for offset in batch_range]), engine.model)
+            if config.labels == "model":
+                seeds = [sample_seed(config.seed, unit.start + offset) for offset in batch_range]
+                batch = draw_labels(engine.model, batch, found.loss, seeds)
             result = engine.rows(batch, {name: rows[where] for name, rows in buffer.items()})
             losses[where], targets[where] = result.losses.numpy(), result.n_targets.numpy()
         rows = {name: values[: len(unit)] for name, values in buffer.items()}

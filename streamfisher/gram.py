@@ -206,7 +206,7 @@ def panels_per_slab(n_samples: int, workers: int, memory_budget: int | None) -> 
 
 
 def _fold_ranges(n_columns: int) -> list[tuple[int, int]]:
-    return [(start, min(start + FOLD, n_columns)) for start in range(0, n_columns, FOLD)]
+    return [(start, min(start + FOLD, n_columns)) for start in range(0, max(n_columns, 1), FOLD)]
 
 
 def _fold(
@@ -224,7 +224,7 @@ def _fold(
     product_dtype = np.float64 if dtype == torch.float64 or rows.parameters[name] < WIDE else np.float32
     chunk = rows.chunk_columns(name)
     # Whole chunks at a time, so that none is read twice.
-    width = max(panels * PANEL // chunk * chunk, min(chunk, panels * PANEL))
+    width = max(panels * PANEL // max(chunk, 1) * chunk, min(chunk, panels * PANEL), 1)
     for left in range(start, stop, width):
         right = min(left + width, stop)
         slab = rows.columns(name, left, right)

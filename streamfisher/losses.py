@@ -240,7 +240,13 @@ def _try_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | N
                 sample["labels"] = sample["input_ids"]
             # A model that insists on its labels cannot be called without them: it computes its own loss.
             takes_labels = "labels" in sample and _requires(model, "labels")
-            output = call_model(model, sample, drop=() if needs_labels or takes_labels else ("labels",))
+            try:
+                output = call_model(model, sample, drop=() if needs_labels or takes_labels else ("labels",))
+            except (AttributeError, TypeError, ValueError, RuntimeError):
+                if "labels" not in sample:
+                    raise
+                # Labels may be optional in the signature and still needed; what fails with them fails for good.
+                output = call_model(model, sample, drop=())
             logits = find_logits(output)
             if logits is not None:
                 return logits, False

@@ -159,3 +159,19 @@ def test_binary_logistic_regression_has_its_closed_form(tmp_path):
     residual = torch.sigmoid(X @ model.weight.detach()[0]) - y
     expected = torch.linalg.eigvalsh(X.T @ (residual[:, None] ** 2 * X) / 40).flip(0)
     np.testing.assert_allclose(run.spectrum("none").global_.eigenvalues, expected.numpy(), rtol=1e-12)
+
+
+def test_model_labels_give_the_true_fisher_in_expectation(tmp_path):
+    """A softmax over C classes of x W^T: E F = mean over x of (diag(p) - p p^T) (x) x x^T."""
+    generator = torch.Generator().manual_seed(2)
+    X = torch.randn(4, 3, generator=generator, dtype=torch.float64)
+    model = torch.nn.Linear(3, 3, bias=False).double()
+    p = torch.softmax(X @ model.weight.detach().T, dim=1)
+    expected = sum(torch.kron(torch.diag(p[i]) - torch.outer(p[i], p[i]), torch.outer(X[i], X[i])) for i in range(4))
+    repeats = 500
+    data = {"input_ids": X.repeat(repeats, 1), "labels": torch.zeros(4 * repeats, dtype=torch.long)}
+    config = sf.SpectralConfig(labels="model", chunk_size=500, batch_tokens=500)
+    run = sf.collect(model, data, tmp_path / "run.zarr", config=config)
+    found = run.spectrum("none").global_
+    assert found.trace == pytest.approx(float(expected.trace()) / 4, rel=0.05)
+    assert run.spectrum("none").metadata["labels"] == "model"

@@ -15,7 +15,6 @@ import gc
 import json
 import logging
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -72,7 +71,8 @@ def measure(length: int, tokens: int, repeats: int, with_slow: bool) -> dict[str
     batch = build_batch(n_samples, length)
     loss = resolve_loss(model, batch)
     plain_model = build_model()
-    loop_model = build_model()
+    loop_model, vmap_model = build_model(), build_model()
+    vmap_model.set_attn_implementation("eager")  # the fused kernel has no batching rule
     parameters = dict(loop_model.named_parameters())
     out = None
 
@@ -84,11 +84,11 @@ def measure(length: int, tokens: int, repeats: int, with_slow: bool) -> dict[str
                 rows[i].copy_(value.reshape(-1))
 
     def sample_loss(parameters, ids) -> torch.Tensor:
-        logits = functional_call(loop_model, parameters, (), {"input_ids": ids[None], "use_cache": False}).logits[0]
+        logits = functional_call(vmap_model, parameters, (), {"input_ids": ids[None], "use_cache": False}).logits[0]
         return torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="sum")
 
     def by_vmap() -> None:
-        detached = {name: value.detach() for name, value in parameters.items()}
+        detached = {name: value.detach() for name, value in vmap_model.named_parameters()}
         rows = vmap(grad(sample_loss), in_dims=(None, 0))(detached, batch["input_ids"])
         for name, value in rows.items():
             out[name][:n_samples].copy_(value.flatten(1))
@@ -103,17 +103,22 @@ def measure(length: int, tokens: int, repeats: int, with_slow: bool) -> dict[str
         }
         if with_slow:
             functions["loop"] = loop
-            # Attention masks are built with data-dependent code unless the eager attention is chosen.
-            loop_model.set_attn_implementation("eager")
             try:
                 by_vmap()
                 functions["vmap(grad)"] = by_vmap
             except RuntimeError as error:
                 print(f"    vmap(grad) does not run on this model: {str(error).splitlines()[0]}")
-            loop_model.set_attn_implementation("sdpa")
         took = seconds(functions, repeats)
     ratios = {name: value / took["plain"] for name, value in took.items() if name != "plain"}
     return {"length": length, "samples": n_samples, "plain_seconds": took["plain"], **ratios}
+
+
+def _peak_bytes() -> int:
+    """Peak resident set of this process; `ru_maxrss` will not do, because a child starts with its parent's."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM")
 
 
 def _peak(kind: str, length: int, tokens: int, threads: int, results) -> None:
@@ -124,7 +129,7 @@ def _peak(kind: str, length: int, tokens: int, threads: int, results) -> None:
     if kind == "plain":
         for _ in range(3):
             plain_pass(model, loss, batch)
-        results.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, 0))
+        results.put((_peak_bytes(), 0))
         return
     with GradientEngine(model, loss) as engine:
         two = {key: value[:2] for key, value in batch.items()}
@@ -135,7 +140,7 @@ def _peak(kind: str, length: int, tokens: int, threads: int, results) -> None:
             engine.rows(batch, out)
         results.put(
             (
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                _peak_bytes(),
                 sum(rows.nbytes for rows in out.values()),
             )
         )

@@ -1,0 +1,468 @@
+"""Bad input: a message that names the value and the remedy, an exit code, no traceback, and nothing damaged."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from command_line import arrays, cli, contents
+
+from streamfisher import open_run, planner
+from streamfisher.errors import RunError
+
+MODEL, DATA = "tiny_models:causal", "tiny_models:sequences"
+
+
+@pytest.fixture(autouse=True)
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return a finished run of 6 sequences; copy it before changing anything."""
+    run = tmp_path_factory.mktemp("bad_input") / "run.zarr"
+    assert cli("run", MODEL, DATA, "--out", run, "--quiet", "--chunk-size", 4) == 0
+    return run
+
+
+def refused(capsys, *arguments, code=2, says=()):
+    """Run a command that must fail; check code, message and that no file has changed."""
+    from pathlib import Path
+
+    before = contents(Path())
+    found = cli(*arguments)
+    output = capsys.readouterr()
+    assert found == code, output.err
+    for part in says:
+        assert part in output.err, output.err
+    assert "Traceback" not in output.err + output.out
+    assert contents(Path()) == before
+    return output.err
+
+
+def write(name, content=""):
+    from pathlib import Path
+
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return name
+
+
+def write_arrays(name, **arrays):
+    np.savez(name, **arrays)
+    return name
+
+
+def save(name, array):
+    np.save(name, array)
+    return name
+
+
+# Name, what DATA (or a function that makes it) is, and what the message must say
+BAD_DATA = {
+    "empty file": (lambda: write("empty.txt"), ["empty.txt", "is empty", "2 tokens"]),
+    "file of one byte": (lambda: write("one.txt", "a"), ["one.txt", "is empty"]),
+    "one sample": (lambda: write("short.txt", "abc"), ["1 sample", "at least 2"]),
+    "missing path": (lambda: "no/such.txt", ["no/such.txt", "no such file", "module:callable"]),
+    "folder without text": (lambda: str(shutil.os.makedirs("bare") or "bare"), ["bare", "no text files", ".txt"]),
+    "empty folder of texts": (lambda: str(write("texts/a.txt")).split("/")[0], ["texts", "is empty"]),
+    "jsonl, not JSON": (lambda: write("a.jsonl", '{"text": "abc"}\n{"text'), ["a.jsonl", "line 2", "not JSON"]),
+    "jsonl, no field": (lambda: write("a.jsonl", '{"body": "abc"}\n'), ["line 1", "'text'", "body", "--field"]),
+    "jsonl, not an object": (lambda: write("a.jsonl", "[1, 2]\n"), ["line 1", "'text'", "--field"]),
+    "jsonl, a number": (lambda: write("a.jsonl", '{"text": 5}\n'), ["line 1", "neither text nor token ids"]),
+    "jsonl, fractions": (lambda: write("a.jsonl", '{"text": [1.5, 2.5]}\n'), ["line 1", "neither text nor token ids"]),
+    "jsonl, null": (lambda: write("a.jsonl", '{"text": null}\n'), ["line 1", "neither text nor token ids"]),
+    "empty jsonl": (lambda: write("a.jsonl", "\n\n"), ["a.jsonl", "is empty"]),
+    "npz of strings": (lambda: write_arrays("s.npz", words=np.array(["a", "b"])), ["s.npz", "'words'", "numbers"]),
+    "npz of objects": (
+        lambda: write_arrays("o.npz", things=np.array([{}, None], dtype=object)),
+        ["o.npz", "cannot be read", "numpy"],
+    ),
+    "npz that is none": (lambda: write("fake.npz", "not a zip"), ["fake.npz", "cannot be read"]),
+    "npz that is torn": (lambda: write("torn.npz", "PK\x03\x04 torn"), ["torn.npz", "cannot be read"]),
+    "empty npy": (lambda: save("e.npy", np.zeros((0, 4), dtype=np.int64)), ["e.npy", "holds no samples"]),
+    "npz of unequal lengths": (
+        lambda: write_arrays("u.npz", input_ids=np.ones((4, 3), np.int64), labels=np.ones((3, 3), np.int64)),
+        ["first axis", "4", "3"],
+    ),
+    "unknown data module": (lambda: "no_such_module:data", ["no_such_module", "folder you are in"]),
+    "unknown data callable": (lambda: "tiny_models:no_such_data", ["tiny_models", "no callable named no_such_data"]),
+    "callable that gives nothing": (lambda: "tiny_models:nothing", ["tiny_models:nothing", "NoneType", "dict"]),
+    "callable that gives bare tensors": (lambda: "tiny_models:bare_tensors", ["sample 0", "Tensor", "dict of tensors"]),
+    "sequence of one token": (
+        lambda: "tiny_models:one_token_in_sample_2",
+        ["sample 2", "sequence of 1 token", "needs 2"],
+    ),
+    "all labels masked": (lambda: "tiny_models:masked_in_sample_3", ["sample 3", "masked", "Leave it out"]),
+    "token ids beyond the vocabulary": (
+        lambda: save("big.npy", np.full((4, 5), 999)),
+        ["tiny_models:causal".split(":")[0], "index out of range", "sample"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_refused(case, capsys):
+    make, says = BAD_DATA[case]
+    refused(capsys, "run", MODEL, make(), "--out", "run.zarr", "--quiet", says=says)
+
+
+BAD_MODELS = {
+    "missing path": (lambda: "./no/such/model", ["./no/such/model", "no such folder", "module:callable"]),
+    "folder without config.json": (lambda: write("folder/weights.bin").split("/")[0], ["folder", "config.json"]),
+    "a file": (lambda: write("model.pt"), ["model.pt", "is a file", "folder"]),
+    "unknown module": (lambda: "no_such_module:model", ["no_such_module", "folder you are in"]),
+    "unknown callable": (lambda: "tiny_models:no_such_model", ["no callable named no_such_model"]),
+    "not of the form": (lambda: "tiny models:causal", ["tiny models:causal", "package.module:callable"]),
+    "returns no module": (lambda: "tiny_models:no_module", ["tiny_models:no_module", "str", "torch.nn.Module"]),
+    "needs an argument": (lambda: "tiny_models:needs_an_argument", ["needs_an_argument", "without arguments"]),
+    "nothing to train": (lambda: "tiny_models:frozen", ["requires_grad"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+@pytest.mark.parametrize("data", [DATA, "text"])
+def test_bad_model_is_refused(case, data, capsys):
+    make, says = BAD_MODELS[case]
+    data = write("text.txt", "some text that is long enough") if data == "text" else data
+    refused(capsys, "run", make(), data, "--out", "run.zarr", "--quiet", "--max-length", 8, says=says)
+
+
+BAD_OPTIONS = {
+    "no samples": (["--samples", 0], ["--samples 0", "at least 2"]),
+    "one sample": (["--samples", 1], ["--samples 1", "at least 2"]),
+    "negative samples": (["--samples", -3], ["--samples -3", "at least 2"]),
+    "more samples than there are": (["--samples", 99], ["99", "holds 6"]),
+    "samples that are no number": (["--samples", "many"], ["--samples", "many"]),
+    "unknown blocks": (["--blocks", "layers"], ["'layers'", "layer, module, parameter, none"]),
+    "one of two blocks unknown": (["--blocks", "layer,nothing"], ["'nothing'", "layer, module"]),
+    "unknown centering": (["--center", "maybe"], ["--center 'maybe'", "no, yes or both"]),
+    "unknown dtype": (["--dtype", "float8"], ["'float8'", "float64, float32, bfloat16, float16"]),
+    "unknown store dtype": (["--store-dtype", "int8"], ["dtype_store", "'int8'", "bfloat16"]),
+    "unknown gram dtype": (["--gram-dtype", "bfloat16"], ["dtype_gram", "bfloat16", "float32, float64"]),
+    "unknown codec": (["--codec", "gzip"], ["codec", "'gzip'", "blosc-lz4, zstd, raw"]),
+    "unknown loss": (["--loss", "mse"], ["loss", "'mse'", "causal, token, classification, regression"]),
+    "unknown device": (["--device", "abacus"], ["abacus", "--device cpu"]),
+    "include matches nothing": (["--include", "nose.*"], ["nose.*"]),
+    "exclude leaves nothing": (["--exclude", "*"], ["*"]),
+    "bitround beyond float32": (["--bitround", 30], ["bitround=30", "23"]),
+    "bitround of bf16 rows": (["--bitround", 7, "--store-dtype", "bfloat16"], ["bitround=7", "float32 rows"]),
+    "no chunk": (["--chunk-size", 0], ["chunk_size=0", "at least 1"]),
+    "no tokens": (["--max-length", 0], ["max_length=0", "at least 1"]),
+    "sequences of one token": (["--max-length", 1], ["sample 0", "sequence of 1 token", "needs 2"]),
+    "eps of one": (["--eps", 1], ["eps=1", "[0, 1)"]),
+    "no eigenvalues": (["--top-k", 0], ["--top-k 0", "at least 1"]),
+    "no workers": (["--workers", 0], ["n_workers=0", "at least 1"]),
+    "memory that is no size": (["--memory-budget", "lots"], ["'lots'", "2GB"]),
+    "unknown nonfinite": (["--on-nonfinite", "ignore"], ["on_nonfinite", "'ignore'", "raise, skip"]),
+    "unknown unit": (["--sample-unit", "word"], ["sample_unit", "'word'", "sequence, token"]),
+    "missing config": (["--config", "no.toml"], ["no.toml", "no such file"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_option_is_refused(case, capsys):
+    options, says = BAD_OPTIONS[case]
+    refused(capsys, "run", MODEL, DATA, "--out", "run.zarr", "--quiet", *options, says=says)
+
+
+BAD_CONFIGS = {
+    "unknown key": ("a.toml", "chunk_sise = 4", ["'chunk_sise'", "Did you mean chunk_size?"]),
+    "unknown key with a dash": ("a.yaml", "batch-token: 4", ["'batch_token'", "batch_tokens"]),
+    "key like none": ("a.toml", "qqqq = 4", ["'qqqq'", "Known:", "chunk_size"]),
+    "not TOML": ("a.toml", "= 4 =", ["a.toml", "cannot be parsed"]),
+    "not YAML": ("a.yaml", "{a: [", ["a.yaml", "cannot be parsed"]),
+    "not JSON": ("a.json", "{", ["a.json", "cannot be parsed"]),
+    "unknown kind": ("a.ini", "a = 4", ["'.ini'", ".toml, .yaml or .json"]),
+    "a list": ("a.yaml", "- 1\n- 2\n", ["a.yaml", "mapping", "list"]),
+    "number of samples as text": ("a.toml", 'samples = "six"', ["samples", "'six'", "whole number"]),
+    "fraction of a sample": ("a.toml", "samples = 2.5", ["samples", "2.5", "whole number"]),
+    "seed as text": ("a.toml", 'seed = "x"', ["seed='x'", "whole number"]),
+    "yes as text": ("a.toml", 'store_centered = "no"', ["store_centered='no'", "true or false"]),
+    "remote code as text": ("a.toml", 'trust_remote_code = "no"', ["trust_remote_code='no'", "true or false"]),
+    "patterns as a number": ("a.toml", "include = 3", ["include=3", "patterns"]),
+    "eps as a word": ("a.yaml", "eps: small", ["eps='small'", "number"]),
+    "top k as a word": ("a.yaml", "top_k: all", ["top-k", "all", "whole number"]),
+    "blocks as a number": ("a.toml", "blocks = 3", ["blocks", "3", "layer, module"]),
+    "no blocks": ("a.toml", "blocks = []", ["blocks", "layer, module"]),
+    "centering as a list": ("a.toml", "center = [true]", ["center", "no, yes or both"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_config_file_is_refused(case, capsys):
+    name, text, says = BAD_CONFIGS[case]
+    refused(capsys, "run", MODEL, DATA, "--out", "run.zarr", "--quiet", "--config", write(name, text), says=says)
+
+
+def test_config_file_that_is_not_text_is_refused(tmp_path, capsys):
+    (tmp_path / "a.toml").write_bytes(b"\xff\xfe\x00")
+    refused(
+        capsys, "run", MODEL, DATA, "--out", "run.zarr", "--config", "a.toml", says=["a.toml", "cannot be parsed"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((), "MODEL is missing"),
+        ((MODEL,), "DATA is missing"),
+        ((MODEL, DATA), "--out is missing"),
+    ],
+)
+def test_missing_argument_is_named(arguments, says, capsys):
+    refused(capsys, "run", *arguments, says=[says])
+
+
+def test_folder_that_is_not_a_run_is_left_alone(capsys):
+    write("mine/thesis.txt", "years of work")
+    refused(capsys, "run", MODEL, DATA, "--out", "mine", "--quiet", says=["mine", "not a streamfisher run", "thesis"])
+    for command in ("info", "spectrum", "verify", "gram", "report"):
+        refused(capsys, command, "mine", says=["mine", "not a streamfisher run"])
+
+
+def test_file_as_out_is_left_alone(capsys):
+    write("run.zarr", "a file")
+    refused(capsys, "run", MODEL, DATA, "--out", "run.zarr", "--quiet", says=["run.zarr", "is a file", "--out"])
+    refused(capsys, "info", "run.zarr", says=["run.zarr", "not a streamfisher run"])
+
+
+def test_out_below_a_file_is_refused(capsys):
+    write("note.txt", "a file")
+    refused(capsys, "run", MODEL, DATA, "--out", "note.txt/run.zarr", "--quiet", says=["note.txt"])
+
+
+def test_run_that_does_not_exist_says_how_it_is_made(capsys):
+    refused(capsys, "info", "none.zarr", says=["none.zarr", "does not exist", "streamfisher run"])
+
+
+def test_foreign_zarr_hierarchy_is_left_alone(capsys):
+    import zarr
+
+    zarr.open_group("other.zarr", mode="w").create_array("gradients", shape=(3,), dtype="f4")
+    refused(capsys, "run", MODEL, DATA, "--out", "other.zarr", "--quiet", says=["other.zarr", "another folder"])
+
+
+OTHERS = {
+    "model with other values": (["tiny_models:causal_with_other_values", DATA], ["model", "other values"]),
+    "model of other shapes": (
+        ["tiny_models:causal_of_another_width", DATA],
+        ["embedding.weight", "(256, 4)", "(256, 5)"],
+    ),
+    "model of another class": (["streamfisher.demo:load_demo_model", DATA], ["model class", "TinyCausal", "Byte"]),
+    "seed": ([MODEL, DATA, "--seed", 7], ["seed", "42", "7"]),
+    "batch": ([MODEL, DATA, "--batch-tokens", 9], ["batch_tokens", "4096", "9"]),
+    "stored dtype": ([MODEL, DATA, "--store-dtype", "bfloat16"], ["dtype_store", "bfloat16"]),
+    "parameters": ([MODEL, DATA, "--exclude", "norm.*"], ["exclude", "norm.*"]),
+    "number of samples": ([MODEL, DATA, "--samples", 5], ["number of samples", "6 in the run", "5 now"]),
+    "data": ([MODEL, "tiny_models:one_changed"], ["data", "samples 4 to 5", "other contents"]),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_run_of_something_else_is_not_resumed(case, finished, tmp_path, capsys, monkeypatch):
+    import tiny_models
+
+    def one_changed():
+        samples = tiny_models.sequences()
+        samples[5]["input_ids"][0] += 1
+        return samples
+
+    monkeypatch.setattr(tiny_models, "one_changed", one_changed, raising=False)
+    shutil.copytree(finished, tmp_path / "run.zarr")
+    arguments, says = OTHERS[case]
+    message = refused(
+        capsys, "run", *arguments, "--out", "run.zarr", "--quiet", *([] if "--chunk-size" in arguments else []),
+        "--chunk-size", 4, says=[*says, "cannot be resumed", "another folder"],
+    )  # fmt: skip
+    assert "setting chunk_size" not in message
+
+
+def test_nan_loss_stops_and_names_the_sample_and_keeps_what_was_before(tmp_path, capsys):
+    arguments = ("tiny_models:regression", "tiny_models:vectors_with_nan_in_sample_5", "--out", "run.zarr")
+    assert cli("run", *arguments, "--chunk-size", 4, "--quiet") == 3
+    message = capsys.readouterr().err
+    assert "sample 5" in message and "loss is nan" in message and "--on-nonfinite skip" in message
+    assert "Traceback" not in message
+    assert open_run(tmp_path / "run.zarr").info()["samples_done"] == 4
+    assert cli("spectrum", "run.zarr") == 2
+    assert "4 of 8 samples" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sample", [0, 5])
+def test_nan_sample_is_skipped_counted_and_named_where_asked_for(sample, tmp_path, capsys):
+    data = f"tiny_models:vectors_with_nan_in_sample_{sample}"
+    arguments = ("tiny_models:regression", data, "--out", "run.zarr", "--chunk-size", 4, "--quiet")
+    assert cli("run", *arguments, "--on-nonfinite", "skip", "--blocks", "none") == 0
+    table = capsys.readouterr().out
+    assert "N = 7" in table and f"1 sample was skipped: {sample}" in table
+    content = json.loads((tmp_path / "run.zarr/spectrum.json").read_text())
+    assert content["metadata"]["skipped_samples"] == {str(sample): "the loss is nan"}
+    assert content["metadata"]["n_samples"] == content["global"]["n_samples"] == 7
+    assert cli("info", "run.zarr") == 0
+    assert f"sample {sample}: the loss is nan" in capsys.readouterr().out
+
+
+def test_nan_in_the_first_sample_is_named(tmp_path, capsys):
+    arguments = ("tiny_models:regression", "tiny_models:vectors_with_nan_in_sample_0", "--out", "run.zarr")
+    assert cli("run", *arguments, "--chunk-size", 4, "--quiet") == 3
+    message = capsys.readouterr().err
+    assert "sample 0" in message and "nan" in message and "--on-nonfinite skip" in message
+
+
+def test_skipping_gives_the_spectrum_of_the_data_without_the_sample(tmp_path):
+    import tiny_models
+
+    data = tiny_models.vectors(nan_at=5)
+    keep = [n for n in range(8) if n != 5]
+    np.savez("clean.npz", **{key: value[keep].numpy() for key, value in data.items()})
+    options = ("--chunk-size", 4, "--quiet", "--blocks", "none", "--center", "both", "--dtype", "float64")
+    bad = "tiny_models:vectors_with_nan_in_sample_5"
+    assert cli("run", "tiny_models:regression", bad, "--out", "a", "--on-nonfinite", "skip", *options) == 0
+    assert cli("run", "tiny_models:regression", "clean.npz", "--out", "b", *options) == 0
+    for center in (False, True):
+        skipped, clean = (open_run(name).spectrum("none", center).global_.eigenvalues for name in ("a", "b"))
+        np.testing.assert_allclose(skipped, clean, rtol=1e-9, atol=1e-12 * clean[0])
+
+
+BAD_SLICES = {
+    "a:b:c:d": ["'a:b:c:d'", "0:512"],
+    "0:1:2:3": ["'0:1:2:3'", "0:512"],
+    "half": ["'half'", "0:512"],
+    "0:1": ["0:1", "fewer than 2", "6 samples"],
+    "5:2": ["5:2", "fewer than 2"],
+    "100:": ["100:", "fewer than 2"],
+    "0:6:0": ["'0:6:0'", "step"],
+}
+
+
+@pytest.mark.parametrize("text", BAD_SLICES)
+def test_bad_slice_of_samples_is_refused(text, finished, capsys):
+    refused(capsys, "spectrum", finished, "--samples", text, "--quiet", says=BAD_SLICES[text])
+
+
+def test_disk_without_room_is_found_before_anything_is_created(monkeypatch, capsys):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(planner.shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
+    says = ["needs up to", "1 kB free", "bfloat16", "another disk"]
+    refused(capsys, "run", MODEL, DATA, "--out", "run.zarr", "--quiet", code=5, says=says)
+
+
+def test_disk_that_fills_up_while_writing_is_no_traceback(monkeypatch, capsys):
+    from streamfisher.store import RunStore
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "write_unit", full)
+        assert cli("run", MODEL, DATA, "--out", "run.zarr", "--quiet") == 5
+    message = capsys.readouterr().err
+    assert "No space left" in message and "Traceback" not in message
+    assert cli("run", MODEL, DATA, "--out", "run.zarr", "--quiet") == 0
+
+
+def test_memory_budget_too_small_for_one_panel_is_refused(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run.zarr")
+    for marker in (tmp_path / "run.zarr/done").glob("gram-*"):
+        marker.unlink()
+    says = ["6 samples", "budget is 10 kB", "memory"]
+    refused(capsys, "spectrum", "run.zarr", "--memory-budget", "10kB", "--quiet", code=5, says=says)
+
+
+def test_rows_that_do_not_fit_memory_are_refused(monkeypatch, capsys):
+    memory = namedtuple("memory", "available")
+    monkeypatch.setattr(planner.psutil, "virtual_memory", lambda: memory(40_000))
+    says = ["gradient rows", "40 kB is free", "--chunk-size 2"]
+    refused(capsys, "run", MODEL, DATA, "--out", "run.zarr", "--quiet", code=5, says=says)
+
+
+def test_missing_matplotlib_names_the_command_that_installs_it(finished, monkeypatch, tmp_path, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else find(name, *more)
+    )
+    refused(capsys, "report", finished, "--out", "a.png", "--quiet", says=["pip install 'streamfisher[plots]'"])
+    shutil.copytree(finished, tmp_path / "run.zarr")
+    (tmp_path / "run.zarr/spectrum.png").unlink()
+    assert cli("run", MODEL, DATA, "--out", "run.zarr", "--chunk-size", 4, "--quiet") == 0
+    assert "pip install 'streamfisher[plots]'" in capsys.readouterr().out
+    assert not (tmp_path / "run.zarr/spectrum.png").exists()
+
+
+def test_missing_transformers_names_the_command_that_installs_it(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "transformers" else find(name, *more)
+    )
+    write("hf/config.json", "{}")
+    refused(capsys, "run", "hf", DATA, "--out", "run.zarr", says=["hf", "pip install 'streamfisher[hf]'"])
+
+
+def test_run_locked_by_another_process_is_refused_and_names_it(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run.zarr")
+    program = (
+        "import fcntl, json, os, sys\n"
+        "file = os.open('run.zarr/lock', os.O_RDWR | os.O_CREAT)\n"
+        "fcntl.flock(file, fcntl.LOCK_EX)\n"
+        "os.ftruncate(file, 0)\n"
+        "os.pwrite(file, json.dumps({'host': 'elsewhere', 'pid': os.getpid()}).encode(), 0)\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        says = ["run.zarr", "being written", f"process {holder.pid} on elsewhere", "wait for it or stop it"]
+        refused(capsys, "run", MODEL, DATA, "--out", "run.zarr", "--chunk-size", 4, "--quiet", says=says)
+        refused(capsys, "gram", "run.zarr", "--rebuild", "--quiet", says=says)
+        holder.stdin.close()
+    assert cli("gram", "run.zarr", "--rebuild", "--quiet") == 0
+
+
+def test_unfinished_run_is_not_analysed(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run.zarr")
+    (tmp_path / "run.zarr/done/rows-000001.json").unlink()
+    for marker in (tmp_path / "run.zarr/done").glob("gram-*"):
+        marker.unlink()
+    refused(capsys, "spectrum", "run.zarr", "--quiet", says=["not finished", "4 of 6 samples"])
+    before = arrays(finished)
+    assert cli("run", MODEL, DATA, "--out", "run.zarr", "--chunk-size", 4, "--quiet") == 0
+    assert arrays(tmp_path / "run.zarr") == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": "other"}', '{"format": "streamfisher-run"}'])
+def test_damaged_manifest_is_refused(content, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run.zarr")
+    (tmp_path / "run.zarr/manifest.json").write_text(content)
+    refused(capsys, "info", "run.zarr", code=4, says=["manifest.json" if "run" not in content else "version"])
+    refused(capsys, "run", MODEL, DATA, "--out", "run.zarr", "--quiet", code=4)
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [("no/such/folder/a.png", "no/such/folder"), ("a.bmpp", ".png, .svg or .pdf"), ("picture", ".png, .svg or .pdf")],
+)
+def test_picture_that_cannot_be_written_is_refused(out, says, finished, capsys):
+    refused(capsys, "report", finished, "--out", out, "--quiet", says=[says])
+
+
+def test_spectrum_into_a_folder_that_does_not_exist_is_refused(finished, capsys):
+    refused(capsys, "spectrum", finished, "--out", "no/such/a.json", "--quiet", says=["no/such"])
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(RunError):
+        cli("info", tmp_path / "none.zarr", "--debug")
+
+
+def test_losses_stay_with_torch_when_nothing_is_deterministic():
+    assert not torch.are_deterministic_algorithms_enabled()
