@@ -81,11 +81,12 @@ def assign_blocks(names: Iterable[str], structure: str | Mapping[str, str] = "la
 
     Args:
         names: parameter names, in the model's order.
-        structure: `'layer'`, `'module'`, `'parameter'`, `'none'`, or a mapping from glob pattern to block key, of
-            which the first that matches counts.
+        structure: `'layer'`, `'module'`, `'parameter'`, `'none'`, or a mapping from glob pattern to block key; the
+            pattern `'*'` takes what no other one matches.
 
     Raises:
-        ConfigError: the structure is unknown, or a mapping leaves a parameter without a block.
+        ConfigError: the structure is unknown, or a mapping leaves a parameter without a block, puts one into two
+            blocks, or holds a pattern that matches nothing.
     """
     names = list(names)
     if isinstance(structure, Mapping):
@@ -112,14 +113,27 @@ def group_blocks(assignment: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _assign_by_patterns(names: list[str], patterns: Mapping[str, str]) -> dict[str, str]:
-    assignment = {}
+    assignment: dict[str, str] = {}
+    unused = dict.fromkeys(pattern for pattern in patterns if pattern != "*")
     for name in names:
-        key = next((key for pattern, key in patterns.items() if fnmatch.fnmatchcase(name, pattern)), None)
-        if key is None:
+        matching = [pattern for pattern in patterns if pattern != "*" and fnmatch.fnmatchcase(name, pattern)]
+        for pattern in matching:
+            unused.pop(pattern, None)
+        keys = list(dict.fromkeys(str(patterns[pattern]) for pattern in matching or ["*"] if pattern in patterns))
+        if not keys:
             raise ConfigError(
                 f"parameter {name!r} matches none of the block patterns {list(patterns)}; add a pattern such as '*'."
             )
-        assignment[name] = str(key)
+        if len(keys) > 1:
+            raise ConfigError(
+                f"parameter {name!r} belongs to {len(keys)} blocks, {' and '.join(keys)}, by the patterns "
+                f"{', '.join(matching)}; blocks must not overlap."
+            )
+        assignment[name] = keys[0]
+    if unused:
+        raise ConfigError(
+            f"the block pattern {next(iter(unused))!r} matches no parameter; the first are {', '.join(names[:3])}."
+        )
     return assignment
 
 

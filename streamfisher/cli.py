@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import errno
 import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from streamfisher import __version__
+from streamfisher.analysis_commands import add_commands
+from streamfisher.cluster import check_scheduler, dask_client
 from streamfisher.config import format_bytes
-from streamfisher.errors import StreamfisherError
+from streamfisher.errors import CapacityError, StreamfisherError
 from streamfisher.options import (
     RunOptions,
     add_analysis_options,
+    add_cluster_options,
     add_collection_options,
     add_common_options,
-    parse_samples,
     read_run_options,
 )
+from streamfisher.sample_options import add_selection_options, check_target, selection_options
+from streamfisher.signals import die_with_launcher, stopping_at_once
 
 _EPILOG = """exit codes: 0 done; 2 wrong input or settings; 3 a loss or gradient is not finite;
-4 something stored is damaged; 5 no room on disk or in memory; 130 interrupted (resumable)"""
+4 something stored is damaged; 5 no room on disk or in memory; 6 another rank failed, died or was given other work;
+130 SIGINT, 143 SIGTERM, 138 SIGUSR1: stopped, with what was in flight written; the same command goes on there"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,13 +45,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if getattr(arguments, "use_deterministic", False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     warnings.filterwarnings("ignore", message=".*not recognized as a component of a Zarr hierarchy.*")
+    die_with_launcher()
     try:
-        return arguments.command(arguments)
+        with stopping_at_once():
+            return arguments.command(arguments)
     except StreamfisherError as error:
         if arguments.debug:
             raise
         print(f"streamfisher: error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader of our output has left, as in `streamfisher info RUN | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if arguments.debug:
+            raise
+        print(f"streamfisher: error: {error}. What is finished is kept; --debug shows where.", file=sys.stderr)
+        return CapacityError.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else StreamfisherError.exit_code
     except KeyboardInterrupt:
         print("streamfisher: interrupted. The same command goes on where it stopped.", file=sys.stderr)
         return 130
@@ -68,24 +85,31 @@ def build_parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", _run, "collect, reduce, solve and report; the same line again resumes")
     add_collection_options(run)
     add_analysis_options(run)
+    add_cluster_options(run)
     collect = _command(commands, "collect", _collect, "per-sample gradients into a run; the same line again resumes")
     add_collection_options(collect)
 
     gram = _command(commands, "gram", _gram, "build the Gram matrices of a collected run")
     _add_run(gram)
     gram.add_argument("--rebuild", action="store_true", help="build all of them again from the stored rows")
+    add_cluster_options(gram)
 
     spectrum = _command(commands, "spectrum", _spectrum, "solve a stored run, without the model")
     _add_run(spectrum)
     add_analysis_options(spectrum)
-    spectrum.add_argument("--samples", default=None, metavar="A:B", help="a slice of the samples, for example 0:512")
+    add_cluster_options(spectrum)
+    add_selection_options(spectrum)
     spectrum.add_argument("--out", default=None, help="write the spectrum to this JSON file")
 
-    report = _command(commands, "report", _report, "draw the eigenvalues of a stored run")
+    report = _command(commands, "report", _report, "a page about a stored run, or a picture of its eigenvalues")
     _add_run(report)
     add_analysis_options(report)
-    report.add_argument("--out", default=None, help=".png, .svg or .pdf (default: RUN.zarr/spectrum.png)")
+    add_selection_options(report)
+    report.add_argument(
+        "--out", default=None, help=".html, .png, .svg or .pdf (default: report.html and spectrum.png in the run)"
+    )
 
+    add_commands(lambda name, function, text: _command(commands, name, function, text))
     _add_run(_command(commands, "info", _info, "what a run holds and how far it is"))
     verify = _command(commands, "verify", _verify, "read everything and compare checksums")
     _add_run(verify)
@@ -134,8 +158,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     options = read_run_options(arguments)
+    if os.environ.get("RANK", "0") == "0":
+        check_scheduler(options.dask_scheduler)  # before days of gradients
     run = _collected(options, arguments)
-    return 0 if run is None else _analyse(run, options, arguments, write=True)
+    if run is None:
+        return 0
+    with dask_client(options.dask_scheduler):
+        return _analyse(run, options, arguments, write=True)
 
 
 def _collect(arguments: argparse.Namespace) -> int:
@@ -148,19 +177,31 @@ def _collect(arguments: argparse.Namespace) -> int:
 def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     """Load model and data and collect; return the run on the main process and `None` on the others."""
     import torch
-    from accelerate import PartialState
 
     from streamfisher import collect
     from streamfisher.data import load_samples
-    from streamfisher.models import load_model
+    from streamfisher.models import load_model, pick_device
+    from streamfisher.placement import read_device_map
+    from streamfisher.ranks import start_ranks
+    from streamfisher.sharding import shard
+    from streamfisher.store.layout import check_free
 
     config = options.config
-    state = PartialState(cpu=config.device == "cpu" or not torch.cuda.is_available())
-    device = state.device if config.device == "auto" else config.device
+    if not (Path(options.out) / "manifest.json").is_file():
+        check_free(Path(options.out))  # before a large model is loaded for nothing
+    state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
+    device = state.device if config.device == "auto" else pick_device(config.device)
     source = load_samples(options.data, tokenize=options.tokenizer(), field=options.field, max_length=config.max_length)
     model = load_model(
-        options.model, dtype=config.dtype_model, device=device, trust_remote_code=options.trust_remote_code
+        options.model,
+        dtype=config.dtype_model,
+        device=device,
+        trust_remote_code=options.trust_remote_code,
+        device_map=None if options.device_map is None else read_device_map(options.device_map),
+        offload_folder=options.offload_folder or f"{options.out}.offload",
     )
+    if options.fsdp:
+        model = shard(model, torch.device(device))
     run = collect(
         model,
         source,
@@ -180,8 +221,30 @@ def _gram(arguments: argparse.Namespace) -> int:
     from streamfisher import open_run
 
     run = open_run(arguments.run)
-    built = run.build_grams(rebuild=arguments.rebuild, progress=not arguments.quiet)
+    options = read_run_options(arguments, base=run.config)
+    with dask_client(options.dask_scheduler):
+        config = options.analysis_config(run.config)
+        if arguments.rebuild:
+            return _print_rebuilt(run.rebuild_grams(config, progress=not arguments.quiet), arguments)
+        built = run.build_grams(config, progress=not arguments.quiet)
     print(f"{len(built)} Gram matrices built, {len(run.parameters) - len(built)} were there already.")
+    return 0
+
+
+def _print_rebuilt(differences: dict[str, float | None], arguments: argparse.Namespace) -> int:
+    """Say whether the Grams that were there agree with those made again."""
+    if arguments.json:
+        print(json.dumps(differences))
+        return 0
+    known = {name: value for name, value in differences.items() if value is not None}
+    print(f"{len(differences)} Gram matrices built again from the stored rows.")
+    if known:
+        worst = max(known, key=known.__getitem__)
+        print(
+            f"{len(known)} were there before; they agree to {known[worst]:.1e} (relative, Frobenius; worst: {worst})."
+        )
+    if len(known) < len(differences):
+        print(f"{len(differences) - len(known)} were missing or could not be read.")
     return 0
 
 
@@ -190,18 +253,33 @@ def _spectrum(arguments: argparse.Namespace) -> int:
 
     run = open_run(arguments.run)
     options = read_run_options(arguments, base=run.config)
-    samples = parse_samples(arguments.samples, run.n_samples)
-    return _analyse(run, options, arguments, write=False, samples=samples, out=arguments.out)
+    chosen = selection_options(arguments, run.n_samples)
+    if arguments.out:
+        check_target(Path(arguments.out))
+    with dask_client(options.dask_scheduler):
+        return _analyse(run, options, arguments, write=False, chosen=chosen, out=arguments.out)
 
 
 def _report(arguments: argparse.Namespace) -> int:
     from streamfisher import open_run
+    from streamfisher.html_report import html_report
     from streamfisher.report import picture
 
     run = open_run(arguments.run)
     options = read_run_options(arguments, base=run.config)
-    path = picture(_spectra(run, options, arguments), arguments.out or run.path / "spectrum.png")
-    print(f"The picture is in {path}")
+    targets = [Path(arguments.out)] if arguments.out else [run.path / "spectrum.png", run.path / "report.html"]
+    for target in targets:
+        check_target(target, (".html", ".png", ".svg", ".pdf"))
+    chosen = selection_options(arguments, run.n_samples)
+    if arguments.block_structure is None and targets[-1].suffix.lower() == ".html":
+        options = dataclasses.replace(options, structures=("layer", "module", "none"))
+    spectra = _spectra(run, options, arguments, chosen)
+    for target in targets:
+        if target.suffix.lower() == ".html":
+            chosen.pop("bootstrap")
+            print(f"The report is in {html_report(run, spectra, target, **chosen)}")
+        else:
+            print(f"The picture is in {picture(spectra, target)}")
     return 0
 
 
@@ -229,13 +307,15 @@ def _verify(arguments: argparse.Namespace) -> int:
     return CorruptRunError.exit_code if problems else 0
 
 
-def _spectra(run: Any, options: RunOptions, arguments: argparse.Namespace, samples: Any = None) -> list[Any]:
+def _spectra(
+    run: Any, options: RunOptions, arguments: argparse.Namespace, chosen: Mapping[str, Any] | None = None
+) -> list[Any]:
     return [
         run.spectrum(
             structure,
             center,
-            samples,
-            options.top_k,
+            top_k=options.top_k,
+            **(chosen or {}),
             config=options.analysis_config(run.config),
             progress=not arguments.quiet,
         )
@@ -250,7 +330,7 @@ def _analyse(
     arguments: argparse.Namespace,
     *,
     write: bool,
-    samples: Any = None,
+    chosen: Mapping[str, Any] | None = None,
     out: str | None = None,
 ) -> int:
     """Solve, print, and, for `write`, leave `spectrum.json` and a picture in the run."""
@@ -259,7 +339,7 @@ def _analyse(
     from streamfisher.report import picture, table
     from streamfisher.spectrum import write_spectra
 
-    spectra = _spectra(run, options, arguments, samples)
+    spectra = _spectra(run, options, arguments, chosen)
     if arguments.json:
         contents = [spectrum.to_dict() for spectrum in spectra]
         print(json.dumps(contents[0] if len(contents) == 1 else {"spectra": contents}))
@@ -287,8 +367,9 @@ def _print_info(run: Any, arguments: argparse.Namespace) -> None:
     print(f"  model       {facts['model']['class']}, {size}")
     print(f"  Grams       {facts['grams_done']} of {facts['n_parameters']}")
     print(f"  on disk     {format_bytes(facts['bytes_on_disk'])}, rows in {facts['layout']['dtype_store']}")
-    print(f"  data        {facts['data']['description']}")
-    print(f"  loss        {facts['loss']}")
+    described = facts["data"]["description"]
+    print(f"  data        {described['data'] if isinstance(described, dict) else described or 'not described'}")
+    print(f"  loss        {facts['loss']['loss']}: {facts['loss']['loss_reduction']}")
     for name, reason in facts["excluded"].items():
         print(f"  excluded    {name}: {reason}")
     for sample, reason in facts["skipped"].items():

@@ -1,7 +1,7 @@
 """Per-sample gradients of all samples into a run, over as many processes as Accelerate started.
 
 A unit of samples is computed, written, and then marked; after a kill, only units without a marker are computed again.
-Nothing depends on the number of processes: rank r of R takes the units `todo[r::R]`.
+Units are claimed by whichever rank is free, and what a unit gives depends neither on the rank nor on their number.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -23,11 +21,24 @@ from streamfisher import planner
 from streamfisher.analysis import Run
 from streamfisher.config import SpectralConfig, dtype_name
 from streamfisher.determinism import deterministic
-from streamfisher.errors import NonFiniteError, RunMismatchError
+from streamfisher.errors import RunMismatchError
 from streamfisher.gradients import GradientEngine, ProbeReport
-from streamfisher.losses import draw_labels, sample_seed
-from streamfisher.samples import Unit, collate, make_batches
-from streamfisher.store import Manifest, RunLock, RunStore, UnitRecord, differences, model_manifest, versions
+from streamfisher.passes import mean_pass, row_pass
+from streamfisher.ranks import Ranks, start_ranks
+from streamfisher.samples import make_units
+from streamfisher.sharding import is_sharded, reshard
+from streamfisher.signals import finishing_first
+from streamfisher.store import (
+    Manifest,
+    RankLock,
+    RunLock,
+    RunStore,
+    grow_run,
+    model_manifest,
+    resume_differences,
+    units_left,
+    versions,
+)
 from streamfisher.store.layout import check_free, chunk_columns
 from streamfisher.survey import Survey, probe_batch, survey, to_model
 
@@ -40,7 +51,7 @@ def collect(
     config: SpectralConfig | None = None,
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
     n_samples: int | None = None,
-    description: str | None = None,
+    description: str | Mapping[str, Any] | None = None,
     progress: bool = False,
 ) -> Run:
     """Write the gradient of every sample with respect to every selected parameter; resume where a run was stopped.
@@ -50,11 +61,12 @@ def collect(
     Args:
         model: on the device where it is to run.
         samples: a map-style dataset of dicts of tensors without batch axis, or one dict of batched tensors.
-        path: the run's folder; it is made, or resumed if it is a run of the same model, samples and settings.
+        path: the run's folder; it is made, resumed if it is a run of the same model, samples and settings, or grown if
+            its samples are the first of these.
         config: `None` means the defaults.
         loss: `(model, batch) -> (B,)` per-sample losses; `None` means chosen from the model's output and labels.
         n_samples: how many samples to use, from the first; `None` means all.
-        description: what the samples are, for the manifest.
+        description: what the samples are, in words or as options, for the manifest.
         progress: show bars.
 
     Returns:
@@ -68,28 +80,39 @@ def collect(
         NonFiniteError: a loss or gradient is not finite and `on_nonfinite='raise'`.
         RunMismatchError: the folder holds a run of another model, other samples or other settings.
         RunError: the folder is not a run, or another process writes it.
+        RankError: another rank failed, died, or was given other work.
+        StoppedError: SIGTERM or SIGUSR1 came; the units in flight are finished and marked.
         CapacityError: there is no room on the disk, or no memory for one chunk of rows.
     """
     config = config or SpectralConfig()
     path = Path(path)
-    state = PartialState(cpu=not torch.cuda.is_available() or config.device == "cpu")
+    state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
     if config.dtype_model is not None and any(p.dtype != config.dtype_model for p in model.parameters()):
         model = copy.deepcopy(model).to(config.dtype_model)
-    with deterministic(config.use_deterministic, config.seed):
+    with (
+        finishing_first() as stop,
+        Ranks(state, timeout=config.rank_timeout, stop=stop) as ranks,
+        deterministic(config.use_deterministic, config.seed),
+    ):
         found = survey(model, samples, config, loss, n_samples)
-        with make_engine(model, found, config) as engine:
-            if state.is_main_process:
-                _create_or_resume(path, model, engine, found, config, description, progress)
-            state.wait_for_everyone()
+        reshard(model)
+        with make_engine(model, found, config) as engine, contextlib.ExitStack() as locks:
+            manifest = make_manifest(model, engine, found, config, description)
+            ranks.agree(manifest.facts() | {"folder": str(path.absolute())})
+            if ranks.is_main:
+                _create_or_resume(path, manifest, model, engine, found, config, ranks, locks, progress)
+            elif is_sharded(model) and not ranks.share("whether the run exists"):
+                _probe(model, engine, found)
+            ranks.wait("for the run's folder")
+            if not ranks.is_main:
+                locks.enter_context(RankLock(path))
             store = RunStore(path)
             engine.apply_routes(ProbeReport.from_dict(store.manifest.probe))
-            with _lock(path, state):
-                if state.is_main_process:
-                    store.sweep()
-                if config.store_centered:
-                    _mean_pass(store, engine, found, config, state, progress)
-                _row_pass(store, engine, found, config, state, progress)
-    state.wait_for_everyone()
+            if ranks.is_main:
+                store.sweep()
+            if config.store_centered:
+                mean_pass(store, engine, found, config, ranks, progress=progress)
+            row_pass(store, engine, found, config, ranks, progress=progress)
     return Run(path)
 
 
@@ -105,57 +128,21 @@ def make_engine(model: nn.Module, found: Survey, config: SpectralConfig) -> Grad
     )
 
 
-def gradient_units(
-    engine: GradientEngine, found: Survey, units: Sequence[Unit], config: SpectralConfig
-) -> Iterator[UnitRecord]:
-    """Yield the gradients of each unit. The rows are views of one buffer that the next unit overwrites.
-
-    Raises:
-        NonFiniteError: a loss or gradient is not finite and `config.on_nonfinite == 'raise'`; names the sample.
-    """
-    if not units:
-        return
-    buffer = engine.allocate(max(len(unit) for unit in units))
-    for unit in units:
-        numbers = range(unit.start, unit.stop)
-        losses, targets = np.empty(len(unit)), np.empty(len(unit), dtype=np.int64)
-        for batch_range in make_batches([found.lengths[number] for number in numbers], config.batch_tokens):
-            where = slice(batch_range.start, batch_range.stop)
-            batch = to_model(collate([found.samples[unit.start + offset] for offset in batch_range]), engine.model)
-            if config.labels == "model":
-                seeds = [sample_seed(config.seed, unit.start + offset) for offset in batch_range]
-                batch = draw_labels(engine.model, batch, found.loss, seeds)
-            result = engine.rows(batch, {name: rows[where] for name, rows in buffer.items()})
-            losses[where], targets[where] = result.losses.numpy(), result.n_targets.numpy()
-        rows = {name: values[: len(unit)] for name, values in buffer.items()}
-        squared_norms = _squared_norms(rows)
-        skipped = _nonfinite(unit, rows, losses, squared_norms)
-        if skipped and config.on_nonfinite == "raise":
-            sample, reason = next(iter(skipped.items()))
-            raise NonFiniteError(
-                f"sample {sample}: {reason}. Everything before it is kept. Remove the sample, use a wider --dtype, or "
-                "leave such samples out, counted and named, with --on-nonfinite skip."
-            )
-        for sample in skipped:
-            offset = sample - unit.start
-            squared_norms[offset], targets[offset] = 0.0, 0
-            for values in rows.values():
-                values[offset].zero_()
-        yield UnitRecord(unit, rows, losses, targets, squared_norms, skipped)
-
-
 def _create_or_resume(
     path: Path,
+    manifest: Manifest,
     model: nn.Module,
     engine: GradientEngine,
     found: Survey,
     config: SpectralConfig,
-    description: str | None,
+    ranks: Ranks,
+    locks: contextlib.ExitStack,
     progress: bool,
 ) -> None:
-    """Make the run's folder, or check that what is there is this very run."""
+    """Make the run's folder, or check that what is there is this very run; lock it for all ranks."""
     resuming = (path / "manifest.json").is_file()
-    manifest = make_manifest(model, engine, found, config, description)
+    if is_sharded(model):
+        ranks.share("whether the run exists", resuming)
     parameters = {name: info.numel for name, info in engine.parameters.items()}
     store_dtype = config.dtype_store or engine.row_dtype
     plan = planner.plan_store(
@@ -163,25 +150,36 @@ def _create_or_resume(
     )
     planner.check_row_buffer(sum(parameters.values()), min(config.chunk_size, len(found.samples)), engine.row_dtype)
     if resuming:
+        locks.enter_context(RunLock(path, ranks.processes))
         store = RunStore(path)
-        found_differences = differences(store.manifest, manifest)
+        found_differences = resume_differences(store.manifest, manifest, found.samples.digest)
         if found_differences:
             raise RunMismatchError(
                 f"{path} cannot be resumed, because it was made otherwise:\n  - "
                 + "\n  - ".join(found_differences)
                 + "\nUse the same model, data and settings, or another folder."
             )
-        left = len(store.todo()) / max(len(store.units), 1)
+        units = make_units(len(found.samples), config.chunk_size)
+        left = units_left(store, len(found.samples)) / max(len(units), 1)
         planner.check_disk(path, int(plan.gradients * left) + plan.grams)
+        if len(found.samples) > store.n_samples:
+            if progress:
+                tqdm.write(f"{path} grows from {store.n_samples} to {len(found.samples)} samples")
+            grow_run(store, manifest)
         return
     check_free(path)
     planner.check_disk(path, plan.total)
-    report = engine.probe(to_model(probe_batch(found), model))
+    report = _probe(model, engine, found)
     if progress:
         tqdm.write(report.summary())
     path.mkdir(parents=True, exist_ok=True)
-    with RunLock(path):
-        RunStore.create(path, dataclasses.replace(manifest, probe=report.to_dict()))
+    locks.enter_context(RunLock(path, ranks.processes))
+    RunStore.create(path, dataclasses.replace(manifest, probe=report.to_dict()))
+
+
+def _probe(model: nn.Module, engine: GradientEngine, found: Survey) -> ProbeReport:
+    """Probe the engine; with sharded weights all ranks do, on the same samples."""
+    return engine.probe(to_model(probe_batch(found, model, engine.tensors.values()), model))
 
 
 def make_manifest(
@@ -189,7 +187,7 @@ def make_manifest(
     engine: GradientEngine,
     found: Survey,
     config: SpectralConfig,
-    description: str | None,
+    description: str | Mapping[str, Any] | None,
     report: ProbeReport | None = None,
 ) -> Manifest:
     """Return the facts of a run that is about to start; `report` is what the probe found, once it has run."""
@@ -222,90 +220,4 @@ def make_manifest(
         },
         probe=report.to_dict() if report else {},
         versions=versions(),
-    )
-
-
-def _row_pass(
-    store: RunStore, engine: GradientEngine, found: Survey, config: SpectralConfig, state: PartialState, progress: bool
-) -> None:
-    todo = store.todo()
-    mean = {name: store.mean(name, 0, columns) for name, columns in store.parameters.items()} if store.centered else {}
-    with _bar("gradients", store, todo, state, progress) as bar:
-        for record in gradient_units(engine, found, todo[state.process_index :: state.num_processes], config):
-            if mean:
-                record = _subtract(record, mean)
-            rows = {name: values.cpu() for name, values in record.rows.items()}
-            store.write_unit(UnitRecord(**{**vars(record), "rows": rows}))
-            bar.update(len(record.unit))
-
-
-def _mean_pass(
-    store: RunStore, engine: GradientEngine, found: Survey, config: SpectralConfig, state: PartialState, progress: bool
-) -> None:
-    """Add up the rows of every unit in float64; the mean is their sum over the valid samples."""
-    if (store.path / "done" / "mean.json").is_file():
-        return
-    todo = store.todo("mean")
-    with _bar("mean", store, todo, state, progress) as bar:
-        for record in gradient_units(engine, found, todo[state.process_index :: state.num_processes], config):
-            sums = {name: rows.sum(dim=0, dtype=torch.float64).cpu().numpy() for name, rows in record.rows.items()}
-            store.write_mean_part(record.unit, sums, len(record.unit) - len(record.skipped))
-            bar.update(len(record.unit))
-    state.wait_for_everyone()
-    if state.is_main_process:
-        store.finish_mean()
-    state.wait_for_everyone()
-
-
-def _subtract(record: UnitRecord, mean: dict[str, np.ndarray | None]) -> UnitRecord:
-    """Return the record with the mean gradient subtracted from its valid rows, in float64 before rounding."""
-    valid = torch.ones(len(record.unit), dtype=torch.bool)
-    valid[[sample - record.unit.start for sample in record.skipped]] = False
-    rows = {}
-    for name, values in record.rows.items():
-        center = torch.from_numpy(np.asarray(mean[name])).to(values.device)
-        rows[name] = (values - center * valid.to(values.device)[:, None]).to(values.dtype)
-    return UnitRecord(**{**vars(record), "rows": rows, "squared_norms": _squared_norms(rows)})
-
-
-def _squared_norms(rows: dict[str, Tensor]) -> np.ndarray:
-    """Return (n, K) float64: the squared norm of each row of each parameter."""
-    columns = []
-    for values in rows.values():
-        squared = torch.linalg.vecdot(values, values).double()
-        extreme = ~((squared > 1e-30) & (squared < 1e30))
-        if bool(extreme.any()):  # near the ends of float32's range the square is formed in float64
-            wide = values[extreme].double()
-            squared[extreme] = torch.linalg.vecdot(wide, wide)
-        columns.append(squared)
-    return torch.stack(columns, dim=1).cpu().numpy()
-
-
-def _nonfinite(unit: Unit, rows: dict[str, Tensor], losses: np.ndarray, squared_norms: np.ndarray) -> dict[int, str]:
-    """Return `{sample number: what is not finite}`."""
-    found = {}
-    names = list(rows)
-    for offset in range(len(unit)):
-        if not np.isfinite(losses[offset]):
-            found[unit.start + offset] = f"the loss is {losses[offset]}"
-        elif not np.isfinite(squared_norms[offset]).all():
-            bad = names[int(np.flatnonzero(~np.isfinite(squared_norms[offset]))[0])]
-            found[unit.start + offset] = f"the gradient of {bad} is not finite"
-    return found
-
-
-def _lock(path: Path, state: PartialState) -> contextlib.AbstractContextManager[Any]:
-    """Return the run's lock on rank 0, which stands for all ranks."""
-    return RunLock(path) if state.is_main_process else contextlib.nullcontext()
-
-
-def _bar(what: str, store: RunStore, todo: Sequence[Unit], state: PartialState, progress: bool) -> tqdm:
-    left = sum(len(unit) for unit in todo[state.process_index :: state.num_processes])
-    share = sum(len(unit) for unit in store.units[state.process_index :: state.num_processes])
-    return tqdm(
-        total=max(share, left),
-        initial=max(share - left, 0),
-        desc=what,
-        unit="sample",
-        disable=not (progress and state.is_main_process and todo),
     )

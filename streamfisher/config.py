@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ IDENTITY_FIELDS = (
     "batch_tokens",
     "max_length",
     "sample_unit",
+    "tokens_per_sequence",
     "labels",
     "loss",
     "include",
@@ -80,6 +82,7 @@ class SpectralConfig:
     block_structure: str = "layer"  # 'layer' | 'module' | 'parameter' | 'none'
     center_gradients: bool = False  # the covariance of gradients instead of the Fisher
     sample_unit: SampleUnit = "sequence"  # what N counts; 'token' takes one gradient per token's loss
+    tokens_per_sequence: int | None = None  # draw so many target tokens (sample_unit='token'); None: all
     labels: Labels = "data"  # 'data': empirical Fisher; 'model': labels drawn from the model's own prediction
     loss: LossName | None = None  # None: chosen from the model's output and labels, and named in the metadata
     include: tuple[str, ...] = ()  # glob patterns of parameter names; empty: all trainable ones
@@ -91,6 +94,9 @@ class SpectralConfig:
     seed: int = 42
     chunk_size: int = 32  # samples; rows of one Zarr chunk, the unit that is written and marked
     batch_tokens: int = 4096  # padded tokens in one backward pass; bounds the activations
+    guard_every: int = (
+        64  # units; on the first batch of each such unit rows are held against the batch gradient; 0: never
+    )
     on_nonfinite: OnNonfinite = "raise"  # a NaN loss or gradient stops the run, or is skipped, counted and named
 
     # Precision
@@ -113,16 +119,28 @@ class SpectralConfig:
     store_centered: bool = False  # write centered gradient chunks (a mean pass first)
     codec: Codec = "blosc-lz4"
     device: str = "auto"  # 'auto' | 'cpu' | 'cuda' | 'cuda:N' | 'mps'
+    gram_device: Literal["auto", "cpu", "cuda"] = "cpu"  # of the products; 'cuda' multiplies with torch
     n_workers: int | None = None  # Dask workers; None: one per core
     memory_budget: int | str | None = None  # bytes or '2GB' for the reduction; None: half of what is free
+    rank_timeout: int = 1800  # seconds without a sign of progress after which ranks stop waiting for each other
     use_deterministic: bool = False  # full determinism, CUDA included; the global state is restored
 
     def __post_init__(self) -> None:
         for field in ("dtype_model", "dtype_compute", "dtype_store", "dtype_gram", "dtype_eigensolve"):
             object.__setattr__(self, field, parse_dtype(getattr(self, field), field))
         for field in ("include", "exclude"):
-            value = getattr(self, field)
-            object.__setattr__(self, field, (value,) if isinstance(value, str) else tuple(value))
+            object.__setattr__(self, field, _patterns(field, getattr(self, field)))
+        for field in ("center_gradients", "store_centered", "use_deterministic"):
+            if not isinstance(getattr(self, field), bool):
+                raise ConfigError(f"{field}={_show(getattr(self, field))} must be true or false.")
+        if self.store_path is not None and not isinstance(self.store_path, str | os.PathLike):
+            raise ConfigError(f"store_path={self.store_path!r} must name a folder.")
+        object.__setattr__(self, "store_path", None if self.store_path is None else os.fspath(self.store_path))
+        if not isinstance(self.device, str | torch.device) or not str(self.device):
+            raise ConfigError(f"device={self.device!r} is no device; write auto, cpu, cuda or cuda:1.")
+        object.__setattr__(self, "device", str(self.device))
+        for field in ("regularization", "eps"):
+            object.__setattr__(self, field, _number(field, getattr(self, field)))
         self._check_choice("sample_unit", get_args(SampleUnit))
         self._check_choice("labels", get_args(Labels))
         self._check_choice("loss", (None, *get_args(LossName)))
@@ -130,22 +148,29 @@ class SpectralConfig:
         self._check_choice("storage_mode", get_args(StorageMode))
         self._check_choice("codec", get_args(Codec))
         self._check_choice("eigensolve_device", ("auto", "cpu", "cuda"))
+        self._check_choice("gram_device", ("auto", "cpu", "cuda"))
         self._check_choice("block_structure", ("layer", "module", "parameter", "none"))
         self._check_choice("dtype_gram", (torch.float32, torch.float64))
         self._check_choice("dtype_compute", (torch.float32, torch.float64))
         self._check_choice("dtype_eigensolve", (torch.float32, torch.float64))
-        for field in ("chunk_size", "batch_tokens", "top_k_eigenvalues"):
+        for field in ("chunk_size", "batch_tokens", "top_k_eigenvalues", "rank_timeout"):
             self._check_integer(field, 1)
-        for field in ("max_length", "max_params_per_block", "n_workers"):
+        for field in ("max_length", "max_params_per_block", "n_workers", "tokens_per_sequence"):
             if getattr(self, field) is not None:
                 self._check_integer(field, 1)
+        if self.tokens_per_sequence is not None and self.sample_unit != "token":
+            raise ConfigError(
+                f"tokens_per_sequence={self.tokens_per_sequence} draws tokens and sample_unit is "
+                f"{self.sample_unit!r}; set sample_unit='token'."
+            )
         self._check_integer("seed", 0)
+        self._check_integer("guard_every", 0)
         if self.bitround is not None:
             self._check_integer("bitround", 1)
             if self.bitround > 23 or self.dtype_store not in (None, torch.float32):
                 raise ConfigError(f"bitround={self.bitround} needs float32 rows and at most 23 bits.")
-        if self.regularization < 0:
-            raise ConfigError(f"regularization={self.regularization} must not be negative.")
+        if self.regularization is None or not 0 <= self.regularization < float("inf"):
+            raise ConfigError(f"regularization={self.regularization} must be a number and not negative.")
         if self.eps is not None and not 0 <= self.eps < 1:
             raise ConfigError(f"eps={self.eps} is relative to the largest eigenvalue and must lie in [0, 1).")
         if self.memory_budget is not None:
@@ -204,11 +229,20 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, cannot be parsed, or does not hold a mapping.
     """
+    return {str(key).replace("-", "_"): value for key, value in read_mapping(path, "--config").items()}
+
+
+def read_mapping(path: str | Path, option: str) -> dict[Any, Any]:
+    """Read a mapping from a `.toml`, `.yaml`, `.yml` or `.json` file that `option` of the command line names.
+
+    Raises:
+        ConfigError: the file is missing, cannot be parsed, or does not hold a mapping.
+    """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"--config {path}: there is no such file.")
-    text = path.read_text(encoding="utf-8")
+        raise ConfigError(f"{option} {path}: there is no such file.")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix == ".toml":
             values: Any = tomllib.loads(text)
         elif path.suffix in (".yaml", ".yml"):
@@ -216,12 +250,12 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         elif path.suffix == ".json":
             values = json.loads(text)
         else:
-            raise ConfigError(f"--config {path}: unknown kind {path.suffix!r}; use .toml, .yaml or .json.")
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, json.JSONDecodeError) as error:
-        raise ConfigError(f"--config {path} cannot be parsed: {error}") from error
+            raise ConfigError(f"{option} {path}: unknown kind {path.suffix!r}; use .toml, .yaml or .json.")
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{option} {path} cannot be parsed: {error}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {path} must hold a mapping of options, not {type(values).__name__}.")
-    return {str(key).replace("-", "_"): value for key, value in values.items()}
+        raise ConfigError(f"{option} {path} must hold a mapping, not {type(values).__name__}.")
+    return values
 
 
 _UNITS = {"": 1, "b": 1, "k": 1e3, "kb": 1e3, "kib": 2**10, "m": 1e6, "mb": 1e6, "mib": 2**20, "g": 1e9, "gb": 1e9}
@@ -257,6 +291,25 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return dtype_name(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+def _patterns(field: str, value: Any) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"{field}={value!r} must be a pattern of parameter names, or a list of patterns.")
+    return tuple(patterns)
+
+
+def _number(field: str, value: Any) -> float | None:
+    """Return a number; text counts where it is one, because YAML reads `1e-6` as text."""
+    if value is None:
+        return None
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{field}={value!r} must be a number.") from None
 
 
 def _show(value: Any) -> str:

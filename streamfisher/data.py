@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,7 @@ def load_samples(
     tokenize = tokenize or tokenize_bytes
     length = max_length or DEFAULT_LENGTH
     if not path.exists() and is_callable_spec(spec):
-        source = call(spec, "DATA")
-        return source if hasattr(source, "__getitem__") or isinstance(source, Mapping) else list(source)
+        return _called(spec)
     if not path.exists():
         raise DataError(f"DATA {spec}: there is no such file or folder, and it is not of the form module:callable.")
     if path.is_dir():
@@ -61,6 +61,15 @@ def load_samples(
     if path.suffix in (".npy", ".npz"):
         return _arrays(path, length)
     return _nonempty(list(_sequences(tokenize(_read_text(path)), length)), spec)
+
+
+def _called(spec: str) -> Any:
+    source = call(spec, "DATA")
+    if isinstance(source, Mapping) or (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        return source
+    if not isinstance(source, Iterable):
+        raise DataError(f"DATA {spec} returned a {type(source).__name__}; it must return or yield dicts of tensors.")
+    return list(source)
 
 
 def _folder(folder: Path, tokenize: Tokenize, length: int) -> Iterator[dict[str, Tensor]]:
@@ -80,7 +89,7 @@ def _sequences(tokens: list[int], length: int) -> Iterator[dict[str, Tensor]]:
 
 
 def _json_lines(path: Path, tokenize: Tokenize, field: str, max_length: int | None) -> Iterator[dict[str, Tensor]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -94,26 +103,25 @@ def _json_lines(path: Path, tokenize: Tokenize, field: str, max_length: int | No
                     f"DATA {path}, line {number}: there is no field {field!r} (there is: {keys}); use --field."
                 )
             value = record[field]
+            if not isinstance(value, str) and not (isinstance(value, list) and all(type(id) is int for id in value)):
+                raise DataError(f"DATA {path}, line {number}: {field!r} is neither text nor token ids; use --field.")
             ids = tokenize(value) if isinstance(value, str) else value
-            try:
-                yield {"input_ids": torch.tensor(ids, dtype=torch.int64)[:max_length]}
-            except (TypeError, ValueError) as error:
-                raise DataError(f"DATA {path}, line {number}: {field!r} is neither text nor token ids.") from error
+            yield {"input_ids": torch.tensor(ids, dtype=torch.int64)[:max_length]}
 
 
 def _arrays(path: Path, length: int) -> Any:
     try:
         loaded = np.load(path, allow_pickle=False)
         arrays = dict(loaded) if path.suffix == ".npz" else {"input_ids": loaded}
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"DATA {path} cannot be read as numpy arrays: {error}") from error
     if not arrays or any(array.size == 0 for array in arrays.values()):
         raise DataError(f"DATA {path} holds no samples.")
     for key, array in arrays.items():
         if array.dtype.kind not in "biuf":
             raise DataError(f"DATA {path}: {key!r} has dtype {array.dtype}; only numbers can be samples.")
-        if array.dtype.kind == "u" or array.dtype == np.int32:
-            arrays[key] = array.astype(np.int64)  # torch cannot index with unsigned or store all of them
+        if array.dtype.kind in "iu":
+            arrays[key] = array.astype(np.int64)  # torch indexes with int64 and does not know all of the others
     ids = arrays.get("input_ids")
     if len(arrays) == 1 and ids is not None and ids.ndim == 1 and ids.dtype.kind == "i":
         return _nonempty(list(_sequences(ids.tolist(), length)), str(path))

@@ -6,9 +6,25 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import threadpoolctl
 import torch
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
+@contextmanager
+def one_thread(enabled: bool) -> Iterator[None]:
+    """Let torch and BLAS use one thread inside, where `enabled`."""
+    if not enabled:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with threadpoolctl.threadpool_limits(1):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -18,7 +34,10 @@ def deterministic(enabled: bool, seed: int) -> Iterator[None]:
     cuBLAS reads `CUBLAS_WORKSPACE_CONFIG` when CUDA starts, so it must be set before the first CUDA call of a process:
     the command line does so first of all, a Python program that has already used CUDA must set it itself.
 
-    Restored afterwards: random generators, deterministic mode, cuDNN flags, and the environment variable.
+    One thread for torch and BLAS, because how many there are decides in what order they add up: a run under a launcher,
+    which gives each rank one thread, would otherwise not have the bits of a run without it.
+
+    Restored afterwards: random generators, deterministic mode, threads, cuDNN flags, and the environment variable.
 
     Args:
         enabled: `use_deterministic`.
@@ -44,7 +63,8 @@ def deterministic(enabled: bool, seed: int) -> Iterator[None]:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
         try:
-            yield
+            with one_thread(True):
+                yield
         finally:
             torch.use_deterministic_algorithms(before[0], warn_only=before[1])
             torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = before[2], before[3]

@@ -6,6 +6,8 @@ traceback and exits with `exit_code`. Anything else that escapes is a bug and ke
 
 from __future__ import annotations
 
+import signal
+
 
 class StreamfisherError(Exception):
     """Base of every error caused by the input, the environment or a stored run."""
@@ -51,6 +53,20 @@ class CorruptRunError(RunError):
     """Something stored in a run is missing, altered or torn."""
 
     exit_code = 4
+
+
+class RankError(RunError):
+    """Another process of the same run failed, died, was not heard of, or was given other work; the message names it."""
+
+    exit_code = 6
+
+
+class StoppedError(StreamfisherError):
+    """A signal asked the run to stop; what was in flight is finished and marked."""
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}. The same command goes on where it stopped.")
+        self.exit_code = 128 + number
 
 
 class CapacityError(StreamfisherError, OSError):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from streamfisher import gram as grams
 from streamfisher.analysis import RowPrecision, describe, solve_blocks
 from streamfisher.blocks import assign_blocks, group_blocks
-from streamfisher.collect import collect, gradient_units, make_engine, make_manifest
+from streamfisher.collect import collect, make_engine, make_manifest
 from streamfisher.config import SpectralConfig
 from streamfisher.determinism import deterministic
 from streamfisher.errors import DataError
@@ -28,6 +28,7 @@ from streamfisher.gram import MemoryRows
 from streamfisher.samples import Samples, make_units
 from streamfisher.spectrum import NORMALIZATION, Spectrum
 from streamfisher.survey import probe_batch, survey, to_model
+from streamfisher.unit_rows import gradient_units
 
 
 class FisherSpectral:
@@ -105,7 +106,7 @@ def _in_memory(model: nn.Module, batch: Any, n_samples: int, config: SpectralCon
     with deterministic(config.use_deterministic, config.seed):
         found = survey(model, batch, config, n_samples=n_samples)
         with make_engine(model, found, config) as engine:
-            report = engine.probe(to_model(probe_batch(found), model))
+            report = engine.probe(to_model(probe_batch(found, model, engine.tensors.values()), model))
             manifest = make_manifest(model, engine, found, config, None, report)
             units = make_units(len(found.samples), config.chunk_size)
             chunks: dict[str, list[np.ndarray]] = {name: [] for name in engine.parameters}

@@ -5,7 +5,7 @@ and added up in float64, which keeps the error of float32 products near 2e-8 of 
 *folds* many slabs into one N x N sum; the folds of a parameter are added in the order of its columns. Panels and folds
 depend on the data only, so neither the memory budget nor the number of workers changes a bit of the result.
 
-`numpy`'s `b @ b.T` calls `syrk`: half the work of a general product, and exactly symmetric.
+After a run has grown, only the products with its new rows are formed (`products.py`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig, dtype_name, format_bytes
 from streamfisher.errors import CapacityError, CorruptRunError
+from streamfisher.products import complete, panel_sum
 from streamfisher.store.layout import PANEL
 
 #: Columns of one Dask task, at most: enough products to outweigh one addition of an N x N sum.
@@ -35,9 +36,6 @@ FOLD = 64 * PANEL
 #: Parameters of fewer columns are multiplied in float64 whatever `dtype_gram` is. The rounding errors of float32
 #: products average out over the columns, to `u / sqrt(P)`; over a few they do not, and there float64 costs nothing.
 WIDE = 16 * PANEL
-
-#: Largest entries of a panel whose float32 products stay far from the ends of float32's range.
-_SAFE_PEAK = (1e-12, 1e12)
 
 
 class GradientRows(Protocol):
@@ -82,6 +80,23 @@ class ColumnSubset:
 
     columns: np.ndarray  # int64, ascending
     scale: float  # P_b / k: the Gram of the drawn columns is multiplied by it
+
+
+@dataclass(frozen=True)
+class GrownGram:
+    """A Gram of the first rows, made before the run grew."""
+
+    known: int  # so many rows, whose products with each other it holds
+    read: Callable[[str], np.ndarray]  # parameter -> (at least known, at least known) float64
+
+
+@dataclass(frozen=True)
+class _Products:
+    """How tasks multiply."""
+
+    dtype: torch.dtype
+    device: str  # 'cpu', 'cuda' or 'auto'
+    threads: int | None  # of BLAS, set in the task; None: they were set for the whole process
 
 
 @dataclass(frozen=True)
@@ -147,6 +162,7 @@ def build_grams(
     *,
     names: Iterable[str] | None = None,
     subsets: Mapping[str, ColumnSubset] | None = None,
+    grown: Mapping[str, GrownGram] | None = None,
     progress: bool = False,
 ) -> list[Any]:
     """Build the Gram of every parameter with Dask and hand each to `sink` in the task that finished it.
@@ -155,10 +171,11 @@ def build_grams(
 
     Args:
         rows: where the gradients are.
-        config: `dtype_gram`, `n_workers`, `memory_budget` and `use_deterministic` count here.
+        config: `dtype_gram`, `gram_device`, `n_workers`, `memory_budget` and `use_deterministic` count here.
         sink: receives each `ParameterGram`; with a distributed client it runs on a worker.
         names: which parameters; `None` means all.
         subsets: columns to use of some parameters, see `draw_columns`.
+        grown: Grams that exist for the first rows; only products with further rows are formed.
         progress: show a bar.
 
     Returns:
@@ -169,18 +186,23 @@ def build_grams(
         CorruptRunError: a Gram is not finite: rows are missing or altered.
     """
     names = list(rows.parameters if names is None else names)
-    subsets = subsets or {}
+    subsets, grown = subsets or {}, grown or {}
     workers = config.n_workers or len(os.sched_getaffinity(0))
     panels = panels_per_slab(rows.n_samples, workers, config.memory_budget)
+    client = _client()
+    products = _Products(config.dtype_gram, config.gram_device, None if client is None else _threads(1, config))
     tasks, n_folds = [], 0
     for name in names:
+        known = grown[name].known if name in grown else 0
         folds = [
-            dask.delayed(_fold, pure=False)(rows, name, start, stop, panels, config.dtype_gram, subsets.get(name))
+            dask.delayed(_fold, pure=False)(rows, name, start, stop, panels, products, subsets.get(name), known)
             for start, stop in _fold_ranges(rows.parameters[name])
         ]
         n_folds += len(folds)
-        tasks.append(dask.delayed(_finish, pure=False)(name, folds, subsets.get(name), sink))
-    with _blas_threads(workers, config.use_deterministic), _Progress(n_folds, enabled=progress):
+        tasks.append(dask.delayed(_finish, pure=False)(name, folds, subsets.get(name), grown.get(name), sink))
+    if client is not None:
+        return _on_cluster(client, tasks, progress)
+    with threadpoolctl.threadpool_limits(_threads(workers, config)), _Progress(n_folds, enabled=progress):
         return list(dask.compute(*tasks, **_scheduler(workers)))
 
 
@@ -215,13 +237,16 @@ def _fold(
     start: int,
     stop: int,
     panels: int,
-    dtype: torch.dtype,
+    how: _Products,
     subset: ColumnSubset | None,
+    known: int,
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return the Gram of columns `start` to `stop` in float64, and the products of those columns with the mean."""
-    total = np.zeros((rows.n_samples, rows.n_samples))
+    """Return the rows from `known` on of the Gram of columns `start` to `stop`, and those columns times the mean."""
+    if how.threads is not None:
+        threadpoolctl.threadpool_limits(how.threads)
+    total = panel_sum(rows.n_samples, known, how.device)
     products = None
-    product_dtype = np.float64 if dtype == torch.float64 or rows.parameters[name] < WIDE else np.float32
+    product_dtype = np.float64 if how.dtype == torch.float64 or rows.parameters[name] < WIDE else np.float32
     chunk = rows.chunk_columns(name)
     # Whole chunks at a time, so that none is read twice.
     width = max(panels * PANEL // max(chunk, 1) * chunk, min(chunk, panels * PANEL), 1)
@@ -237,35 +262,21 @@ def _fold(
                 inside = _inside(subset.columns, left + first, left + first + panel.shape[1])
                 panel = panel[:, inside]
             panel = np.ascontiguousarray(panel)
-            total += _product(panel)
+            total.add(panel)
             if mean is not None:
                 part = mean[first : first + PANEL]
                 part = part if subset is None else part[inside]
                 here = np.append(panel.astype(np.float64) @ part, part @ part)
                 products = here if products is None else products + here
         del slab
-    return total, products
-
-
-def _product(panel: np.ndarray) -> np.ndarray:
-    """Return `panel @ panel.T`, without the underflow or overflow that squaring extreme float32 gradients would bring.
-
-    Scaling by a power of two is exact, so it changes no bit of a product that needed none.
-    """
-    if panel.dtype != np.float32 or panel.size == 0:
-        return panel @ panel.T
-    peak = float(max(panel.max(), -panel.min()))
-    if not np.isfinite(peak) or peak == 0.0 or _SAFE_PEAK[0] < peak < _SAFE_PEAK[1]:
-        return panel @ panel.T
-    exponent = int(np.floor(np.log2(peak)))
-    scaled = np.ldexp(panel, -exponent)
-    return np.ldexp((scaled @ scaled.T).astype(np.float64), 2 * exponent)
+    return total.result(), products
 
 
 def _finish(
     name: str,
     folds: list[tuple[np.ndarray, np.ndarray | None]],
     subset: ColumnSubset | None,
+    grown: GrownGram | None,
     sink: Callable[[ParameterGram], Any],
 ) -> Any:
     """Add the folds in the order of the columns, check, and hand the Gram on."""
@@ -274,6 +285,7 @@ def _finish(
     for more, more_products in folds[1:]:
         gram = gram + more
         products = None if products is None else products + more_products
+    gram = complete(gram, None if grown is None else grown.read(name)[: grown.known, : grown.known])
     if not np.isfinite(gram).all():
         samples = np.flatnonzero(~np.isfinite(gram.diagonal()))
         raise CorruptRunError(
@@ -293,22 +305,36 @@ def _list(samples: np.ndarray) -> str:
     return shown + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
 
 
+def _client() -> Any:
+    """Return the active distributed client, or `None`."""
+    distributed = sys.modules.get("distributed")  # a client can only be active where it was imported
+    if distributed is None:
+        return None
+    try:
+        return distributed.default_client()
+    except ValueError:
+        return None
+
+
 def _scheduler(workers: int) -> dict[str, Any]:
     """Use the active distributed client where there is one, else threads."""
-    distributed = sys.modules.get("distributed")  # a client can only be active where it was imported
-    if distributed is not None:
-        try:
-            distributed.default_client()
-            return {}
-        except ValueError:
-            pass  # imported, but no client is active
-    return {"scheduler": "threads", "num_workers": workers}
+    return {"scheduler": "threads", "num_workers": workers} if _client() is None else {}
 
 
-def _blas_threads(workers: int, deterministic: bool) -> threadpoolctl.threadpool_limits:
+def _on_cluster(client: Any, tasks: Sequence[Any], progress: bool) -> list[Any]:
+    """Compute the tasks on a cluster; a worker that dies has its tasks done again by another."""
+    from distributed import as_completed
+
+    futures = client.compute(list(tasks))
+    with tqdm(total=len(futures), desc="Gram", unit="parameter", disable=not progress) as bar:
+        for _ in as_completed(futures):
+            bar.update(1)
+    return client.gather(futures)
+
+
+def _threads(workers: int, config: SpectralConfig) -> int:
     """Share the cores between the workers' BLAS calls; one thread each where bits must not depend on the machine."""
-    cores = len(os.sched_getaffinity(0))
-    return threadpoolctl.threadpool_limits(1 if deterministic else max(1, cores // workers))
+    return 1 if config.use_deterministic else max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 class _Progress(Callback):

@@ -6,9 +6,7 @@ because a mean scales each gradient by its sequence length and the Fisher is def
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -17,9 +15,21 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from streamfisher.config import LossName
-from streamfisher.errors import DataError, LossError
+from streamfisher.errors import LossError
+from streamfisher.model_call import (
+    base_model,
+    batch_size,
+    call_model,
+    find_logits,
+    is_encoder_decoder,
+    sample_of,
+    scalar_loss,
+    try_forward,
+)
+from streamfisher.predictive import draw_labels, sample_seed
+from streamfisher.samples import IGNORED_LABEL
 
-IGNORED = -100  # labels with this value are no targets
+__all__ = ["PerSampleLoss", "resolve_loss", "draw_labels", "sample_seed"]
 
 _REDUCTION = {
     "causal": "sum over target tokens of cross-entropy, targets shifted by one",
@@ -57,7 +67,7 @@ class PerSampleLoss:
         if self.function is not None:
             return _check_user_losses(self.function(model, batch), n_samples, self.name)
         if self.sequential:
-            return torch.stack([_scalar_loss(model, sample_of(batch, i)) for i in range(n_samples)])
+            return torch.stack([scalar_loss(model, sample_of(batch, i)) for i in range(n_samples)])
         return self.from_logits(self.logits(model, batch), batch)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -97,7 +107,7 @@ class PerSampleLoss:
         if self.name == "classification":
             labels = self.labels(batch).reshape(n_samples)
             _check_targets(labels.unsqueeze(1), logits.shape[-1])
-            return cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+            return cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="none")
         targets = self.targets(batch)
         if logits.dim() != 3 or logits.shape[1] != targets.shape[1]:
             raise LossError(
@@ -105,7 +115,7 @@ class PerSampleLoss:
                 f"{self.name!r} loss. Choose another loss, or give labels of one per logit."
             )
         _check_targets(targets, logits.shape[-1])
-        losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
         return losses.view(targets.shape).sum(1)
 
     def targets(self, batch: Mapping[str, Any]) -> Tensor:
@@ -125,19 +135,19 @@ class PerSampleLoss:
             mask = batch.get("decoder_attention_mask")
         targets = labels.clone()
         if mask is not None and mask.shape == labels.shape:
-            targets = targets.masked_fill(mask == 0, IGNORED)
+            targets = targets.masked_fill(mask == 0, IGNORED_LABEL)
         if self.name == "causal":
-            shifted = torch.full_like(targets, IGNORED)
+            shifted = torch.full_like(targets, IGNORED_LABEL)
             shifted[:, :-1] = targets[:, 1:]
             targets = shifted
             if mask is not None and mask.shape == labels.shape:
-                targets = targets.masked_fill(mask == 0, IGNORED)
+                targets = targets.masked_fill(mask == 0, IGNORED_LABEL)
         return targets
 
     def n_targets(self, batch: Mapping[str, Any]) -> Tensor:
         """Return the number of target tokens of each sample, or 1 where a sample is one target: `(B,)` int64."""
         if self.name in ("causal", "token"):
-            return (self.targets(batch) != IGNORED).sum(1).to(torch.int64)
+            return (self.targets(batch) != IGNORED_LABEL).sum(1).to(torch.int64)
         return torch.ones(batch_size(batch), dtype=torch.int64)
 
     def metadata(self) -> dict[str, Any]:
@@ -180,7 +190,7 @@ def _choose(model: nn.Module, batch: Mapping[str, Any], seq2seq: bool) -> tuple[
     """Return the name of the loss and the reason for choosing it."""
     class_name = type(base_model(model)).__name__
     labels = batch.get("labels")
-    logits, has_scalar = _try_forward(model, batch)
+    logits, has_scalar = try_forward(model, batch)
     if logits is None:
         if has_scalar:
             return "model", "the model returns only a scalar loss; it is taken one sample at a time"
@@ -219,200 +229,15 @@ def _choose(model: nn.Module, batch: Mapping[str, Any], seq2seq: bool) -> tuple[
         return "causal", "the model says is_causal"
     if getattr(getattr(base_model(model), "config", None), "is_decoder", False) is True:
         return "causal", "the model's config says is_decoder"
-    if inputs is not None and inputs.shape == labels.shape and bool(((labels == inputs) | (labels == IGNORED)).all()):
-        return _shifted()
+    if inputs is not None and inputs.shape == labels.shape:
+        same = (labels == inputs) | (labels == IGNORED_LABEL)
+        if bool(same.all()):
+            return _shifted()
     return "token", "labels differ from the inputs: aligned with the logits"
 
 
 def _shifted() -> tuple[str, str]:
     return "causal", "labels are the inputs: shifted by one"
-
-
-def _try_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor | None, bool]:
-    """Return the logits on the first sample, and whether there is a scalar loss instead."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            sample = sample_of(batch, 0)
-            needs_labels = is_encoder_decoder(model)
-            if needs_labels and "labels" not in sample and "input_ids" in sample:
-                sample["labels"] = sample["input_ids"]
-            # A model that insists on its labels cannot be called without them: it computes its own loss.
-            takes_labels = "labels" in sample and _requires(model, "labels")
-            try:
-                output = call_model(model, sample, drop=() if needs_labels or takes_labels else ("labels",))
-            except (AttributeError, TypeError, ValueError, RuntimeError):
-                if "labels" not in sample:
-                    raise
-                # Labels may be optional in the signature and still needed; what fails with them fails for good.
-                output = call_model(model, sample, drop=())
-            logits = find_logits(output)
-            if logits is not None:
-                return logits, False
-            if find_loss(output) is None and "labels" in sample:
-                output = call_model(model, sample, drop=())
-            return None, find_loss(output) is not None
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def call_model(model: nn.Module, batch: Mapping[str, Any], *, drop: Sequence[str] = ("labels",)) -> Any:
-    """Call `model` with what its forward accepts of `batch`.
-
-    Keywords that forward names are given by name, others only if it takes `**kwargs`. A forward without `input_ids`
-    gets them as its first argument; if it names nothing of the batch, it gets the batch's first tensor. Key-value
-    caches are switched off where the forward has the switch.
-
-    Raises:
-        LossError: nothing in the batch can be given to the forward.
-    """
-    values = {key: value for key, value in batch.items() if key not in drop}
-    parameters = inspect.signature(model.forward).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    named = {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    known = {key: value for key, value in values.items() if key in named}
-    positional: list[Any] = []
-    if "input_ids" in values and "input_ids" not in named:
-        if not open_ended or named:
-            positional = [values["input_ids"]]
-    elif not known and not open_ended:
-        first = next((value for value in values.values() if isinstance(value, Tensor)), None)
-        if first is None:
-            raise LossError(
-                f"{type(model).__name__}.forward takes nothing of the batch's {', '.join(batch) or 'keys'}."
-            )
-        positional = [first]
-    if open_ended:
-        known = {key: value for key, value in values.items() if not (positional and key == "input_ids")}
-    if "use_cache" in named and "use_cache" not in known:
-        known["use_cache"] = False
-    return model(*positional, **known)
-
-
-def find_logits(output: Any) -> Tensor | None:
-    """Return the logits of a model's output: the tensor itself, `.logits`, `["logits"]` or a tuple's first element.
-
-    A tensor without axes is a loss, not logits.
-    """
-    found: Any = None
-    if isinstance(output, Tensor):
-        found = output
-    elif getattr(output, "logits", None) is not None:
-        found = output.logits
-    elif isinstance(output, Mapping):
-        found = output.get("logits")
-    elif isinstance(output, tuple | list) and output:
-        found = output[0]
-    return found if isinstance(found, Tensor) and found.dim() > 0 else None
-
-
-def find_loss(output: Any) -> Tensor | None:
-    """Return the scalar loss of a model's output, or None."""
-    found: Any = output
-    if not isinstance(output, Tensor):
-        if isinstance(output, Mapping):
-            found = output.get("loss")
-        elif isinstance(output, tuple | list) and output:
-            found = output[0]
-        else:
-            found = getattr(output, "loss", None)
-    return found if isinstance(found, Tensor) and found.numel() == 1 else None
-
-
-def base_model(model: nn.Module) -> nn.Module:
-    """Return the model under adapters (PEFT) and compilation, whose class name says what it is."""
-    model = getattr(model, "_orig_mod", model)
-    getter = getattr(model, "get_base_model", None)
-    return getter() if callable(getter) else model
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Return whether the model's config says that a decoder is fed with (shifted) labels."""
-    return getattr(getattr(base_model(model), "config", None), "is_encoder_decoder", False) is True
-
-
-def batch_size(batch: Mapping[str, Any]) -> int:
-    """Return the number of samples: the first axis of `input_ids`, `labels` or the first tensor.
-
-    Raises:
-        DataError: the batch has no batched tensor.
-    """
-    for key in ("input_ids", "labels", *batch):
-        value = batch.get(key)
-        if isinstance(value, Tensor) and value.dim() > 0:
-            return value.shape[0]
-    raise DataError(f"The batch has no tensor with a batch axis, only {', '.join(map(str, batch)) or 'nothing'}.")
-
-
-def sample_of(batch: Mapping[str, Any], index: int) -> dict[str, Any]:
-    """Return sample `index` as a batch of one; what has no batch axis is passed on.
-
-    Raises:
-        DataError: a tensor's first axis is neither the batch nor 1.
-    """
-    n_samples = batch_size(batch)
-    sample = {}
-    for key, value in batch.items():
-        if isinstance(value, Tensor) and value.dim() > 0:
-            if value.shape[0] == n_samples:
-                value = value[index : index + 1]
-            elif value.shape[0] != 1:
-                raise DataError(
-                    f"{key} has shape {tuple(value.shape)}, but the batch has {n_samples} samples. Batched tensors "
-                    "have the sample as their first axis."
-                )
-        sample[key] = value
-    return sample
-
-
-def sample_seed(seed: int, number: int) -> int:
-    """Return a 63-bit seed for sample `number`, the same in every process and whatever batch the sample is in."""
-    digest = hashlib.sha256(f"streamfisher:{seed}:{number}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
-
-
-def draw_labels(
-    model: nn.Module, batch: Mapping[str, Any], loss: PerSampleLoss, seeds: Sequence[int]
-) -> dict[str, Any]:
-    """Return `batch` with labels drawn from the model's own predictive distribution (Monte-Carlo true Fisher).
-
-    Each sample has its own generator, so its draw depends on its seed and position only, not on its batch. Tokens are
-    drawn by inverting the cumulative distribution at a uniform number, given the data's own context (teacher forcing),
-    and only where the data has a target. Regression draws `y ~ N(f, 1)`.
-
-    Args:
-        model: the model, in the mode in which it is to be analysed.
-        batch: a dict of batched tensors.
-        loss: what `resolve_loss` returned.
-        seeds: one per sample, see `sample_seed`.
-
-    Raises:
-        LossError: the loss gives no predictive distribution (the user's own, or the model's scalar).
-    """
-    if loss.function is not None or loss.sequential:
-        raise LossError(f"labels='model' needs a predictive distribution, which the loss {loss.name!r} does not give.")
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with torch.no_grad():
-        logits = loss.logits(model, batch)
-    if loss.name == "regression":
-        noise = torch.stack([torch.randn(logits.shape[1:], generator=g, dtype=torch.float64) for g in generators])
-        return {**batch, "labels": logits + noise.to(logits)}
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    shape = logits.shape[1:-1]
-    uniform = torch.stack([torch.rand(shape, generator=g, dtype=torch.float64) for g in generators])
-    # The cumulative distribution may end a rounding below 1: scaling the draw keeps it inside.
-    uniform = uniform.to(cumulative.device).unsqueeze(-1) * cumulative[..., -1:]
-    drawn = torch.searchsorted(cumulative, uniform, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
-    if loss.name == "classification":
-        return {**batch, "labels": drawn}
-    drawn = torch.where(loss.targets(batch) == IGNORED, IGNORED, drawn)
-    if loss.name == "causal":
-        shifted = torch.full_like(drawn, IGNORED)
-        shifted[:, 1:] = drawn[:, :-1]
-        drawn = shifted
-    return {**batch, "labels": drawn}
 
 
 def _gaussian(mean: Tensor, labels: Tensor) -> Tensor:
@@ -429,7 +254,7 @@ def _gaussian(mean: Tensor, labels: Tensor) -> Tensor:
 
 def _check_targets(targets: Tensor, n_classes: int) -> None:
     """Raise `LossError` for samples without a target and for labels that are no class."""
-    valid = targets != IGNORED
+    valid = targets != IGNORED_LABEL
     empty = (~valid.any(1)).nonzero().flatten().tolist()
     if empty:
         raise _sample_error(f"Sample {_list(empty)} of the batch has no target: every label is masked.", empty)
@@ -438,7 +263,7 @@ def _check_targets(targets: Tensor, n_classes: int) -> None:
         samples = wrong.any(1).nonzero().flatten().tolist()
         raise _sample_error(
             f"Label {int(targets[wrong][0])} in sample {_list(samples)} of the batch is not one of {n_classes} "
-            f"classes (0 to {n_classes - 1}, or {IGNORED} for none).",
+            f"classes (0 to {n_classes - 1}, or {IGNORED_LABEL} for none).",
             samples,
         )
 
@@ -465,18 +290,3 @@ def _check_user_losses(losses: Any, n_samples: int, name: str) -> Tensor:
     if not losses.is_floating_point():
         raise LossError(f"The loss {name!r} returned {losses.dtype}; it must be a floating dtype.")
     return losses
-
-
-def _scalar_loss(model: nn.Module, sample: Mapping[str, Any]) -> Tensor:
-    """Return the model's own scalar loss on a batch of one."""
-    value = find_loss(call_model(model, sample, drop=()))
-    if value is None:
-        raise LossError(
-            f"{type(model).__name__} returned no scalar loss. Give a loss(model, batch) -> (B,) of your own."
-        )
-    return value.reshape(())
-
-
-def _requires(model: nn.Module, name: str) -> bool:
-    parameter = inspect.signature(model.forward).parameters.get(name)
-    return parameter is not None and parameter.default is parameter.empty

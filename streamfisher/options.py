@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from streamfisher.blocks import STRUCTURES
-from streamfisher.config import SpectralConfig, check_keys, read_config_file
+from streamfisher.config import SpectralConfig, check_keys, read_config_file, read_mapping
 from streamfisher.errors import ConfigError
 
 #: Names on the command line and in files that differ from the field they set.
@@ -24,7 +24,8 @@ _ALIASES = {
     "workers": "n_workers",
 }
 _CENTER = {"no": (False,), "yes": (True,), "both": (False, True)}
-_RUN_KEYS = ("model", "data", "out", "samples", "field", "tokenizer", "trust_remote_code", "top_k")
+_RUN_KEYS = ("model", "data", "out", "samples", "field", "tokenizer", "trust_remote_code", "top_k", "dask_scheduler")
+_RUN_KEYS += ("device_map", "offload_folder", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class RunOptions:
     """What a command was asked for: the config, and what only the command line needs."""
 
     config: SpectralConfig = field(default_factory=SpectralConfig)
-    structures: tuple[str, ...] = ("layer",)
+    structures: tuple[str | dict[str, str], ...] = ("layer",)  # a dict: own patterns, pattern -> block
     centers: tuple[bool, ...] = (False,)
     model: str = ""
     data: str = ""
@@ -42,6 +43,10 @@ class RunOptions:
     tokenizer_spec: str | None = None
     trust_remote_code: bool = False
     top_k: int | None = None
+    device_map: str | None = None  # a strategy of Accelerate or a file, for a model larger than one device
+    offload_folder: str | None = None  # for weights on disk; None: beside the run
+    fsdp: bool = False  # spread the weights over the ranks
+    dask_scheduler: str | None = None  # address of a running cluster for the reduction
 
     def tokenizer(self) -> Any:
         """Return text -> token ids: the model's own tokenizer for Hugging Face models, bytes for callables."""
@@ -57,12 +62,23 @@ class RunOptions:
         return partial(_token_ids, tokenizer)
 
     def description(self) -> dict[str, Any]:
-        """Return what model and data were named as, for the manifest."""
-        return {"model": self.model, "data": self.data, "field": self.field, "tokenizer": self.tokenizer_spec}
+        """Return what was asked for besides the config, for the manifest."""
+        return {
+            "model": self.model,
+            "data": self.data,
+            "samples": self.samples,
+            "field": self.field,
+            "tokenizer": self.tokenizer_spec,
+            "trust_remote_code": self.trust_remote_code,
+            "blocks": list(self.structures),
+            "center": ["yes" if center else "no" for center in self.centers],
+            "top_k": self.top_k,
+        }
 
     def analysis_config(self, of_run: SpectralConfig) -> SpectralConfig:
         """Return the run's config with this command's solver and Gram options."""
         fields = ("eps", "n_workers", "memory_budget", "eigensolve_device", "dtype_gram", "dtype_eigensolve")
+        fields += ("gram_device",)
         return of_run.replace(**{name: getattr(self.config, name) for name in fields})
 
 
@@ -94,7 +110,7 @@ def read_run_options(arguments: argparse.Namespace, base: SpectralConfig | None 
     structures = _structures(structures if structures is not None else base.block_structure)
     centers = _centers(centers if centers is not None else base.center_gradients)
     try:
-        config = base.replace(**values, block_structure=structures[0], center_gradients=centers[0])
+        config = base.replace(**values, block_structure=_named(structures, base), center_gradients=centers[0])
     except TypeError as error:
         raise ConfigError(str(error)) from error
     if hasattr(arguments, "out") and "model" in vars(arguments):
@@ -103,11 +119,12 @@ def read_run_options(arguments: argparse.Namespace, base: SpectralConfig | None 
                 raise ConfigError(
                     f"{'--out' if key == 'out' else key.upper()} is missing; see `streamfisher run --help`."
                 )
-    samples = extra.get("samples")
-    if "model" in vars(arguments) and samples is not None and (not isinstance(samples, int) or samples < 2):
-        raise ConfigError(f"--samples {samples}: a spectrum needs at least 2 samples.")
-    if isinstance(extra.get("top_k"), int) and extra["top_k"] < 1:
-        raise ConfigError(f"--top-k {extra['top_k']}: ask for at least 1 eigenvalue, or leave it out for all.")
+    samples = extra.get("samples") if "model" in vars(arguments) else None  # a slice where a run is re-analysed
+    _require_whole("samples", samples, 2, "a spectrum needs at least 2 samples")
+    _require_whole("top-k", extra.get("top_k"), 1, "ask for at least 1 eigenvalue, or leave it out for all")
+    trust = extra.get("trust_remote_code", False)
+    if not isinstance(trust, bool):
+        raise ConfigError(f"trust_remote_code={trust!r} must be true or false.")
     return RunOptions(
         config=config,
         structures=structures,
@@ -115,47 +132,55 @@ def read_run_options(arguments: argparse.Namespace, base: SpectralConfig | None 
         model=str(extra.get("model", "")),
         data=str(extra.get("data", "")),
         out=str(extra.get("out", "")),
-        samples=samples if isinstance(samples, int) else None,
+        samples=samples,
         field=extra.get("field", "text"),
         tokenizer_spec=extra.get("tokenizer"),
-        trust_remote_code=bool(extra.get("trust_remote_code", False)),
+        trust_remote_code=trust,
         top_k=extra.get("top_k"),
+        device_map=extra.get("device_map"),
+        offload_folder=extra.get("offload_folder"),
+        fsdp=bool(extra.get("fsdp", False)),
+        dask_scheduler=extra.get("dask_scheduler"),
     )
 
 
-def parse_samples(text: str | None, n_samples: int) -> slice | None:
-    """Return the slice that `'0:512'`, `':100'` or `'100'` (the first hundred) names.
-
-    Raises:
-        ConfigError: the text has another form or selects fewer than 2 of `n_samples`.
-    """
-    if text is None:
-        return None
-    parts = text.split(":")
-    try:
-        numbers = [int(part) if part.strip() else None for part in parts]
-    except ValueError:
-        numbers = []
-    if not 1 <= len(numbers) <= 3:
-        raise ConfigError(f"--samples {text!r} is not a slice; write for example 0:512 or 0:1024:2.")
-    chosen = slice(numbers[0]) if len(numbers) == 1 else slice(*numbers)
-    if len(range(*chosen.indices(n_samples))) < 2:
-        raise ConfigError(f"--samples {text} selects fewer than 2 of the run's {n_samples} samples.")
-    return chosen
+def _require_whole(option: str, value: Any, least: int, remedy: str) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"--{option} {value!r} must be a whole number.")
+    if value < least:
+        raise ConfigError(f"--{option} {value}: {remedy}.")
 
 
-def _structures(value: Any) -> tuple[str, ...]:
-    names = tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else tuple(value)
-    for name in names:
-        if name not in STRUCTURES:
-            raise ConfigError(f"--blocks {name!r} is unknown; choose among {', '.join(STRUCTURES)}.")
-    return names
+def _named(structures: tuple[str | dict[str, str], ...], base: SpectralConfig) -> str:
+    """Return the first structure that has a name."""
+    return next((name for name in structures if isinstance(name, str)), base.block_structure)
+
+
+def _structures(value: Any) -> tuple[str | dict[str, str], ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names:
+        raise ConfigError(f"--blocks {value!r} names no structure; choose among {', '.join(STRUCTURES)}.")
+    return tuple(_structure(name.strip() if isinstance(name, str) else name) for name in names)
+
+
+def _structure(name: Any) -> str | dict[str, str]:
+    """Return the name of a block structure, or the patterns that a file holds."""
+    if isinstance(name, str) and name.endswith((".yaml", ".yml", ".toml", ".json")):
+        patterns = read_mapping(name, "--blocks")
+        if not patterns or not all(isinstance(item, str | int) for pair in patterns.items() for item in pair):
+            raise ConfigError(f"--blocks {name} must map patterns of parameter names to names of blocks.")
+        return {str(pattern): str(block) for pattern, block in patterns.items()}
+    if name not in STRUCTURES:
+        raise ConfigError(f"--blocks {name!r} is unknown; choose among {', '.join(STRUCTURES)}, or name a .yaml file.")
+    return name
 
 
 def _centers(value: Any) -> tuple[bool, ...]:
     if isinstance(value, bool):
         return (value,)
-    if value not in _CENTER:
+    if not isinstance(value, str) or value not in _CENTER:
         raise ConfigError(f"--center {value!r} is unknown; choose no, yes or both.")
     return _CENTER[value]
 
@@ -194,6 +219,7 @@ def add_collection_options(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", default=None, help="a Hugging Face folder or id, or 'bytes' (default: the model's own)"
     )
     data.add_argument("--sample-unit", default=None, help="sequence (default), or token: one gradient per token's loss")
+    data.add_argument("--tokens-per-sequence", type=int, default=None, help="draw so many of them (default: all)")
     data.add_argument(
         "--labels", default=None, help="data: empirical Fisher (default); model: labels drawn from the model"
     )
@@ -221,6 +247,25 @@ def add_collection_options(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="the same bits every time, on CUDA too",
     )
+    gradients.add_argument(
+        "--rank-timeout",
+        type=int,
+        default=None,
+        metavar="SECONDS",
+        help="give up when no rank got on for so long (default: 1800)",
+    )
+    gradients.add_argument(
+        "--device-map",
+        default=None,
+        metavar="MAP",
+        help="spread a large model: auto, balanced, sequential, or a .json or .yaml file of modules and devices",
+    )
+    gradients.add_argument(
+        "--offload-folder", default=None, help="for weights that a device map puts on disk (default: RUN.zarr.offload)"
+    )
+    gradients.add_argument(
+        "--fsdp", action="store_true", default=None, help="spread the weights over the ranks (FSDP2)"
+    )
     gradients.add_argument("--device", default=None, help="auto (default), cpu, cuda, cuda:1")
     gradients.add_argument("--trust-remote-code", action="store_true", default=None, help="run code of a checkpoint")
     store = parser.add_argument_group("store")
@@ -234,6 +279,15 @@ def add_collection_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_cluster_options(parser: argparse.ArgumentParser) -> None:
+    """Add where Gram matrices are multiplied."""
+    group = parser.add_argument_group("reduction")
+    group.add_argument(
+        "--dask-scheduler", default=None, metavar="ADDRESS", help="of a running Dask cluster (default: threads here)"
+    )
+    group.add_argument("--gram-device", default=None, help="cpu (default), cuda, auto: where products are formed")
+
+
 def add_analysis_options(parser: argparse.ArgumentParser) -> None:
     """Add what decides the spectrum of given gradients."""
     group = parser.add_argument_group("spectrum")
@@ -242,7 +296,7 @@ def add_analysis_options(parser: argparse.ArgumentParser) -> None:
         dest="block_structure",
         default=None,
         metavar="LIST",
-        help=f"one or more of {','.join(STRUCTURES)}, with commas (default: layer)",
+        help=f"one or more of {','.join(STRUCTURES)}, with commas (default: layer), or a file: pattern -> block",
     )
     group.add_argument(
         "--center",

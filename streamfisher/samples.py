@@ -110,12 +110,14 @@ class TokenSamples:
         sequences: the sequences that the tokens come from.
         shifted: the label at position t is predicted from the tokens before it (causal models). The sequence is then
             cut after t, which changes nothing and saves the rest.
+        per_sequence: draw at most so many target tokens of each sequence; `None` takes all.
+        seed: of the draw, which depends on it and on the sequence's number only.
 
     Raises:
         DataError: no sequence has a target token.
     """
 
-    def __init__(self, sequences: Samples, *, shifted: bool):
+    def __init__(self, sequences: Samples, *, shifted: bool, per_sequence: int | None = None, seed: int = 0):
         self.sequences = sequences
         self.shifted = shifted
         self.targets: list[tuple[int, int]] = []  # (sequence, position) of each sample
@@ -132,7 +134,11 @@ class TokenSamples:
                 valid = valid & (sample["attention_mask"] != 0)
             if shifted:
                 valid[0] = False
-            self.targets += [(index, int(position)) for position in valid.nonzero()]
+            positions = valid.nonzero().flatten().numpy()
+            if per_sequence is not None and len(positions) > per_sequence:
+                generator = np.random.Generator(np.random.PCG64([seed, index]))
+                positions = np.sort(generator.choice(positions, size=per_sequence, replace=False))
+            self.targets += [(index, int(position)) for position in positions]
         if not self.targets:
             raise DataError("no sequence has a target token: every label is masked, or every sequence has one token.")
 
@@ -190,11 +196,17 @@ def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stack samples into a batch, padded on the right where sequences differ in length.
 
     Padding is 0, except -100 for `labels`; an `attention_mask` of shape (B, T) is added when something was padded and
-    the samples bring none.
+    the samples bring none. Packed sequences (several documents in one, `position_ids` that start again at each) get no
+    mask: models tell the documents apart by the positions only as long as none is given. Their labels are made
+    explicit instead, so that padding is no target.
 
     Raises:
         DataError: samples differ in keys, dtypes or in more than their first axis.
     """
+    lengths = [sequence_length(sample) for sample in samples]
+    packed = len(set(lengths)) > 1 and any(_is_packed(sample) for sample in samples)
+    if packed:
+        samples = [{**sample, "labels": sample.get("labels", sample["input_ids"])} for sample in samples]
     first = samples[0]
     for sample in samples[1:]:
         if sample.keys() != first.keys():
@@ -210,11 +222,17 @@ def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         else:
             padding = _PADDING.get(key, 0)
             batch[key] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
-    lengths = [sequence_length(sample) for sample in samples]
-    if "input_ids" in batch and "attention_mask" not in batch and len(set(lengths)) > 1:
+    if "input_ids" in batch and "attention_mask" not in batch and len(set(lengths)) > 1 and not packed:
         positions = torch.arange(batch["input_ids"].shape[1])
         batch["attention_mask"] = (positions < torch.tensor(lengths)[:, None]).long()
     return batch
+
+
+def _is_packed(sample: Mapping[str, Tensor]) -> bool:
+    """Return whether a sample holds several documents: `position_ids` that start again."""
+    positions = sample.get("position_ids")
+    has_ids = "input_ids" in sample and "attention_mask" not in sample
+    return has_ids and positions is not None and positions.ndim == 1 and bool((positions[1:] <= positions[:-1]).any())
 
 
 class _BatchedTensors:

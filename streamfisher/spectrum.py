@@ -16,19 +16,23 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from streamfisher import eigen
 from streamfisher.config import SpectralConfig
+from streamfisher.metrics import effective_rank, frobenius, shape_metrics
+from streamfisher.noise import noise_floor
+
+if TYPE_CHECKING:
+    from streamfisher.uncertainty import Bootstrap
 
 NORMALIZATION = {False: "(1/N) * G^T G", True: "(1/N) * (G - mean)^T (G - mean)"}
 
-#: One percent of error is reached where an eigenvalue is this many times the variance that rounding the rows added.
-_ROUNDING_MARGIN = 100.0
-#: What forward and backward passes of a model multiply a unit roundoff by, measured on small models.
+#: What forward and backward passes multiply a unit roundoff by: in the size of a row, and in a singular value's place.
+_ROW_ERROR = 192.0
 _AMPLIFICATION = 32.0
 #: Centering by H K H with float32 products loses digits in proportion to N |mean|^2 over the trace of the covariance;
 #: at this ratio the error of an eigenvalue reaches about 1e-4.
@@ -52,20 +56,23 @@ class BlockSpectrum:
     roundoff: float = 2.0**-24  # unit roundoff of the rows
     reason: str | None = None  # why the spectrum is empty, where it is
     top_k: int = 100  # how many eigenvalues `metrics` lists
+    norm: float | None = None  # |F|_F, root of the sum of all squared eigenvalues; None: from those listed
 
     @property
     def relative_errors(self) -> np.ndarray:
         """Return an estimate of each eigenvalue's relative error, (r,) float64; infinite below the noise floor.
 
-        Rows rounded with unit roundoff u move a singular value by about `u sigma_1` (Weyl), times what the passes
-        through the layers amplify; products move an eigenvalue by about `eps(product) lambda_1`:
+        Forward and backward passes leave a relative error of some u in every row and move a singular value by some
+        `u sigma_1` (Weyl); products move an eigenvalue by about `eps(product) lambda_1`:
 
-            32 u sqrt(lambda_1 / lambda_k) + floor / (N lambda_k)
+            u (192 + 32 sqrt(lambda_1 / lambda_k)) + floor / (N lambda_k)
+
+        The two factors are what small models showed (`tests/benchmarks/precision.py`), with room.
         """
         errors = np.full(len(self.eigenvalues), np.inf)
         values = self.eigenvalues[self.above_floor]
         if len(values):
-            rows = _AMPLIFICATION * self.roundoff * np.sqrt(self.eigenvalues[0] / values)
+            rows = self.roundoff * (_ROW_ERROR + _AMPLIFICATION * np.sqrt(self.eigenvalues[0] / values))
             errors[self.above_floor] = rows + self.noise_floor / (self.n_samples * values)
         return errors
 
@@ -85,7 +92,8 @@ class BlockSpectrum:
         - `effective_rank`: exp(H(p)), p the eigenvalues above the floor over their sum (Roy and Vetterli, 2007);
         - `numerical_rank`: how many eigenvalues lie above the noise floor;
         - `trace`: the sum of all eigenvalues, that is, the mean squared gradient norm;
-        - `top_eigenvalues`: the largest ones, descending.
+        - `top_eigenvalues`: the largest ones, descending;
+        - stable rank, participation ratio, cumulative variance and power law: see `metrics.shape_metrics`.
         """
         values = self.eigenvalues
         significant = values[self.above_floor]
@@ -104,6 +112,13 @@ class BlockSpectrum:
             "noise_floor": self.noise_floor,
             "top_eigenvalues": [float(value) for value in values[: self.top_k]],
             "trace": self.trace,
+            **shape_metrics(
+                values,
+                self.above_floor,
+                self.trace,
+                float(np.linalg.norm(values)) if self.norm is None else self.norm,
+                truncated=self.truncated,
+            ),
             "truncated": self.truncated,
             "solver": self.solver,
             "jitter": self.jitter,
@@ -118,6 +133,7 @@ class Spectrum:
     blocks: dict[str, BlockSpectrum]
     global_: BlockSpectrum  # the union of the blocks' eigenvalues
     metadata: dict[str, Any] = field(default_factory=dict)
+    bootstrap: Bootstrap | None = None  # intervals of the metrics, where they were asked for
 
     def to_dict(self) -> dict[str, Any]:
         """Return `{'global', 'per_block', 'metadata'}` as plain JSON values, with every eigenvalue."""
@@ -130,11 +146,22 @@ class Spectrum:
             name: {**block.metrics, "eigenvalues": [float(value) for value in block.eigenvalues]}
             for name, block in self.blocks.items()
         }
-        return {"global": whole, "per_block": per_block, "metadata": self.metadata}
+        metadata = self.metadata
+        if self.bootstrap is not None:
+            whole["intervals"] = self.bootstrap.global_.to_dict()
+            for name, values in per_block.items():
+                values["intervals"] = self.bootstrap.blocks[name].to_dict()
+            metadata = metadata | {"bootstrap": self.bootstrap.facts()}
+        return {"global": whole, "per_block": per_block, "metadata": metadata}
 
     def to_json(self, path: str | Path) -> Path:
         """Write `to_dict()` as JSON, the same bytes for the same spectrum; return the path."""
         return write_spectra([self], path)
+
+    def _repr_html_(self) -> str:
+        from streamfisher.html_report import spectrum_html
+
+        return spectrum_html(self)
 
     def __repr__(self) -> str:
         whole = self.global_
@@ -153,54 +180,6 @@ def write_spectra(spectra: Iterable[Spectrum], path: str | Path) -> Path:
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
     return path
-
-
-def effective_rank(values: np.ndarray) -> float:
-    """Return exp of the Shannon entropy of `values / sum(values)`; 0 for none.
-
-    Source: O. Roy and M. Vetterli, "The effective rank", EUSIPCO 2007.
-    """
-    total = values.sum()
-    if len(values) == 0 or total <= 0:
-        return 0.0
-    p = values / total
-    return float(np.exp(-np.sum(p * np.log(p, where=p > 0, out=np.zeros_like(p)))))
-
-
-def noise_floor(
-    largest: float, trace: float, n_samples: int, *, product: torch.dtype, roundoff: float, eps: float | None = None
-) -> float:
-    """Return the eigenvalue below which rounding decides.
-
-    Two sources: products in `product` precision leave about `eps(product) N lambda_1`; rows rounded with
-    unit roundoff u add a white spectrum of `u^2` times the mean eigenvalue `trace / N`, which is 1 % at a hundred times
-    that. The larger counts.
-
-    Args:
-        largest: lambda_1.
-        trace: of the same matrix.
-        n_samples: N.
-        product: dtype of the slab products.
-        roundoff: u, of the rows as they are held.
-        eps: a floor relative to lambda_1 to use instead.
-    """
-    if eps is not None:
-        return eps * largest
-    rounding = _ROUNDING_MARGIN * roundoff**2 * trace / max(n_samples, 1)
-    return max(float(torch.finfo(product).eps) * n_samples * largest, rounding)
-
-
-def backward_noise(computed: torch.dtype, trace: float) -> float:
-    """Return the eigenvalue that rounding in the backward pass can make up: u^2 times the trace of the whole model.
-
-    Some gradients are zero in exact arithmetic and rounding in practice (a bias added to every key of an attention
-    layer, which the softmax cancels). Their spectrum has a shape like any other; only its size against the whole tells.
-
-    Args:
-        computed: dtype of the backward pass; u is its unit roundoff.
-        trace: of the Fisher of all parameters together.
-    """
-    return (float(torch.finfo(computed).eps) / 2) ** 2 * trace
 
 
 def center(K: np.ndarray) -> np.ndarray:
@@ -268,6 +247,7 @@ def block_spectrum(
         jitter=solved.jitter,
         roundoff=roundoff,
         top_k=config.top_k_eigenvalues,
+        norm=frobenius(K) / n,
     )
 
 
@@ -293,6 +273,7 @@ def union(blocks: Mapping[str, BlockSpectrum], top_k: int) -> BlockSpectrum:
         jitter=max(block.jitter for block in members),
         roundoff=max(block.roundoff for block in members),
         top_k=top_k,
+        norm=math.hypot(*(block.norm or 0.0 for block in members)),
     )
 
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from streamfisher.config import SpectralConfig
-from streamfisher.errors import ConfigError, DataError, LossError
+from streamfisher.errors import ConfigError, DataError, LossError, ModelError, NonFiniteError, StreamfisherError
 from streamfisher.losses import PerSampleLoss, resolve_loss
+from streamfisher.offload import input_device
 from streamfisher.samples import Samples, TokenSamples, collate, make_units, sequence_length
 
 #: The probe takes this many samples: a third tells a batch axis from an axis that happens to have size 2.
 PROBE_SAMPLES = 3
+#: Among so many first samples the probe looks for some with finite gradients.
+_SEARCHED = 64
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Survey:
             return "example"
         return config.sample_unit
 
-    def data_manifest(self, config: SpectralConfig, description: str | None) -> dict[str, Any]:
+    def data_manifest(self, config: SpectralConfig, description: str | Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the manifest's entry about the data."""
         facts: dict[str, Any] = {
             "n_samples": len(self.samples),
@@ -72,7 +78,15 @@ def survey(
     if len(samples) < 2 and config.sample_unit != "token":
         raise DataError(f"{len(samples)} sample was given; a spectrum needs at least 2.")
     first = collate([samples[index] for index in range(min(PROBE_SAMPLES, len(samples)))])
-    chosen = resolve_loss(model, to_model(first, model), loss if loss is not None else config.loss)
+    try:
+        chosen = resolve_loss(model, to_model(first, model), loss if loss is not None else config.loss)
+    except StreamfisherError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        raise ModelError(
+            f"the model cannot be run on sample 0: {type(error).__name__}: {error}. Its forward must take what the "
+            "samples hold, and token ids must lie in its vocabulary; --debug shows where it failed."
+        ) from error
     n_sequences = None
     if config.sample_unit == "token":
         if chosen.name not in ("causal", "token"):
@@ -80,7 +94,14 @@ def survey(
                 f"sample_unit='token' needs a token-wise loss of streamfisher's own; the loss here is {chosen.name!r}."
             )
         n_sequences = len(samples)
-        samples = Samples(TokenSamples(samples, shifted=chosen.name == "causal"))
+        samples = Samples(
+            TokenSamples(
+                samples,
+                shifted=chosen.name == "causal",
+                per_sequence=config.tokens_per_sequence,
+                seed=config.seed,
+            )
+        )
         if len(samples) < 2:
             raise DataError("the data holds 1 target token; a spectrum needs at least 2.")
     units = make_units(len(samples), config.chunk_size)
@@ -99,7 +120,7 @@ def to_model(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         return batch
     dtype = parameter.dtype if parameter.is_floating_point() else None
     return {
-        key: value.to(parameter.device, dtype if value.is_floating_point() else None, non_blocking=True)
+        key: value.to(input_device(model), dtype if value.is_floating_point() else None, non_blocking=True)
         for key, value in batch.items()
     }
 
@@ -119,13 +140,49 @@ def _require_targets(loss: PerSampleLoss, sample: dict[str, Tensor], index: int)
     raise DataError(f"all labels of sample {index} are masked; it has nothing to predict. Leave it out.")
 
 
-def probe_batch(found: Survey) -> dict[str, Tensor]:
-    """Return the first samples as a batch, with one of another length among them where the data has one."""
-    count = min(PROBE_SAMPLES, len(found.samples))
-    numbers = list(range(count))
-    same = len({found.lengths[number] for number in numbers}) == 1
-    if same:
-        other = next((n for n in range(count, len(found.samples)) if found.lengths[n] != found.lengths[0]), None)
-        if other is not None:
-            numbers[-1] = other
+def probe_batch(found: Survey, model: nn.Module, parameters: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return the first samples whose gradients are finite, the second of another length where there is one.
+
+    Args:
+        found: the survey.
+        model: on its device.
+        parameters: the captured ones; whether they require a gradient does not matter.
+
+    Raises:
+        NonFiniteError: not even two of the first samples have finite gradients.
+    """
+    parameters = list(parameters)
+    first = range(min(_SEARCHED, len(found.samples)))
+    numbers = list(itertools.islice((n for n in first if _is_finite(found, model, parameters, n)), PROBE_SAMPLES))
+    if len(numbers) < 2:
+        bad = next(n for n in first if n not in numbers)
+        raise NonFiniteError(
+            f"sample {bad}: the loss or its gradient is not finite, as for all but {len(numbers)} of the first "
+            f"{len(first)} samples. Look for NaN in the data and in the model's parameters, or use a wider --dtype."
+        )
+    length = found.lengths[numbers[0]]
+    if all(found.lengths[number] == length for number in numbers):
+        others = (n for n in range(numbers[-1] + 1, len(found.samples)) if found.lengths[n] != length)
+        candidates = itertools.islice(others, PROBE_SAMPLES)
+        numbers[1] = next((n for n in candidates if _is_finite(found, model, parameters, n)), numbers[1])
     return collate([found.samples[number] for number in numbers])
+
+
+def _is_finite(found: Survey, model: nn.Module, parameters: Sequence[Tensor], number: int) -> bool:
+    """Return whether the loss of a sample and its gradient are finite, by plain autograd."""
+    if any(parameter.is_meta or isinstance(parameter, DTensor) for parameter in parameters):  # the loss alone
+        loss = found.loss(model, to_model(collate([found.samples[number]]), model)).sum()
+        return bool(torch.isfinite(loss))
+    before = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            loss = found.loss(model, to_model(collate([found.samples[number]]), model)).sum()
+            if not bool(torch.isfinite(loss)) or not loss.requires_grad:
+                return bool(torch.isfinite(loss))
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients)
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)

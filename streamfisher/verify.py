@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from streamfisher.analysis import Run
 from streamfisher.errors import CorruptRunError
-from streamfisher.gram import gram_settings
 from streamfisher.samples import Unit
 from streamfisher.store import RunLock, codecs
 
@@ -18,7 +18,7 @@ from streamfisher.store import RunLock, codecs
 class Problem:
     """One thing that is not as it was written."""
 
-    what: str  # 'rows', 'marker' or 'gram'
+    what: str  # 'rows', 'marker', 'loss', 'n_targets', 'valid', 'squared_norm' or 'gram'
     parameter: str | None
     first_sample: int | None
     last_sample: int | None
@@ -54,7 +54,7 @@ def verify(run: Run, *, repair: bool = True, progress: bool = False) -> list[Pro
             problems += found
             damaged_units.append(unit)
     damaged_grams = []
-    for name in store.grams_done(gram_settings(run.config)):
+    for name in filter(store.has_gram, run.parameters):
         try:
             store.read_gram(name)
         except CorruptRunError as error:
@@ -85,4 +85,25 @@ def _check_unit(run: Run, unit: Unit) -> list[Problem]:
             continue
         if codecs.checksum(stored) != checksums.get(name):
             problems.append(Problem("rows", name, unit.start, last, "not what was written"))
+    return problems + _check_samples(run, unit)
+
+
+def _check_samples(run: Run, unit: Unit) -> list[Problem]:
+    """Check what was seen per sample: chunks carry checksums of their own, and missing ones read as fill values."""
+    values, problems = {}, []
+    for what in ("valid", "n_targets", "squared_norm", "loss"):
+        try:
+            values[what] = run.store.read_sample_values(what, unit)
+        except (ValueError, RuntimeError, OSError, CorruptRunError) as error:
+            problems.append(Problem(what, None, unit.start, unit.stop - 1, f"cannot be read ({error})"))
+    counted = values["valid"] == 1 if "valid" in values else slice(0)
+    unwritten = {
+        "valid": lambda found: found > 1,
+        "n_targets": lambda found: found < 0,
+        "squared_norm": np.isnan,
+        "loss": lambda found: np.isnan(found[counted]),  # that of a skipped sample may be NaN
+    }
+    for what, found in values.items():
+        if unwritten[what](found).any():
+            problems.append(Problem(what, None, unit.start, unit.stop - 1, "a chunk is missing"))
     return problems

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,8 +34,6 @@ def finished(tmp_path_factory):
 
 def refused(capsys, *arguments, code=2, says=()):
     """Run a command that must fail; check code, message and that no file has changed."""
-    from pathlib import Path
-
     before = contents(Path())
     found = cli(*arguments)
     output = capsys.readouterr()
@@ -47,8 +46,6 @@ def refused(capsys, *arguments, code=2, says=()):
 
 
 def write(name, content=""):
-    from pathlib import Path
-
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
@@ -71,8 +68,8 @@ BAD_DATA = {
     "file of one byte": (lambda: write("one.txt", "a"), ["one.txt", "is empty"]),
     "one sample": (lambda: write("short.txt", "abc"), ["1 sample", "at least 2"]),
     "missing path": (lambda: "no/such.txt", ["no/such.txt", "no such file", "module:callable"]),
-    "folder without text": (lambda: str(shutil.os.makedirs("bare") or "bare"), ["bare", "no text files", ".txt"]),
-    "empty folder of texts": (lambda: str(write("texts/a.txt")).split("/")[0], ["texts", "is empty"]),
+    "folder without text": (lambda: write("bare/picture.bin").split("/")[0], ["bare", "no text files", ".txt"]),
+    "empty folder of texts": (lambda: write("texts/a.txt").split("/")[0], ["texts", "is empty"]),
     "jsonl, not JSON": (lambda: write("a.jsonl", '{"text": "abc"}\n{"text'), ["a.jsonl", "line 2", "not JSON"]),
     "jsonl, no field": (lambda: write("a.jsonl", '{"body": "abc"}\n'), ["line 1", "'text'", "body", "--field"]),
     "jsonl, not an object": (lambda: write("a.jsonl", "[1, 2]\n"), ["line 1", "'text'", "--field"]),
@@ -101,14 +98,34 @@ BAD_DATA = {
         ["sample 2", "sequence of 1 token", "needs 2"],
     ),
     "all labels masked": (lambda: "tiny_models:masked_in_sample_3", ["sample 3", "masked", "Leave it out"]),
+    "token ids beyond the vocabulary in a late sample": (
+        lambda: save("late.npy", np.vstack([np.full((4, 5), 7), np.full((2, 5), 999)])),
+        ["samples 4 to 5", "index out of range", "vocabulary"],
+    ),
+    "label beyond the classes": (
+        lambda: "tiny_models:label_beyond_the_classes",
+        ["sample 4", "Label 300", "256 classes"],
+    ),
     "token ids beyond the vocabulary": (
         lambda: save("big.npy", np.full((4, 5), 999)),
-        ["tiny_models:causal".split(":")[0], "index out of range", "sample"],
+        ["sample 0", "index out of range", "vocabulary"],
     ),
 }
 
 
-@pytest.mark.parametrize("case", BAD_DATA)
+LATE = ("token ids beyond the vocabulary in a late sample", "label beyond the classes")
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_bad_values_in_a_late_sample_are_named(case, capsys):
+    make, says = BAD_DATA[case]
+    assert cli("run", MODEL, make(), "--out", "run.zarr", "--quiet", "--chunk-size", 4) == 2
+    message = capsys.readouterr().err
+    assert all(part in message for part in says) and "Traceback" not in message
+    assert open_run("run.zarr").info()["samples_done"] == 4
+
+
+@pytest.mark.parametrize("case", [case for case in BAD_DATA if case not in LATE])
 def test_bad_data_is_refused(case, capsys):
     make, says = BAD_DATA[case]
     refused(capsys, "run", MODEL, make(), "--out", "run.zarr", "--quiet", says=says)
@@ -151,7 +168,7 @@ BAD_OPTIONS = {
     "unknown loss": (["--loss", "mse"], ["loss", "'mse'", "causal, token, classification, regression"]),
     "unknown device": (["--device", "abacus"], ["abacus", "--device cpu"]),
     "include matches nothing": (["--include", "nose.*"], ["nose.*"]),
-    "exclude leaves nothing": (["--exclude", "*"], ["*"]),
+    "exclude leaves nothing": (["--exclude", "*"], ["exclude patterns leave none of 5"]),
     "bitround beyond float32": (["--bitround", 30], ["bitround=30", "23"]),
     "bitround of bf16 rows": (["--bitround", 7, "--store-dtype", "bfloat16"], ["bitround=7", "float32 rows"]),
     "no chunk": (["--chunk-size", 0], ["chunk_size=0", "at least 1"]),
@@ -204,9 +221,7 @@ def test_bad_config_file_is_refused(case, capsys):
 
 def test_config_file_that_is_not_text_is_refused(tmp_path, capsys):
     (tmp_path / "a.toml").write_bytes(b"\xff\xfe\x00")
-    refused(
-        capsys, "run", MODEL, DATA, "--out", "run.zarr", "--config", "a.toml", says=["a.toml", "cannot be parsed"]
-    )
+    refused(capsys, "run", MODEL, DATA, "--out", "run.zarr", "--config", "a.toml", says=["a.toml", "cannot be parsed"])
 
 
 @pytest.mark.parametrize(
@@ -279,9 +294,12 @@ def test_run_of_something_else_is_not_resumed(case, finished, tmp_path, capsys, 
     shutil.copytree(finished, tmp_path / "run.zarr")
     arguments, says = OTHERS[case]
     message = refused(
-        capsys, "run", *arguments, "--out", "run.zarr", "--quiet", *([] if "--chunk-size" in arguments else []),
-        "--chunk-size", 4, says=[*says, "cannot be resumed", "another folder"],
-    )  # fmt: skip
+        capsys,
+        "run",
+        *arguments,
+        *("--out", "run.zarr", "--quiet", "--chunk-size", 4),
+        says=[*says, "cannot be resumed", "another folder"],
+    )
     assert "setting chunk_size" not in message
 
 
@@ -302,7 +320,7 @@ def test_nan_sample_is_skipped_counted_and_named_where_asked_for(sample, tmp_pat
     arguments = ("tiny_models:regression", data, "--out", "run.zarr", "--chunk-size", 4, "--quiet")
     assert cli("run", *arguments, "--on-nonfinite", "skip", "--blocks", "none") == 0
     table = capsys.readouterr().out
-    assert "N = 7" in table and f"1 sample was skipped: {sample}" in table
+    assert "N = 7" in table and f"in all: sample {sample}" in table
     content = json.loads((tmp_path / "run.zarr/spectrum.json").read_text())
     assert content["metadata"]["skipped_samples"] == {str(sample): "the loss is nan"}
     assert content["metadata"]["n_samples"] == content["global"]["n_samples"] == 7

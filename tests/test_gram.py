@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import streamfisher as sf
 from streamfisher import SpectralConfig
 from streamfisher.errors import CapacityError, CorruptRunError
 from streamfisher.gram import FOLD, MemoryRows, build_grams, draw_columns, panels_per_slab
@@ -91,3 +92,15 @@ def test_subsampled_gram_is_the_rescaled_gram_of_the_drawn_columns():
 
 def test_a_block_that_is_small_enough_is_not_subsampled():
     assert draw_columns({"a": 10}, {"b": ["a"]}, 10, seed=0) == {}
+
+
+def test_rebuilding_says_how_far_the_old_grams_were(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    data = {"input_ids": torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), "labels": torch.zeros(6, 2)}
+    run = sf.collect(model, data, tmp_path / "run.zarr")
+    assert run.rebuild_grams() == {"weight": None, "bias": None}
+    assert run.rebuild_grams() == {"weight": 0.0, "bias": 0.0}
+    K, _ = run.store.read_gram("bias")
+    run.store.write_gram("bias", 2 * K, None, {"dtype_gram": "float32"})
+    assert run.rebuild_grams() == {"weight": 0.0, "bias": pytest.approx(1.0)}
+    np.testing.assert_array_equal(run.store.read_gram("bias")[0], K)

@@ -7,7 +7,9 @@ from torch import nn
 from transformers import BatchEncoding
 
 from streamfisher.errors import DataError, LossError
-from streamfisher.losses import call_model, draw_labels, find_logits, resolve_loss, sample_of, sample_seed
+from streamfisher.losses import resolve_loss
+from streamfisher.model_call import call_model, find_logits, sample_of
+from streamfisher.predictive import draw_labels, sample_seed
 
 
 class Tokens(nn.Module):

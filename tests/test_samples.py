@@ -114,3 +114,24 @@ def test_token_samples_of_an_aligned_model_keep_the_whole_sequence():
 def test_token_samples_without_a_target_are_refused():
     with pytest.raises(DataError, match="no sequence has a target token"):
         TokenSamples(Samples(sequences(1, 1)), shifted=True)
+
+
+def test_a_seeded_draw_of_tokens_depends_on_the_sequence_only():
+    def drawn(lengths, seed):
+        return TokenSamples(Samples(sequences(*lengths)), shifted=True, per_sequence=3, seed=seed).targets
+
+    few = drawn((20, 20, 3), 1)
+    assert [sum(target[0] == index for target in few) for index in range(3)] == [3, 3, 2]
+    assert drawn((20, 20, 3, 9), 1)[: len(few)] == few
+    assert drawn((20, 20, 3), 2) != few
+    assert all(position > 0 for _, position in few)
+
+
+def test_packed_sequences_get_no_mask_and_their_padding_is_no_target():
+    packed = {"input_ids": torch.arange(1, 6), "position_ids": torch.tensor([0, 1, 0, 1, 2])}
+    short = {"input_ids": torch.arange(1, 4), "position_ids": torch.tensor([0, 1, 2])}
+    batch = collate([packed, short])
+    assert "attention_mask" not in batch
+    assert batch["labels"].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, -100, -100]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 0]]
+    assert "attention_mask" in collate([short, {key: value[:2] for key, value in short.items()}])

@@ -88,6 +88,12 @@ def masked_in_sample_3() -> list[dict[str, Tensor]]:
     return samples
 
 
+def label_beyond_the_classes() -> list[dict[str, Tensor]]:
+    samples = [{**sample, "labels": sample["input_ids"].clone()} for sample in sequences()]
+    samples[4]["labels"][2] = 300
+    return samples
+
+
 def nothing() -> None:
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +13,25 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from streamfisher.errors import CaptureError, LossError
-from streamfisher.gradients.capture import Capture, Group, Pass
+from streamfisher.gradients.capture import Capture
+from streamfisher.gradients.groups import Group, Pass
 from streamfisher.gradients.layout import position_counts
 from streamfisher.gradients.parameters import ParameterInfo, select_parameters
+from streamfisher.gradients.plain import PlainAutograd
 from streamfisher.gradients.probe import FLOOR, TOLERANCE, run_probe
 from streamfisher.gradients.report import ProbeReport
 from streamfisher.gradients.sink import RowSink
 from streamfisher.gradients.state import (
     as_it_was,
-    gradients_of,
     inputs_of_checkpoints,
+    notes_on,
     prepare_recurrent,
-    requiring_grad,
     without_fast_paths,
+    without_parameter_hooks,
 )
-from streamfisher.losses import PerSampleLoss, batch_size, sample_of
+from streamfisher.losses import PerSampleLoss
+from streamfisher.model_call import batch_size
+from streamfisher.offload import working_device
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class GradientEngine:
         deterministic: bool = False,
     ) -> None:
         self.model = getattr(model, "_orig_mod", model)
+        self._given = model
         self.loss = loss
         self.deterministic = deterministic
         selection = select_parameters(self.model, include, exclude)
@@ -88,6 +93,8 @@ class GradientEngine:
         for parameter in self.tensors.values():
             self.row_dtype = torch.promote_types(self.row_dtype, parameter.dtype)
         self.capture = Capture(self.model)
+        self.plain = PlainAutograd(self.model, loss, self.capture, self.slots)
+        self.notes: tuple[str, ...] = ()  # what is done otherwise than the model would by itself
         self.noise = 0.0  # by how much plain autograd differs between a sample in a batch and alone
         self._groups: list[Group] | None = None
         self._per_sample: tuple[str, ...] = ()
@@ -96,7 +103,7 @@ class GradientEngine:
     @property
     def device(self) -> torch.device:
         """The device of the first captured parameter, where rows are formed."""
-        return next(iter(self.tensors.values())).device
+        return working_device(self.model, *next(iter(self.tensors.items())))
 
     @property
     def tolerance(self) -> float:
@@ -119,8 +126,10 @@ class GradientEngine:
     def __enter__(self) -> GradientEngine:
         if self._undo is not None:
             raise CaptureError("This GradientEngine is already in use. Make another one, or leave the first.")
+        self.notes = notes_on(self._given)
         with contextlib.ExitStack() as stack:
             stack.enter_context(as_it_was(self.model))
+            stack.enter_context(without_parameter_hooks(self.model))
             stack.callback(self.capture.remove)
             stack.enter_context(without_fast_paths(self.model))
             if self.deterministic:
@@ -188,7 +197,7 @@ class GradientEngine:
     def allocate(self, n_rows: int) -> dict[str, Tensor]:
         """Return buffers `(n_rows, P_k)` in `row_dtype` on each parameter's device, to be reused for every batch."""
         return {
-            name: torch.zeros(n_rows, p.numel(), dtype=self.row_dtype, device=p.device)
+            name: torch.zeros(n_rows, p.numel(), dtype=self.row_dtype, device=working_device(self.model, name, p))
             for name, p in self.tensors.items()
         }
 
@@ -209,7 +218,7 @@ class GradientEngine:
         losses, pending = self._captured(batch, out, [n for n in names if n not in self._per_sample])
         slow = [name for name in names if name in self._per_sample or name in pending]
         if slow or losses is None:
-            losses = self._one_by_one(batch, out, slow)
+            losses = self.plain.one_by_one(batch, out, {name: self.tensors[name] for name in slow})
         return BatchGradients(losses.detach().double().cpu(), self.loss.n_targets(batch).cpu())
 
     def factors(
@@ -240,7 +249,7 @@ class GradientEngine:
             raise CaptureError(f"The factors of {', '.join(sorted(lost)[:5])} cannot be told apart in this batch.")
         slow = [name for name in out if name in self._per_sample or name in pending]
         if slow:
-            self._one_by_one(batch, out, slow)
+            self.plain.one_by_one(batch, out, {name: self.tensors[name] for name in slow})
         sites = set(covered.values())
         return {site: _joined(pairs) for site, pairs in found.items() if site in sites}
 
@@ -276,12 +285,7 @@ class GradientEngine:
             left_out: also for trainable parameters that are not captured.
         """
         tensors = {**self.tensors, **self.left_out} if left_out else self.tensors
-        with self._unwatched(tensors.values()):
-            losses = self.loss(self.model, batch)
-            loss = losses.sum() if index is None else losses[index]
-            grads = gradients_of(loss, list(tensors.values()))
-        flat = {n: None if g is None else g.detach().reshape(-1) for n, g in zip(tensors, grads, strict=True)}
-        return loss.detach(), flat
+        return self.plain.gradients(batch, tensors, index)
 
     def learning_pass(
         self, batch: Mapping[str, Any], out: Mapping[str, Tensor], names: Sequence[str]
@@ -322,30 +326,6 @@ class GradientEngine:
         state = self._pass(batch, out, names, factors=factors)
         losses = self._backward(batch, state)
         return losses, state.deferred
-
-    def _one_by_one(self, batch: Mapping[str, Any], out: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-        """Form the rows of `names` by a forward and backward pass for each sample; return the losses."""
-        tensors = [self.tensors[name] for name in names]
-        losses = []
-        for i in range(batch_size(batch)):
-            sample = sample_of(batch, i)
-            with self._unwatched(tensors):
-                loss = self.loss(self.model, sample).sum()
-                grads = gradients_of(loss, tensors)
-            for name, grad in zip(names, grads, strict=True):
-                if grad is None:
-                    out[name][i].zero_()
-                else:
-                    out[name][i].copy_(grad.reshape(-1))
-            losses.append(loss.detach())
-        return torch.stack(losses)
-
-    @contextlib.contextmanager
-    def _unwatched(self, tensors: Iterable[Tensor]) -> Iterator[None]:
-        """Run without hooks, with these parameters requiring grad."""
-        checkpoints = inputs_of_checkpoints(self.model, self.capture)
-        with self.capture.suspended(), torch.enable_grad(), requiring_grad(tensors), checkpoints:
-            yield
 
     def _prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils import _pytree as pytree
 
+from streamfisher.offload import is_offloaded
+from streamfisher.sharding import is_sharded
+
 #: How a tensor holds its samples: 'batch' (axis 0), 'time' (axis 1), 'flat' (axis 0, sample-major), 'single' (1, ...)
 #: or 'shared' (no sample axis at all).
 Kinds = tuple[str, ...]
@@ -97,8 +100,11 @@ def per_sample_vjp(
         batched: one `vmap`, or a loop over the samples.
 
     Raises:
-        ValueError: an output without a sample axis has a gradient, so it cannot be taken apart.
+        ValueError: an output without a sample axis has a gradient, so it cannot be taken apart; or the module is
+            offloaded.
     """
+    if is_offloaded(module) or is_sharded(module):
+        raise ValueError("its weights are offloaded or sharded, so that it cannot be called with others in their place")
     parameters = {name: module.get_parameter(name).detach() for name in names}
     used = [i for i, d in enumerate(cotangents) if d is not None]
     for i in used:

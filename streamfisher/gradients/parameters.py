@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from streamfisher.errors import ModelError
+from streamfisher.offload import check_ties, identity, stored_tensor
 
 
 @dataclass(frozen=True)
@@ -56,10 +57,11 @@ def select_parameters(model: nn.Module, include: Sequence[str] = (), exclude: Se
         ModelError: a parameter has no values (meta device), a trainable one is complex, nothing is trainable, a
             pattern matches no parameter, or nothing is left.
     """
+    check_ties(model)
     include, exclude = _patterns(include), _patterns(exclude)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+        names.setdefault(identity(model, name, parameter), []).append(name)
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(alias, pattern) for aliases in names.values() for alias in aliases):
             raise ModelError(f"The pattern {pattern!r} matches no parameter of {type(model).__name__}. {_some(names)}")
@@ -68,7 +70,10 @@ def select_parameters(model: nn.Module, include: Sequence[str] = (), exclude: Se
     excluded: dict[str, str] = {}
     trainable = 0
     for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+        key = identity(model, name, parameter)
+        if names[key][0] != name:
+            continue  # an offloaded tied parameter, which is another object at each of its places
+        if parameter.is_meta and stored_tensor(model, name, parameter) is parameter:
             raise ModelError(f"Parameter {name!r} is on the meta device and has no values. Load the weights first.")
         if not parameter.dtype.is_floating_point and not parameter.dtype.is_complex:
             excluded[name] = f"holds integers ({parameter.dtype}), which have no gradient"
@@ -82,7 +87,7 @@ def select_parameters(model: nn.Module, include: Sequence[str] = (), exclude: Se
                 "Store its real and imaginary parts as two parameters, or freeze it."
             )
         trainable += 1
-        aliases = names[id(parameter)]
+        aliases = names[key]
         hit = _first_match(aliases, exclude)
         if include and _first_match(aliases, include) is None:
             excluded[name] = "not in the included patterns"
@@ -99,12 +104,12 @@ def select_parameters(model: nn.Module, include: Sequence[str] = (), exclude: Se
         raise ModelError(f"The include and exclude patterns leave none of {trainable} trainable parameters.")
 
     infos = {n: ParameterInfo(n, tuple(p.shape), p.numel(), p.dtype) for n, p in tensors.items()}
-    public = {id(parameter): name for name, parameter in tensors.items()}
+    public = {alias: name for aliases in names.values() for name in aliases[:1] if name in tensors for alias in aliases}
     slots = [
-        Slot(f"{module_name}.{attribute}" if module_name else attribute, module_name, attribute, public[id(parameter)])
+        Slot(name, module_name, attribute, public[name])
         for module_name, module in model.named_modules()
         for attribute, parameter in module._parameters.items()
-        if parameter is not None and id(parameter) in public
+        if parameter is not None and (name := f"{module_name}.{attribute}" if module_name else attribute) in public
     ]
     return Selection(tensors, infos, excluded, tuple(slots))
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from streamfisher.errors import CaptureError, LossError
 from streamfisher.gradients.candidates import NoiseSearch, groups_of, options_of
-from streamfisher.gradients.capture import Group
+from streamfisher.gradients.groups import Group
 from streamfisher.gradients.report import ParameterReport, ProbeReport
-from streamfisher.losses import batch_size, sample_of
+from streamfisher.model_call import batch_size, sample_of
 
 if TYPE_CHECKING:
     from streamfisher.gradients.engine import GradientEngine
@@ -142,6 +142,7 @@ def run_probe(engine: GradientEngine, batch: Mapping[str, Any]) -> ProbeReport:
         coverage_parameters=captured / (captured + left_out),
         coverage_norm=sum(reference.squares.values()) / total_square if total_square else 1.0,
         groups=tuple(group.to_dict() for group in groups),
+        notes=engine.notes,
     )
 
 

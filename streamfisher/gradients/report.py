@@ -33,7 +33,8 @@ class ProbeReport:
     excluded_numel: int  # trainable parameters left out
     coverage_parameters: float  # captured / trainable parameters, by number of elements
     coverage_norm: float  # captured share of the squared gradient norm of all trainable parameters
-    groups: tuple[dict[str, Any], ...] = field(default=(), repr=False)  # the routing, see capture.Group
+    groups: tuple[dict[str, Any], ...] = field(default=(), repr=False)  # the routing, see groups.Group
+    notes: tuple[str, ...] = ()  # what is done otherwise than the model would by itself
 
     @property
     def worst_error(self) -> float:
@@ -87,6 +88,7 @@ class ProbeReport:
         frozen = len(self.excluded) - len(left_out)
         if frozen:
             lines.append(f"frozen: {frozen} parameter tensors")
+        lines.extend(self.notes)
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,6 +116,7 @@ class ProbeReport:
             "excluded": dict(self.excluded),
             "excluded_numel": self.excluded_numel,
             "groups": [dict(group) for group in self.groups],
+            "notes": list(self.notes),
         }
 
     @classmethod
@@ -133,6 +136,7 @@ class ProbeReport:
             coverage_parameters=values["coverage_parameters"],
             coverage_norm=values["coverage_norm"],
             groups=tuple(values["groups"]),
+            notes=tuple(values.get("notes", ())),
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,48 +12,79 @@ from torch import Tensor, nn
 from streamfisher.gradients.capture import Capture
 
 
-def gradients_of(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the gradients of leaves by `backward`, because reentrant checkpointing refuses `torch.autograd.grad`."""
-    before = [tensor.grad for tensor in tensors]
-    try:
-        for tensor in tensors:
-            tensor.grad = None
-        if loss.requires_grad:
-            loss.backward()
-        return [tensor.grad for tensor in tensors]
-    finally:
-        for tensor, grad in zip(tensors, before, strict=True):
-            tensor.grad = grad
-
-
-@contextlib.contextmanager
-def requiring_grad(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Let leaves require grad inside, and be frozen afterwards."""
-    tensors = list(tensors)
-    try:
-        for tensor in tensors:
-            tensor.requires_grad_(True)
-        yield
-    finally:
-        for tensor in tensors:
-            tensor.requires_grad_(False)
-
-
 @contextlib.contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
     """Restore requires_grad, train or eval mode, and what `prepare_recurrent` changes."""
     modes = [(module, module.training) for module in model.modules()]
     dropouts = [(module, module.dropout) for module in model.modules() if isinstance(module, nn.RNNBase)]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    # By place: where weights are offloaded, every pass puts other objects there.
+    flags = [
+        (module, attribute, parameter.requires_grad)
+        for module in model.modules()
+        for attribute, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    sharded = [(p, p.requires_grad) for p in model.parameters()]  # FSDP2 puts them aside while they are whole
     try:
         yield
     finally:
+        for parameter, flag in sharded:
+            parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
         for module, dropout in dropouts:
             module.dropout = dropout
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        for module, attribute, flag in flags:
+            module._parameters[attribute].requires_grad_(flag)
+
+
+def notes_on(model: nn.Module) -> tuple[str, ...]:
+    """Return what is done otherwise than the model would do by itself in its present state, in words for a person."""
+    notes = []
+    training = [module for module in model.modules() if module.training]
+    n_random = sum(_drops(module) for module in training)
+    n_batch = sum(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in training)
+    if n_random or n_batch:
+        off = [f"dropout is off in {n_random} modules"] if n_random else []
+        off += [f"running statistics are used in {n_batch} batch norms"] if n_batch else []
+        notes.append(f"the model is in train mode and is evaluated in eval mode: {', '.join(off)}")
+    if _is_compiled(model):
+        notes.append("compiled modules are run eagerly, because hooks cannot see inside them")
+    if any(True for _ in _hooks_on_parameters(model)):
+        notes.append("hooks on parameters' gradients are switched off: rows are gradients of the loss itself")
+    return tuple(notes)
+
+
+def _drops(module: nn.Module) -> bool:
+    """Return whether a module in train mode drops something at random, by its class or by its settings."""
+    if isinstance(module, nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    settings = (getattr(module, name, None) for name in ("dropout", "attention_dropout", "dropout_p"))
+    return any(isinstance(value, float) and value > 0 for value in settings)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+
+
+def _hooks_on_parameters(model: nn.Module) -> Iterator[dict[int, Any]]:
+    for parameter in model.parameters():
+        for hooks in (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)):
+            if hooks:
+                yield hooks
+
+
+@contextlib.contextmanager
+def without_parameter_hooks(model: nn.Module) -> Iterator[None]:
+    """Switch off hooks on parameters' gradients: they may scale them, or step an optimiser that changes the model."""
+    found = [(hooks, dict(hooks)) for hooks in _hooks_on_parameters(model)]
+    try:
+        for hooks, _ in found:
+            hooks.clear()  # in place: autograd holds the very same dict
+        yield
+    finally:
+        for hooks, before in found:
+            hooks.update(before)
 
 
 @contextlib.contextmanager
@@ -61,8 +92,7 @@ def without_fast_paths(model: nn.Module) -> Iterator[None]:
     """Switch off what bypasses hooks: fused transformer layers, and compiled modules."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    compiled = any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
-    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    eager = torch.compiler.set_stance("force_eager") if _is_compiled(model) else contextlib.nullcontext()
     try:
         with eager:
             yield

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 from streamfisher.errors import CorruptRunError
+from streamfisher.offload import stored_tensor
+from streamfisher.sharding import class_of, whole
 
 FORMAT = "streamfisher-run"
 FORMAT_VERSION = 1
@@ -39,6 +41,19 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest as plain JSON values."""
         return dataclasses.asdict(self)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what ranks must agree on, by short names."""
+        return {
+            **{f"setting {key}": value for key, value in self.identity.items()},
+            "number of samples": self.data["n_samples"],
+            "data": self.data["fingerprint"],
+            "model class": self.model["class"],
+            "model fingerprint": self.model["fingerprint"],
+            "parameters": [item["name"] for item in self.parameters],
+            "loss": self.loss,
+            "versions": self.versions,
+        }
 
     @classmethod
     def from_dict(cls, values: Any) -> Manifest:
@@ -92,9 +107,8 @@ def _data_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list
     for index, (before, after) in enumerate(zip(stored["chunk_digests"], now["chunk_digests"], strict=False)):
         if before != after:
             start = index * stored["chunk_size"]
-            return [
-                f"data: samples {start} to {start + stored['chunk_size'] - 1} have other contents (first difference)"
-            ]
+            last = min(start + stored["chunk_size"], stored["n_samples"]) - 1
+            return [f"data: samples {start} to {last} have other contents (first difference)"]
     return []
 
 
@@ -112,6 +126,7 @@ def model_fingerprint(model: nn.Module) -> str:
         if not isinstance(tensor, torch.Tensor):
             continue
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+        tensor = whole(stored_tensor(model, name, tensor))
         flat = tensor.detach().contiguous().reshape(-1)
         if flat.numel():
             digest.update(memoryview(flat.view(torch.uint8).cpu().numpy()))
@@ -120,7 +135,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
 def model_manifest(model: nn.Module) -> dict[str, Any]:
     """Return class, fingerprint and number of parameters of a model, as the manifest keeps them."""
-    kind = type(model)
+    kind = class_of(model)
     return {
         "class": f"{kind.__module__}.{kind.__qualname__}",
         "fingerprint": model_fingerprint(model),

@@ -158,7 +158,7 @@ class RunStore:
             CorruptRunError: a chunk fails its checksum.
         """
         try:
-            stored = self._array(f"gradients/{node_name(name)}")[:, start:stop]
+            stored = self._array(f"gradients/{node_name(name)}")[: self.n_samples, start:stop]
         except (ValueError, RuntimeError, OSError) as error:
             raise CorruptRunError(
                 f"{self.path}: a chunk of parameter {name} (columns {start} to {stop}) cannot be read: {error}. "
@@ -199,6 +199,10 @@ class RunStore:
         """Return one parameter's stored bits of a unit: (len(unit), P_k) in the stored dtype."""
         return self._array(f"gradients/{node_name(name)}")[unit.start : unit.stop]
 
+    def read_sample_values(self, what: str, unit: Unit) -> np.ndarray:
+        """Return `loss`, `n_targets`, `valid` or `squared_norm` of the samples of a unit."""
+        return self._array(f"samples/{what}")[unit.start : unit.stop]
+
     def marker(self, unit: Unit) -> dict[str, Any]:
         """Return the marker of a finished unit of rows."""
         return read_json(self.path / "done" / f"rows-{unit.index:06d}.json")
@@ -208,8 +212,18 @@ class RunStore:
         (self.path / "done" / f"rows-{unit.index:06d}.json").unlink(missing_ok=True)
 
     def per_sample(self, what: str) -> np.ndarray:
-        """Return `loss`, `n_targets`, `valid` or `squared_norm` of all samples."""
-        return self._array(f"samples/{what}")[...]
+        """Return `loss`, `n_targets`, `valid` or `squared_norm` of all samples.
+
+        Raises:
+            CorruptRunError: a chunk fails its checksum.
+        """
+        try:
+            return self._array(f"samples/{what}")[: self.n_samples]
+        except (ValueError, RuntimeError, OSError) as error:
+            raise CorruptRunError(
+                f"{self.path}: samples/{what} cannot be read: {error}. `streamfisher verify` finds which samples are "
+                "affected, and the next `run` computes them again."
+            ) from error
 
     def skipped(self) -> dict[int, str]:
         """Return `{sample number: reason}` of the samples that do not count."""
@@ -222,13 +236,35 @@ class RunStore:
     # Grams
 
     def grams_done(self, settings: Mapping[str, Any]) -> set[str]:
-        """Return the parameters whose Gram exists and was made with `settings`."""
+        """Return the parameters whose Gram exists for all samples and was made with `settings`."""
         done = set()
         for name in self.parameters:
             path = self.path / "done" / f"gram-{node_name(name)}.json"
-            if path.is_file() and read_json(path)["settings"] == dict(settings):
-                done.add(name)
+            try:
+                marker = read_json(path) if path.is_file() else {}
+                if marker and marker["settings"] == dict(settings) and marker["n_samples"] == self.n_samples:
+                    done.add(name)
+            except (CorruptRunError, KeyError, TypeError):
+                continue  # a damaged marker is none: the Gram is built again
         return done
+
+    def grams_of_fewer(self, settings: Mapping[str, Any]) -> dict[str, int]:
+        """Return the parameters whose Gram was made before the run grew, with how many of its rows are still those."""
+        found = {}
+        for name in self.parameters:
+            path = self.path / "done" / f"gram-{node_name(name)}.json"
+            try:
+                marker = read_json(path) if path.is_file() else {}
+                if marker and marker["settings"] == dict(settings) and marker["n_samples"] < self.n_samples:
+                    # A last unit that was not full has been computed again.
+                    found[name] = marker["n_samples"] // self.chunk_rows * self.chunk_rows
+            except (CorruptRunError, KeyError, TypeError):
+                continue  # built from scratch
+        return {name: rows for name, rows in found.items() if rows}
+
+    def has_gram(self, name: str) -> bool:
+        """Return whether a parameter's Gram is marked as finished, whatever it was made with."""
+        return (self.path / "done" / f"gram-{node_name(name)}.json").is_file()
 
     def write_gram(
         self, name: str, gram: np.ndarray, mean_products: np.ndarray | None, settings: Mapping[str, Any]
@@ -240,7 +276,7 @@ class RunStore:
         if mean_products is not None:
             self._write_array(f"gram_mean/{node_name(name)}", mean_products, ("sample_and_mean",), {"parameter": name})
         checksum = codecs.checksum(gram)
-        self._mark(marker.stem, {"settings": dict(settings), "crc32c": checksum})
+        self._mark(marker.stem, {"settings": dict(settings), "n_samples": len(gram), "crc32c": checksum})
 
     def read_gram(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Return one parameter's Gram (N, N) float64 and, for centered rows, its products with the mean (N + 1,).
@@ -250,13 +286,16 @@ class RunStore:
         """
         marker = read_json(self.path / "done" / f"gram-{node_name(name)}.json")
         try:
+            checksum = marker["crc32c"]
             gram = zarr.open_array(self.path / "gram" / node_name(name), mode="r")[...]
             products = None
             if self.centered:
                 products = zarr.open_array(self.path / "gram_mean" / node_name(name), mode="r")[...]
-        except (ValueError, RuntimeError, OSError) as error:
-            raise CorruptRunError(f"{self.path}: the Gram of {name} cannot be read: {error}") from error
-        if codecs.checksum(gram) != marker["crc32c"]:
+        except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+            raise CorruptRunError(
+                f"{self.path}: the Gram of {name} cannot be read: {error}. `streamfisher gram --rebuild` remakes it."
+            ) from error
+        if codecs.checksum(gram) != checksum:
             raise CorruptRunError(
                 f"{self.path}: the Gram of {name} is not what was written; `streamfisher gram --rebuild` remakes it."
             )

@@ -1,11 +1,14 @@
 """What per-sample gradients cost, beside the plain forward and backward pass of the same batches in the same process.
 
-`python tests/benchmarks/collecting_cost.py [--threads 1] [--repeats 5] [--lengths 32 128 512] [--json out.json]`
+`python tests/benchmarks/collecting_cost.py [--threads 1] [--repeats 5] [--lengths 32 128 512] [--token] [--json FILE]`
 
 A Llama-shaped model with about 5 million parameters, float32, CPU. Columns are ratios to the plain pass (forward, loss,
 backward with weight gradients): all rows formed in memory; factors only; a loop over samples; `vmap(grad)`. Memory is
 the peak of the resident set over the plain pass's own peak, in units of the batch's rows, each measured in a process of
 its own.
+
+`--token` measures `sample_unit='token'` instead: the rows of every target token of one sequence, batched as a run does
+it, beside one forward of the sequence and one plain backward (with weight gradients) per target token.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import gc
 import json
 import logging
 import multiprocessing
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +28,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from streamfisher.gradients import GradientEngine
 from streamfisher.losses import resolve_loss
+from streamfisher.model_call import call_model
+from streamfisher.samples import Samples, TokenSamples, collate, make_batches, make_units, sequence_length
 
 VOCABULARY = 512
+CHUNK_SIZE = 32  # rows of a unit, as by default in a run
 
 
 def build_model() -> torch.nn.Module:
@@ -47,7 +52,7 @@ def build_batch(n_samples: int, length: int) -> dict[str, torch.Tensor]:
 
 
 def seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median time of each function; they take turns, so that a change of the machine's speed hits all alike."""
+    """Best time of each function; they take turns, so that a change of the machine's speed hits all alike."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function()
@@ -56,7 +61,7 @@ def seconds(functions: dict[str, Callable[[], object]], repeats: int) -> dict[st
             start = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: min(values) for name, values in times.items()}
 
 
 def plain_pass(model: torch.nn.Module, loss, batch) -> None:
@@ -113,6 +118,40 @@ def measure(length: int, tokens: int, repeats: int, with_slow: bool) -> dict[str
     return {"length": length, "samples": n_samples, "plain_seconds": took["plain"], **ratios}
 
 
+def measure_tokens(length: int, batch_tokens: int, repeats: int) -> dict[str, float]:
+    """Return the cost of a sequence's token rows as a ratio to one plain backward per token."""
+    model, plain_model = build_model(), build_model()
+    sequence = build_batch(1, length)
+    tokens = Samples(TokenSamples(Samples({"input_ids": sequence["input_ids"]}), shifted=True))
+    loss = resolve_loss(model, sequence)
+    parameters = list(plain_model.parameters())
+
+    def plain() -> None:
+        logits = call_model(plain_model, sequence).logits[0, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits, sequence["input_ids"][0, 1:], reduction="none")
+        for value in losses:
+            torch.autograd.grad(value, parameters, retain_graph=True)
+
+    with GradientEngine(model, loss) as engine:
+        engine.probe(collate([tokens[0], tokens[1], tokens[2]]))
+        out = engine.allocate(CHUNK_SIZE)
+
+        def rows() -> None:
+            for unit in make_units(len(tokens), CHUNK_SIZE):
+                lengths = [sequence_length(tokens[i]) for i in range(unit.start, unit.stop)]
+                for where in make_batches(lengths, batch_tokens):
+                    batch = collate([tokens[unit.start + offset] for offset in where])
+                    engine.rows(batch, {name: values[where.start : where.stop] for name, values in out.items()})
+
+        took = seconds({"plain": plain, "rows": rows}, repeats)
+    return {
+        "length": length,
+        "tokens": len(tokens),
+        "plain_seconds": took["plain"],
+        "rows": took["rows"] / took["plain"],
+    }
+
+
 def _peak_bytes() -> int:
     """Peak resident set of this process; `ru_maxrss` will not do, because a child starts with its parent's."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -165,6 +204,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=2048, help="tokens in a batch")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32, 64, 128, 256, 512])
+    parser.add_argument("--token", action="store_true", help="measure sample_unit='token' instead")
     parser.add_argument("--fast", action="store_true", help="without the loop, vmap(grad) and memory")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -172,6 +212,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     numel = sum(p.numel() for p in build_model().parameters())
     print(f"{numel:,} parameters, float32, {arguments.threads} threads, {arguments.tokens} tokens in a batch")
+    if arguments.token:
+        print("length  tokens  plain s   rows")
+        table = []
+        for length in arguments.lengths:
+            row = measure_tokens(length, arguments.tokens, arguments.repeats)
+            table.append(row)
+            print(f"{length:6d} {row['tokens']:7d} {row['plain_seconds']:8.3f} {row['rows']:6.2f}", flush=True)
+        _write(arguments.json, table)
+        return
     print("length  samples  plain s   rows  factors   loop  vmap(grad)  memory over plain / rows")
     table = []
     for length in arguments.lengths:
@@ -185,8 +234,12 @@ def main() -> None:
             f"{row.get('memory', float('nan')):8.2f}",
             flush=True,
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(table, indent=1), encoding="utf-8")
+    _write(arguments.json, table)
+
+
+def _write(path: Path | None, table: list[dict[str, float]]) -> None:
+    if path:
+        path.write_text(json.dumps(table, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

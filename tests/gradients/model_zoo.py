@@ -38,7 +38,6 @@ class Entry:
     name: str
     build: Callable[[], nn.Module]
     batch: Callable[[int], dict[str, Tensor]]  # number of samples -> batched tensors
-    slow: bool = True
 
 
 def text(n: int, seed: int = 0) -> dict[str, Tensor]:
@@ -197,9 +196,8 @@ ZOO = [
             hf.GPT2Config(vocab_size=V, n_positions=32, n_embd=D, n_layer=2, n_head=2, **TOKENS)
         ),
         text,
-        slow=False,
     ),
-    Entry("Llama", _causal("LlamaForCausalLM", "LlamaConfig"), text, slow=False),
+    Entry("Llama", _causal("LlamaForCausalLM", "LlamaConfig"), text),
     Entry("Mistral", _causal("MistralForCausalLM", "MistralConfig", sliding_window=4), text),
     Entry("Qwen2", _causal("Qwen2ForCausalLM", "Qwen2Config"), text),
     Entry("Qwen3", _causal("Qwen3ForCausalLM", "Qwen3Config"), text),
@@ -235,7 +233,7 @@ ZOO = [
         ),
         text,
     ),
-    Entry("BERT (masked LM)", _bert("BertForMaskedLM", "BertConfig"), masked, slow=False),
+    Entry("BERT (masked LM)", _bert("BertForMaskedLM", "BertConfig"), masked),
     Entry("RoBERTa (masked LM)", _bert("RobertaForMaskedLM", "RobertaConfig"), masked),
     Entry(
         "DistilBERT (masked LM)",
@@ -263,9 +261,9 @@ ZOO = [
         ),
         images,
     ),
-    Entry("MLP", mlp, vectors, slow=False),
-    Entry("ResNet", ResNet, images, slow=False),
-    Entry("LSTM", LSTM, series, slow=False),
+    Entry("MLP", mlp, vectors),
+    Entry("ResNet", ResNet, images),
+    Entry("LSTM", LSTM, series),
     Entry("nn.TransformerEncoder", Encoder, masked),
     Entry("nn.TransformerEncoder (time first)", lambda: Encoder(batch_first=False), masked),
 ]

@@ -1,4 +1,4 @@
-"""What the engine promises around the formulas: tied and reused parameters, selection, probe, refusal, restoration."""
+"""What the engine promises around the formulas: tied and reused parameters, selection, probe, refusal, factors."""
 
 import copy
 import json
@@ -8,73 +8,14 @@ import numpy as np
 import pytest
 import torch
 from gradients import model_zoo, zoo_check
+from gradients.token_model import Model, assert_equal, batch_of, double, rows_of, squares, truth_of
 from torch import nn
 
 from streamfisher.errors import CaptureError, LossError, ModelError
 from streamfisher.gradients import GradientEngine, ProbeReport, select_parameters
 from streamfisher.gradients import rules as rules_module
-from streamfisher.losses import batch_size, resolve_loss
-
-
-class Model(nn.Module):
-    """A small token model with a tied head, a reused layer and broadcast positions."""
-
-    def __init__(self, tied=True, vocabulary=11, width=6):
-        super().__init__()
-        self.embed = nn.Embedding(vocabulary, width)
-        self.position = nn.Embedding(16, width)
-        self.reused = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, vocabulary, bias=False)
-        self.dropout = nn.Dropout(0.5)
-        if tied:
-            self.head.weight = self.embed.weight
-
-    def forward(self, input_ids, attention_mask=None):
-        x = self.embed(input_ids)
-        x += self.position(torch.arange(input_ids.shape[1])[None])
-        x = x + torch.tanh(self.reused(x)).cumsum(1)
-        x = x + torch.tanh(self.reused(self.norm(x)))
-        return self.head(self.dropout(x))
-
-
-def double(model=None, seed=0):
-    torch.manual_seed(seed)
-    return (model or Model()).double()
-
-
-def batch_of(n=5, length=6):
-    ids = torch.randint(0, 11, (n, length), generator=torch.Generator().manual_seed(7))
-    mask = torch.ones_like(ids)
-    for i in range(n):
-        mask[i, length - i % 3 :] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def squares(model, batch):
-    return model(batch["input_ids"]).square().flatten(1).sum(1)
-
-
-def truth_of(model, batch, loss):
-    samples = [{key: value[i] for key, value in batch.items()} for i in range(batch_size(batch))]
-    return float64_loop.gradient_rows(model, samples, loss)
-
-
-def rows_of(model, batch, loss=None, n_rows=None, **options):
-    chosen = resolve_loss(model, batch, loss)
-    with GradientEngine(model, chosen, **options) as engine:
-        report = engine.probe(batch)
-        out = engine.allocate(n_rows or batch_size(batch))
-        result = engine.rows(batch, out)
-    return out, report, result, chosen
-
-
-def assert_equal(out, truth, limit=1e-10):
-    assert set(out) <= set(truth)
-    for name, rows in out.items():
-        error = np.linalg.norm(rows.double().numpy() - truth[name])
-        assert error <= limit * max(np.linalg.norm(truth[name]), 1e-12), name
-
+from streamfisher.gradients.plain import PlainAutograd
+from streamfisher.losses import resolve_loss
 
 # Tied, reused, broadcast, padded
 
@@ -228,114 +169,6 @@ def test_parametrized_weights():
     assert outcome.worst < 1e-10
 
 
-# Checkpointing, compilation, precision
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("exclude", [(), ("embed*",)])
-def test_gradient_checkpointing(reentrant, exclude):
-    from torch.utils.checkpoint import checkpoint
-
-    class Checkpointed(Model):
-        gradient_checkpointing = True
-
-        def forward(self, input_ids, attention_mask=None):
-            def block(x):
-                return x + torch.tanh(self.reused(self.norm(x)))
-
-            x = self.embed(input_ids)
-            for _ in range(2):
-                x = checkpoint(block, x, use_reentrant=reentrant) if self.checkpointing else block(x)
-            return self.head(x)
-
-    model, batch = double(Checkpointed(tied=False)), batch_of()
-    model.checkpointing = False
-    truth = truth_of(model, batch, resolve_loss(model, batch))
-    model.checkpointing = True
-    out, report, _, _ = rows_of(model, batch, exclude=exclude)
-    assert report.parameters["reused.weight"].rule == "linear"
-    assert_equal(out, truth)
-
-
-def test_checkpointing_drops_the_saved_inputs():
-    from torch.utils.checkpoint import checkpoint
-
-    held = []
-
-    class Deep(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
-
-        def forward(self, input_ids):
-            def block(x):
-                hidden = torch.relu(self.first(x))
-                held.append(hidden.untyped_storage()._weak_ref())
-                return self.second(hidden)
-
-            return checkpoint(block, input_ids, use_reentrant=False)
-
-    model = Deep()
-    batch = {"input_ids": torch.randn(4, 6)}
-
-    def loss(model, batch):
-        values = squares(model, batch)
-        alive.append(torch.UntypedStorage._new_with_weak_ptr(held[-1]) is not None)
-        return values
-
-    alive = []
-    with GradientEngine(model, resolve_loss(model, batch, loss)) as engine:
-        engine.probe(batch)
-        engine.rows(batch, engine.allocate(4))
-    assert alive[-1] is False
-
-
-def test_a_compiled_model_is_run_eagerly():
-    model, batch = double(), batch_of()
-    compiled = torch.compile(model, backend="eager")
-    out, _, _, loss = rows_of(compiled, batch)
-    assert_equal(out, truth_of(model, batch, loss))
-    assert "embed.weight" in out
-
-
-@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 6e-2), (torch.float16, 2e-2)])
-def test_half_precision_models_have_float32_rows(dtype, limit):
-    torch.manual_seed(0)
-    model, batch = Model().to(dtype), batch_of()
-    out, report, _, loss = rows_of(model, batch)
-    truth = truth_of(model, batch, loss)
-    for name, rows in out.items():
-        assert rows.dtype == torch.float32
-        assert np.linalg.norm(rows.double().numpy() - truth[name]) < limit * np.linalg.norm(truth[name]), name
-    assert "per_sample" not in report.rules()
-
-
-def test_autocast():
-    torch.manual_seed(0)
-    model, batch = Model(), batch_of()
-    loss = resolve_loss(model, batch)
-    with torch.autocast("cpu", torch.bfloat16):
-        out, _, _, _ = rows_of(model, batch, loss)
-    truth = truth_of(model, batch, loss)
-    for name, rows in out.items():
-        assert np.linalg.norm(rows.double().numpy() - truth[name]) < 6e-2 * np.linalg.norm(truth[name]), name
-
-
-def test_float64_rows_of_a_float32_model():
-    torch.manual_seed(0)
-    model, batch = Model(), batch_of()
-    out, _, _, _ = rows_of(model, batch, dtype_compute=torch.float64)
-    assert {rows.dtype for rows in out.values()} == {torch.float64}
-
-
-def test_deterministic_rows_are_bit_identical():
-    entry = next(e for e in model_zoo.ZOO if e.name == "Llama")
-    model, batch = model_zoo.build(entry), entry.batch(4)
-    first, _, _, _ = rows_of(model, batch, deterministic=True)
-    second, _, _, _ = rows_of(model, batch, deterministic=True)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 # Selection
 
 
@@ -450,18 +283,18 @@ def test_what_no_rule_can_do_takes_a_pass_per_sample(monkeypatch):
 def test_a_disagreement_on_every_path_stops_with_the_name(monkeypatch):
     model, batch = double(), batch_of()
     loss = resolve_loss(model, batch)
-    one_by_one = GradientEngine._one_by_one
+    one_by_one = PlainAutograd.one_by_one
 
-    def wrong(self, batch, out, names):
-        result = one_by_one(self, batch, out, names)
-        for name in names:
+    def wrong(self, batch, out, tensors):
+        result = one_by_one(self, batch, out, tensors)
+        for name in tensors:
             out[name].mul_(1.01)
         return result
 
     def scaled(module, x, d, names, sink):
         rules_module.write_linear(module, x, 2 * d, names, sink)
 
-    monkeypatch.setattr(GradientEngine, "_one_by_one", wrong)
+    monkeypatch.setattr(PlainAutograd, "one_by_one", wrong)
     monkeypatch.setattr("streamfisher.gradients.capture.per_sample_vjp", lambda *arguments: {})
     linear = rules_module.Rule("linear", rules_module.RULES[0].matches, scaled)
     monkeypatch.setattr(rules_module, "RULES", [linear, *rules_module.RULES[1:]])
@@ -620,72 +453,6 @@ def test_a_model_with_only_a_scalar_loss_is_taken_one_at_a_time():
     assert set(report.rules()) == {"per_sample"}
     assert_equal(out, truth_of(model, batch, loss))
     assert result.losses.shape == (5,)
-
-
-# Nothing of the user's model changes
-
-
-def state_of(model):
-    return (
-        [m.training for m in model.modules()],
-        [p.requires_grad for p in model.parameters()],
-        [p.grad for p in model.parameters()],
-        [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
-        torch.backends.mha.get_fastpath_enabled(),
-        torch.backends.cuda.flash_sdp_enabled(),
-        {name: value.clone() for name, value in model.state_dict().items()},
-    )
-
-
-def assert_same_state(before, after):
-    assert before[:-1] == after[:-1]
-    assert all(torch.equal(value, after[-1][name]) for name, value in before[-1].items())
-
-
-def test_the_model_is_restored():
-    model, batch = double(), batch_of()
-    model.train()
-    model.norm.eval()
-    model.position.weight.requires_grad_(False)
-    before = state_of(model)
-    rows_of(model, batch, deterministic=True)
-    assert_same_state(before, state_of(model))
-
-
-@pytest.mark.parametrize("when", ["probe", "rows", "body"])
-def test_the_model_is_restored_after_an_exception(when):
-    model, batch = double().train(), batch_of()
-    model.position.weight.requires_grad_(False)
-    before = state_of(model)
-    armed = []
-
-    def loss(model, batch):
-        values = float64_loop.causal_token_loss(model, batch)
-        if armed:
-            raise KeyboardInterrupt
-        return values
-
-    engine = GradientEngine(model, resolve_loss(model, batch, loss), deterministic=True)
-    with pytest.raises(KeyboardInterrupt), engine:
-        if when == "probe":
-            armed.append(True)
-        engine.probe(batch)
-        armed.append(True)
-        if when == "body":
-            raise KeyboardInterrupt
-        engine.rows(batch, engine.allocate(5))
-    assert_same_state(before, state_of(model))
-    armed.clear()
-    with engine:  # and the engine can be used again
-        engine.probe(batch)
-
-
-def test_a_user_dict_is_a_batch():
-    from transformers import BatchEncoding
-
-    model, batch = double(), batch_of()
-    out, _, _, loss = rows_of(model, BatchEncoding(batch))
-    assert_equal(out, truth_of(model, batch, loss))
 
 
 # Factors

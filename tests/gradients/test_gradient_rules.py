@@ -61,6 +61,18 @@ class Branching(Scale):
         return self.a * x if x.sum().item() > -1e9 else self.b * x
 
 
+class SelfAttention(nn.Module):
+    def __init__(self, batch_first):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=batch_first)
+
+    def forward(self, x):
+        if self.attention.batch_first:
+            return self.attention(x, x, x)[0]
+        x = x.transpose(0, 1)
+        return self.attention(x, x, x, need_weights=False)[0].transpose(0, 1)
+
+
 def gpt2_conv1d():
     from transformers.pytorch_utils import Conv1D
 
@@ -101,6 +113,8 @@ CASES = {
     "prelu": (lambda: nn.PReLU(4), floats(4, 3), "generic"),
     "unknown": (Scale, floats(3, 6), "generic"),
     "unknown, data-dependent": (Branching, floats(3, 6), "generic_loop"),
+    "attention": (lambda: SelfAttention(batch_first=True), floats(3, 6), None),
+    "attention, time first": (lambda: SelfAttention(batch_first=False), floats(3, 6), None),
     "gru": (lambda: nn.GRU(6, 4, batch_first=True), floats(3, 6), None),
 }
 
@@ -172,3 +186,19 @@ def test_embeddings_without_a_formula_are_still_right_or_refused(options):
             zoo_check.compare(model, {"input_ids": integers(7)}, torch.float64, loss)
         return
     assert zoo_check.compare(model, {"input_ids": integers(7)}, torch.float64, loss).worst < 1e-10
+
+
+def test_an_embedding_with_sparse_gradients_has_the_rows_of_a_dense_one():
+    from streamfisher.gradients import GradientEngine
+    from streamfisher.losses import resolve_loss
+
+    rows = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model, batch = Weighted(nn.Embedding(11, 4, sparse=sparse)).double(), {"input_ids": integers(7)}
+        with GradientEngine(model, resolve_loss(model, batch, loss)) as engine:
+            assert engine.probe(batch).parameters["layer.weight"].rule == "embedding"
+            rows.append(engine.allocate(5))
+            engine.rows(batch, rows[-1])
+            assert engine.guard(batch, rows[-1])["layer.weight"] < 1e-12
+    assert torch.equal(rows[0]["layer.weight"], rows[1]["layer.weight"])

@@ -6,10 +6,7 @@ from gradients import model_zoo, zoo_check
 
 
 @pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-10), (torch.float32, 2e-5)], ids=["float64", "float32"])
-@pytest.mark.parametrize(
-    "entry",
-    [pytest.param(e, id=e.name, marks=[pytest.mark.slow] if e.slow else []) for e in model_zoo.ZOO],
-)
+@pytest.mark.parametrize("entry", model_zoo.ZOO, ids=lambda entry: entry.name)
 def test_every_parameter_agrees_with_the_loop(entry, dtype, limit):
     outcome = zoo_check.compare(model_zoo.build(entry), entry.batch(5), dtype)
     assert outcome.captured == outcome.trainable

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from streamfisher.gradients import GradientEngine, ProbeReport
-from streamfisher.losses import PerSampleLoss, batch_size, resolve_loss
+from streamfisher.losses import PerSampleLoss, resolve_loss
+from streamfisher.model_call import batch_size
 
 
 @dataclass(frozen=True)

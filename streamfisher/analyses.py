@@ -1,0 +1,193 @@
+"""What can be asked of a stored run: spectra, alignment of blocks, growth curves, eigenvectors; without the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from streamfisher.alignment import Alignment, align
+from streamfisher.blockgrams import BlockGrams, stored_gram
+from streamfisher.blocks import assign_blocks
+from streamfisher.config import SpectralConfig
+from streamfisher.directions import Eigenvectors
+from streamfisher.eigenvectors import compute_eigenvectors
+from streamfisher.partial import PartialGrams
+from streamfisher.selection import Normalization, SampleChoice, select
+from streamfisher.solve import RowPrecision
+from streamfisher.spectrum import Spectrum
+from streamfisher.store import RunStore
+from streamfisher.uncertainty import Growth, grow
+from streamfisher.uncertainty import bootstrap as resample
+
+
+class Analyses:
+    """The part of `Run` that answers questions; `Run` brings the store and builds the Grams."""
+
+    store: RunStore
+    config: SpectralConfig
+    parameters: Any  # a property of `Run`: {parameter name: number of elements}
+    n_samples: Any  # a property of `Run`: N
+    build_grams: Any
+    metadata: Any
+
+    def block_grams(
+        self,
+        block_structure: str | Mapping[str, str] | None = None,
+        center: bool | None = None,
+        samples: SampleChoice = None,
+        *,
+        weights: Sequence[float] | np.ndarray | None = None,
+        normalization: Normalization = "samples",
+        partial: bool = False,
+        config: SpectralConfig | None = None,
+        progress: bool = False,
+    ) -> BlockGrams:
+        """Return the Grams of the blocks, built where they are missing; what every analysis starts from.
+
+        Args:
+            block_structure: 'layer', 'module', 'parameter', 'none', or a mapping from glob pattern to block key; `None`
+                means the run's own.
+            center: the covariance of gradients instead of the Fisher; `None` means the run's own.
+            samples: a slice, sample numbers or a boolean mask over the N samples; `None` means all that are valid.
+            weights: (N,) not negative; F = sum w_i g_i g_i^T / sum w_i. `None` means 1 each.
+            normalization: divide by 'samples', or by 'tokens': the number of target tokens of the samples.
+            partial: accept an unfinished run and take the samples that are there; the result says so.
+            config: solver and Gram options; `None` means those the run was made with.
+            progress: show a bar while Grams are built.
+
+        Raises:
+            ConfigError: the structure or the normalization is unknown.
+            DataError: fewer than 2 samples are selected, or the weights cannot be used.
+            RunError: the run is not fully collected and `partial` was not asked for.
+            CorruptRunError: something stored is missing or altered.
+        """
+        config = config or self.config
+        structure = config.block_structure if block_structure is None else block_structure
+        center = config.center_gradients if center is None else center
+        assignment = assign_blocks(self.parameters, structure)
+        unfinished = PartialGrams(self.store, config) if partial and self.store.todo() else None
+        valid = self.store.per_sample("valid") == 1
+        selection = select(
+            self.n_samples,
+            valid if unfinished is None else valid & unfinished.mask,
+            samples,
+            weights,
+            normalization=normalization,
+            n_targets=self.store.per_sample("n_targets"),
+        )
+        if unfinished is None:
+            self.build_grams(config, progress=progress)
+        metadata = self.metadata(config) | selection.facts() | {"partial": unfinished is not None}
+        if unfinished is not None:
+            metadata["samples_collected"] = unfinished.rows.n_samples
+        if samples is not None:
+            metadata["samples"] = f"{len(selection)} selected of {self.n_samples}"
+        metadata["block_structure"] = structure if isinstance(structure, str) else dict(structure)
+        source = self.store if unfinished is None else unfinished
+        return BlockGrams(
+            gram_of=lambda name: stored_gram(source, name, center),
+            parameters=self.parameters,
+            assignment=assignment,
+            selection=selection,
+            center=center,
+            config=config,
+            precision=RowPrecision(self.store.row_dtype, self.store.unit_roundoff),
+            metadata=metadata,
+        )
+
+    def spectrum(
+        self,
+        block_structure: str | Mapping[str, str] | None = None,
+        center: bool | None = None,
+        samples: SampleChoice = None,
+        top_k: int | None = None,
+        *,
+        weights: Sequence[float] | np.ndarray | None = None,
+        normalization: Normalization = "samples",
+        partial: bool = False,
+        bootstrap: int = 0,
+        config: SpectralConfig | None = None,
+        progress: bool = False,
+    ) -> Spectrum:
+        """Solve the run under a block structure.
+
+        Args:
+            block_structure: see `block_grams`, as for everything that is not listed here.
+            center: the covariance of gradients instead of the Fisher.
+            samples: which samples.
+            top_k: list the largest `top_k` eigenvalues of each block only (the trace stays exact).
+            weights: of the samples.
+            normalization: by 'samples' or 'tokens'.
+            partial: accept an unfinished run.
+            bootstrap: how many resamples to draw for intervals of all metrics, see `uncertainty`; 0 means none.
+            config: solver and Gram options.
+            progress: show a bar while Grams are built.
+
+        Raises:
+            StreamfisherError: as `block_grams`.
+        """
+        options = {"weights": weights, "normalization": normalization, "partial": partial}
+        found = self.block_grams(block_structure, center, samples, **options, config=config, progress=progress)
+        spectrum = found.spectrum(top_k)
+        if bootstrap:
+            spectrum = dataclasses.replace(
+                spectrum, bootstrap=resample(found, spectrum, bootstrap, seed=found.config.seed)
+            )
+        return spectrum
+
+    def growth(
+        self,
+        block_structure: str | Mapping[str, str] | None = None,
+        center: bool | None = None,
+        *,
+        sizes: Sequence[int] | None = None,
+        seed: int = 42,
+        **options: Any,
+    ) -> Growth:
+        """Return the spectra of nested random subsets of the samples, see `uncertainty.grow`.
+
+        Args:
+            block_structure: see `block_grams`.
+            center: the covariance of gradients instead of the Fisher.
+            sizes: of the subsets; `None` means N, N/2, N/4, ... down to 8.
+            seed: of the order in which samples are taken.
+            options: of `block_grams`.
+        """
+        return grow(self.block_grams(block_structure, center, **options), sizes, seed=seed)
+
+    def alignment(
+        self, block_structure: str | Mapping[str, str] | None = None, center: bool | None = None, **options: Any
+    ) -> Alignment:
+        """Return the normalised inner products of the blocks' Grams, see `alignment`; options as in `block_grams`."""
+        return align(self.block_grams(block_structure, center, **options))
+
+    def eigenvectors(
+        self,
+        block: str,
+        top: int = 20,
+        center: bool | None = None,
+        *,
+        block_structure: str | Mapping[str, str] | None = None,
+        overwrite: bool = False,
+        progress: bool = False,
+        **options: Any,
+    ) -> Eigenvectors:
+        """Return the leading eigenvectors of a block in parameter space, computed where they are not stored yet.
+
+        Args:
+            block: its key, for example `layer_3`.
+            top: how many.
+            center: of the covariance instead of the Fisher.
+            block_structure: see `block_grams`.
+            overwrite: replace those that are stored with another `top` or other samples.
+            progress: show a bar.
+            options: of `block_grams`: samples, weights, normalization.
+
+        Raises:
+            StreamfisherError: as `eigenvectors.compute_eigenvectors`.
+        """
+        found = self.block_grams(block_structure, center, **options)
+        return compute_eigenvectors(self.store, found, block, top, overwrite=overwrite, progress=progress)

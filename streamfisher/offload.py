@@ -1,0 +1,131 @@
+"""Models whose weights Accelerate keeps on the CPU or on disk and brings to the device module by module.
+
+Between two calls such a weight is an empty parameter on the meta device, and every call puts another object in its
+place. So it is named by module and attribute here, and its gradient is taken from the objects that a pass really used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamfisher.errors import ModelError
+
+
+def offload_hook(module: nn.Module) -> Any:
+    """Return Accelerate's hook that loads this module's weights, or `None`."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):
+        if getattr(one, "offload", False) and getattr(one, "weights_map", None) is not None:
+            return one
+    return None
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Return whether any weight of the model is kept elsewhere."""
+    return any(offload_hook(module) is not None for module in model.modules())
+
+
+def stored_tensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """Return the values of a parameter or buffer: where it is kept, if it is offloaded, else itself."""
+    if not tensor.is_meta:
+        return tensor
+    owner, _, attribute = name.rpartition(".")
+    hook = offload_hook(model.get_submodule(owner))
+    return tensor if hook is None else hook.weights_map[attribute]
+
+
+def working_device(model: nn.Module, name: str, tensor: Tensor) -> torch.device:
+    """Return the device that a parameter is used on."""
+    if not tensor.is_meta:
+        return tensor.device
+    hook = offload_hook(model.get_submodule(name.rpartition(".")[0]))
+    return tensor.device if hook is None else torch.device(hook.execution_device)
+
+
+def input_device(model: nn.Module) -> torch.device | None:
+    """Return the device that the model's first parameter is used on; `None` for a model without any."""
+    return next((working_device(model, name, parameter) for name, parameter in model.named_parameters()), None)
+
+
+def identity(model: nn.Module, name: str, parameter: Tensor) -> int:
+    """Return what all names of one tied parameter have in common, also where it is offloaded to the CPU.
+
+    On disk, where every look gives another tensor, two names of one parameter have nothing in common: `check_ties`.
+    """
+    value, again = stored_tensor(model, name, parameter), stored_tensor(model, name, parameter)
+    in_memory = value is not parameter and value.data_ptr() == again.data_ptr() != 0
+    return value.data_ptr() if in_memory else id(parameter)
+
+
+def check_ties(model: nn.Module) -> None:
+    """Refuse a Hugging Face model whose tied embedding and head cannot be told to be one parameter.
+
+    Raises:
+        ModelError: they are tied and on disk.
+    """
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    if not tied or not is_offloaded(model):
+        return
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = {
+        f"{name}.weight": module.weight
+        for name, module in model.named_modules()
+        if any(module is end for end in ends) and hasattr(module, "weight")
+    }
+    if len({identity(model, name, weight) for name, weight in weights.items()}) > 1:
+        raise ModelError(
+            f"{' and '.join(weights)} are one tied parameter, and offloaded to disk they cannot be told to be one. "
+            "Keep both on the same GPU or on the CPU in the device map."
+        )
+
+
+@contextlib.contextmanager
+def used_leaves(model: nn.Module, places: Mapping[str, Sequence[str]]) -> Iterator[dict[str, list[Tensor]]]:
+    """Collect the tensors that offloaded parameters are in the passes inside: leaves that require grad.
+
+    Args:
+        model: frozen.
+        places: parameter -> all its full names.
+
+    Yields:
+        Parameter -> its tensors, one for each call of a module that holds it; their gradients add up to its gradient.
+    """
+    used: dict[str, list[Tensor]] = {name: [] for name in places}
+    wanted: dict[str, list[tuple[str, str]]] = {}
+    for parameter, names in places.items():
+        for name in names:
+            owner, _, attribute = name.rpartition(".")
+            wanted.setdefault(owner, []).append((attribute, parameter))
+    undo: list[tuple[nn.Module, Any]] = []
+
+    def watch(module: nn.Module, attributes: Sequence[tuple[str, str]]) -> None:
+        forward = module._old_forward
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            for attribute, parameter in attributes:
+                leaf = nn.Parameter(module._parameters[attribute].detach(), requires_grad=True)
+                module._parameters[attribute] = leaf
+                used[parameter].append(leaf)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                for attribute, _ in attributes:  # the empty one that takes its place is frozen as before
+                    module._parameters[attribute] = nn.Parameter(
+                        module._parameters[attribute].detach(), requires_grad=False
+                    )
+
+        module._old_forward = record
+        undo.append((module, forward))
+
+    for owner, attributes in wanted.items():
+        watch(model.get_submodule(owner), attributes)
+    try:
+        yield used
+    finally:
+        for module, forward in undo:
+            module._old_forward = forward

@@ -1,0 +1,92 @@
+"""An unfinished run, analysed: the finished rows only, never written back, and marked as partial everywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from streamfisher import gram as grams
+from streamfisher.config import SpectralConfig
+from streamfisher.errors import RunError
+from streamfisher.store import RunStore
+
+#: Grams of an unfinished run are kept in memory up to this size in all; further ones are computed again when needed.
+_CACHE_BYTES = 1 << 30
+
+
+class FinishedRows:
+    """The rows of a run whose units are done, with the face that `gram.build_grams` reads."""
+
+    def __init__(self, store: RunStore, samples: np.ndarray):
+        self.store = store
+        self.samples = samples  # (n,) int64, ascending
+        self.parameters = store.parameters
+        self.n_samples = len(samples)
+
+    def chunk_columns(self, name: str) -> int:
+        """Return the columns that are read together."""
+        return self.store.chunk_columns(name)
+
+    def columns(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Return (n, stop - start): unwritten rows are dropped before anyone sees them."""
+        return self.store.columns(name, start, stop)[self.samples]
+
+    def mean(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        """Return the mean gradient that was subtracted from the rows, or `None`."""
+        return self.store.mean(name, start, stop)
+
+
+class PartialGrams:
+    """The Grams of the rows that are there when it is made; rows that come later do not count.
+
+    Args:
+        store: of a run that another process may be writing.
+        config: products, workers and memory budget.
+
+    Raises:
+        RunError: not even 2 samples are finished.
+    """
+
+    def __init__(self, store: RunStore, config: SpectralConfig):
+        done = store.done_units()
+        finished = [np.arange(unit.start, unit.stop) for unit in store.units if unit.index in done]
+        samples = np.concatenate(finished) if finished else np.zeros(0, dtype=np.int64)
+        if len(samples) < 2:
+            raise RunError(
+                f"{store.path}: {len(samples)} of {store.n_samples} samples have gradients; a spectrum needs at least "
+                "2. Run the command that made it again; it goes on where it stopped."
+            )
+        self.rows = FinishedRows(store, samples)
+        self.config = config
+        self._cache: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Return (N,) bool, which samples have rows."""
+        mask = np.zeros(self.rows.store.n_samples, dtype=bool)
+        mask[self.rows.samples] = True
+        return mask
+
+    def read_gram(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return what `RunStore.read_gram` returns, NaN in the rows and columns of samples without gradients."""
+        if name not in self._cache:
+            (finished,) = grams.build_grams(self.rows, self.config, _keep, names=[name])
+            size, n = 8 * self.rows.n_samples**2, len(self._cache)
+            found = (finished.gram, finished.mean_products)
+            if size * (n + 1) > _CACHE_BYTES:
+                return self._spread(*found)
+            self._cache[name] = found
+        return self._spread(*self._cache[name])
+
+    def _spread(self, gram: np.ndarray, products: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+        n, where = self.rows.store.n_samples, self.rows.samples
+        whole = np.full((n, n), np.nan)
+        whole[np.ix_(where, where)] = gram
+        if products is None:
+            return whole, None
+        whole_products = np.full(n + 1, np.nan)
+        whole_products[where], whole_products[-1] = products[:-1], products[-1]
+        return whole, whole_products
+
+
+def _keep(parameter: grams.ParameterGram) -> grams.ParameterGram:
+    return parameter

@@ -1,0 +1,131 @@
+"""Products of panels of gradient rows, added up in float64: by numpy, or by torch on a GPU.
+
+A sum of panels B gives the rows of `K = sum B B^T` that are not known yet: all of them at first, and after a run has
+grown only those of its new samples, `[new old^T, new new^T]`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamfisher.errors import ConfigError
+
+#: Largest entries of a panel whose float32 products stay far from the ends of float32's range.
+_SAFE_PEAK = (1e-12, 1e12)
+
+
+class PanelSum(Protocol):
+    """Adds up products of panels."""
+
+    def add(self, panel: np.ndarray) -> None:
+        """Add the products of a panel, (N, m) float32 or float64, in its own precision."""
+
+    def result(self) -> np.ndarray:
+        """Return the sum over all panels: (N - known, N) float64."""
+
+
+def panel_sum(n_samples: int, known: int, device: str) -> PanelSum:
+    """Return an empty sum on 'cpu' (numpy), 'cuda', or 'auto' (CUDA where there is one).
+
+    Args:
+        n_samples: rows of a panel, N.
+        known: so many of the first rows are left out, because their products with each other are known.
+        device: where the products are formed.
+
+    Raises:
+        ConfigError: CUDA is asked for in a process that has none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("gram_device='cuda': this process sees no CUDA device. Use cpu or auto.")
+    if device == "cpu" or not torch.cuda.is_available():
+        return NumpySum(n_samples, known)
+    return TorchSum(n_samples, known, torch.device("cuda"))
+
+
+class NumpySum:
+    """By numpy, whose `b @ b.T` calls `syrk`: half the work of a general product, and exactly symmetric."""
+
+    def __init__(self, n_samples: int, known: int = 0):
+        self.known = known
+        self.total = np.zeros((n_samples - known, n_samples))
+
+    def add(self, panel: np.ndarray) -> None:
+        """Add the products of a panel."""
+        exponent = _exponent(panel)
+        if exponent:
+            panel = np.ldexp(panel, -exponent)
+        old, new = panel[: self.known], panel[self.known :]
+        parts = [(new @ new.T, slice(self.known, None))]
+        if self.known:
+            parts.append((new @ old.T, slice(None, self.known)))
+        for product, where in parts:
+            self.total[:, where] += np.ldexp(product.astype(np.float64), 2 * exponent) if exponent else product
+
+    def result(self) -> np.ndarray:
+        """Return the sum over all panels: (N - known, N) float64."""
+        return self.total
+
+
+class TorchSum:
+    """By torch on a device, in full float32 or float64: TF32 is never used."""
+
+    def __init__(self, n_samples: int, known: int, device: torch.device):
+        self.known, self.device = known, device
+        self.total = torch.zeros(n_samples - known, n_samples, dtype=torch.float64, device=device)
+
+    def add(self, panel: np.ndarray) -> None:
+        """Add the products of a panel."""
+        exponent = _exponent(panel)
+        if exponent:
+            panel = np.ldexp(panel, -exponent)
+        rows = torch.from_numpy(np.ascontiguousarray(panel)).to(self.device)
+        new = rows[self.known :]
+        with _full_precision():
+            product: Tensor = (new @ rows.T).double()
+        self.total += torch.ldexp(product, torch.tensor(2 * exponent, device=self.device)) if exponent else product
+
+    def result(self) -> np.ndarray:
+        """Return the sum over all panels: (N - known, N) float64."""
+        square = self.total[:, self.known :]
+        square.copy_((square + square.T) / 2)  # a general product is symmetric up to rounding only
+        return self.total.cpu().numpy()
+
+
+class _full_precision:  # noqa: N801 - a context manager that reads as a phrase
+    """float32 products in float32, whatever the process has allowed."""
+
+    def __enter__(self) -> None:
+        self.before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_float32_matmul_precision(self.before)
+
+
+def _exponent(panel: np.ndarray) -> int:
+    """Return the power of two to divide a float32 panel by, so that its squares neither vanish nor overflow.
+
+    Scaling by a power of two is exact, so it changes no bit of a product that needed none; 0 for those.
+    """
+    if panel.dtype != np.float32 or panel.size == 0:
+        return 0
+    peak = float(max(panel.max(), -panel.min()))
+    if not np.isfinite(peak) or peak == 0.0 or _SAFE_PEAK[0] < peak < _SAFE_PEAK[1]:
+        return 0
+    return int(np.floor(np.log2(peak)))
+
+
+def complete(new_rows: np.ndarray, old: np.ndarray | None) -> np.ndarray:
+    """Return the whole Gram, (N, N), from its new rows (n, N) and the known part (N - n, N - n)."""
+    known = 0 if old is None else len(old)
+    if old is None or known == 0:
+        return new_rows
+    gram = np.empty((known + len(new_rows), known + len(new_rows)))
+    gram[:known, :known] = old
+    gram[known:] = new_rows
+    gram[:known, known:] = new_rows[:, :known].T
+    return gram

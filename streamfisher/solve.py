@@ -1,0 +1,158 @@
+"""From Grams to a spectrum: add those of each block, solve, put the whole together, and say what it is of."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamfisher import spectrum as spectra
+from streamfisher.blocks import group_blocks
+from streamfisher.config import SpectralConfig, dtype_name
+from streamfisher.determinism import one_thread
+from streamfisher.noise import backward_noise
+from streamfisher.selection import Selection
+from streamfisher.spectrum import Spectrum
+from streamfisher.store import Manifest, versions
+
+
+@dataclass(frozen=True)
+class RowPrecision:
+    """How exact gradient rows are."""
+
+    computed: torch.dtype  # they were computed in it
+    roundoff: float  # and then held with this unit roundoff
+
+
+def describe(
+    manifest: Manifest, config: SpectralConfig, *, n_stored: int, n_targets: int, skipped: Mapping[int, str]
+) -> dict[str, Any]:
+    """Return the facts that every result carries, as plain JSON values.
+
+    Args:
+        manifest: of the run.
+        config: options of the analysis.
+        n_stored: samples that were asked for, skipped ones included.
+        n_targets: target tokens of the valid samples.
+        skipped: sample number -> why it does not count.
+    """
+    return {
+        "n_samples_stored": n_stored,
+        "n_target_tokens": n_targets,
+        **{key: manifest.data[key] for key in ("sample_unit", "n_sequences") if key in manifest.data},
+        **{key: manifest.config[key] for key in ("tokens_per_sequence",) if manifest.config.get(key) is not None},
+        "labels": manifest.config["labels"],
+        **manifest.loss,
+        "model_mode": "eval",
+        "skipped_samples": {str(sample): reason for sample, reason in skipped.items()},
+        "excluded_parameters": dict(manifest.excluded),
+        "coverage_parameters": manifest.probe.get("coverage_parameters"),
+        "coverage_squared_norm": manifest.probe.get("coverage_norm"),
+        "dtype_row": manifest.layout["dtype_row"],
+        "dtype_store": manifest.layout["dtype_store"],
+        "stored_centered": manifest.layout["centered"],
+        "model": dict(manifest.model),
+        "data_fingerprint": manifest.data["fingerprint"],
+        "seed": config.seed,
+        "collected_with": dict(manifest.versions),
+    }
+
+
+def _with_same_bits(solve: Callable[..., Spectrum]) -> Callable[..., Spectrum]:
+    """Let a deterministic analysis use one thread: LAPACK and dot products depend on their number."""
+
+    @functools.wraps(solve)
+    def in_one_thread(*args: Any, **options: Any) -> Spectrum:
+        config = next(value for value in (*args, *options.values()) if isinstance(value, SpectralConfig))
+        with one_thread(config.use_deterministic):
+            return solve(*args, **options)
+
+    return in_one_thread
+
+
+@_with_same_bits
+def solve_blocks(
+    gram_of: Callable[[str], np.ndarray],
+    parameters: Mapping[str, int],
+    assignment: Mapping[str, str],
+    config: SpectralConfig,
+    *,
+    center: bool,
+    precision: RowPrecision,
+    metadata: Mapping[str, Any],
+    top_k: int | None = None,
+    selection: Selection | None = None,
+) -> Spectrum:
+    """Add the Grams of each block, solve it, and put the whole together.
+
+    Only one block's Gram, one parameter's, and the running sum of all are alive at a time.
+
+    Args:
+        gram_of: parameter name -> (N, N) float64 Gram.
+        parameters: number of elements of each parameter.
+        assignment: block key of each parameter.
+        config: solver options.
+        center: take the covariance.
+        precision: of the rows.
+        metadata: goes into the result.
+        top_k: list only the largest eigenvalues of each block.
+        selection: weights of the samples that `gram_of` gives; `None` means 1 each.
+    """
+    centered = spectra.center if selection is None else selection.center
+    product = torch.float64 if precision.computed == torch.float64 else config.dtype_gram
+    blocks: dict[str, spectra.BlockSpectrum] = {}
+    whole: np.ndarray | None = None
+    squared, dominance = 0.0, 0.0
+    for key, names in group_blocks(assignment).items():
+        K = add(gram_of(name) for name in names)
+        if center:
+            raw_trace = float(np.trace(K))
+            K = centered(K)
+            centered_trace = float(np.trace(K))
+            if centered_trace > 0:
+                dominance = max(dominance, len(K) * (raw_trace - centered_trace) / centered_trace)
+        K = K if selection is None else selection.scale(K)
+        squared += float(np.vdot(K, K))
+        whole = K.copy() if whole is None else whole + K
+        n_params = sum(parameters[name] for name in names)
+        blocks[key] = spectra.block_spectrum(
+            key, K, n_params, config, product=product, roundoff=precision.roundoff, top_k=top_k
+        )
+    assert whole is not None  # a run has at least one parameter
+    if product == torch.float32 and dominance > spectra.MEAN_DOMINANCE_LIMIT:
+        warnings.warn(
+            f"the mean gradient dominates (N |mean|^2 / trace = {dominance:.1e}): centering the Gram loses digits. "
+            "Collect with store_centered=True and float32 or float64 rows for an accurate tail.",
+            stacklevel=3,
+        )
+    facts = {
+        **metadata,
+        "centered": center,
+        "normalization": spectra.NORMALIZATION[center] if selection is None else selection.formula(center),
+        "block_diagonal_error": spectra.block_diagonal_error(squared, float(np.vdot(whole, whole))),
+        **({"mean_dominance": dominance} if center else {}),
+        "dtype_gram": dtype_name(product),
+        "dtype_eigensolve": dtype_name(config.dtype_eigensolve),
+        "parameter_subsampling": config.max_params_per_block,
+        "analysed_with": versions(),
+    }
+    floor = backward_noise(precision.computed, float(np.trace(whole)) / len(whole))
+    blocks = {key: block.with_floor(floor) for key, block in blocks.items()}
+    return Spectrum(blocks, spectra.union(blocks, config.top_k_eigenvalues), facts)
+
+
+def add(matrices: Iterable[np.ndarray]) -> np.ndarray:
+    """Add matrices in the order given, holding two at a time."""
+    total: np.ndarray | None = None
+    for matrix in matrices:
+        if total is None:
+            total = np.array(matrix)
+        else:
+            total += matrix
+    assert total is not None  # a block has at least one parameter
+    return total

@@ -1,0 +1,45 @@
+"""Models and data whose behaviour depends on the rank, named as MODEL and DATA on command lines in the tests."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+from tiny_models import TinyRegression, vectors
+from torch import Tensor, nn
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+class Slow(TinyRegression):
+    """Every forward pass takes `SECONDS` more, and ten times as much on rank `SLOW_RANK`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = 10 if str(RANK) == os.environ.get("SLOW_RANK") else 1
+        time.sleep(float(os.environ.get("SECONDS", "0.05")) * factor)
+        return super().forward(x)
+
+
+def slow() -> nn.Module:
+    return Slow()
+
+
+def other_weights_on_rank_1() -> nn.Module:
+    return TinyRegression(seed=RANK)
+
+
+def thirty_vectors() -> dict[str, Tensor]:
+    return vectors(30)
+
+
+def other_data_on_rank_1() -> dict[str, Tensor]:
+    data = vectors(30)
+    data["x"][17] += RANK
+    return data
+
+
+def nan_in_the_last_vector() -> dict[str, Tensor]:
+    data = vectors(30)
+    data["x"][29] = torch.nan
+    return data

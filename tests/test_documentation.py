@@ -1,0 +1,41 @@
+"""The Python code of the README and of the documents runs as it stands, and the documents name what exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from streamfisher.cli import build_parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "howto.md"]
+
+
+def python_blocks():
+    for page in PAGES:
+        for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)):
+            yield pytest.param(code, id=f"{page.name}-{number}")
+
+
+@pytest.mark.parametrize("code", list(python_blocks()))
+def test_python_code_runs(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "documentation", "exec"), {"__name__": "documentation"})
+
+
+def test_options_named_in_the_documents_exist():
+    commands = next(action for action in build_parser()._actions if hasattr(action, "choices") and action.choices)
+    known = {
+        option for parser in commands.choices.values() for action in parser._actions for option in action.option_strings
+    }
+    foreign = {"--nproc_per_node", "--num_processes"}
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+[a-z_]*", page.read_text()))
+        assert named - known - foreign == set(), page.name
+
+
+def test_links_between_documents_lead_somewhere():
+    for page in [*PAGES, *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
