@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from streamfisher import gram as grams
 from streamfisher.analyses import Analyses
@@ -57,6 +58,31 @@ class Run(Analyses):
         from streamfisher.html_report import run_html
 
         return run_html(self)
+
+    def add(
+        self,
+        model: nn.Module,
+        samples: Any,
+        *,
+        loss: Callable[..., Any] | None = None,
+        n_samples: int | None = None,
+        progress: bool = False,
+    ) -> Run:
+        """Compute the gradients of further samples into this run; return it, opened again.
+
+        Args:
+            model: the model the run was made with.
+            samples: all samples, those of the run first; what is new is what comes after them.
+            loss: the same as when the run was made.
+            n_samples: how many to use, from the first; `None` means all.
+            progress: show a bar.
+
+        Raises:
+            RunMismatchError: model or first samples are not those of the run, or its rows are stored centered.
+        """
+        from streamfisher.collect import collect  # the one place where analysis asks for more data
+
+        return collect(model, samples, self.path, config=self.config, loss=loss, n_samples=n_samples, progress=progress)
 
     def build_grams(self, config: SpectralConfig | None = None, *, progress: bool = False) -> list[str]:
         """Build the Grams that are missing, one per parameter; return the names of those that were built.

@@ -109,7 +109,7 @@ def _export(arguments: argparse.Namespace) -> int:
     check_target(target)
     run = open_run(arguments.run)
     options = read_run_options(arguments, base=run.config)
-    chosen = selection_options(arguments, run.n_samples)
+    chosen = selection_options(arguments, run.n_samples, run)
     config = options.analysis_config(run.config)
     spectra = [
         run.spectrum(structure, center, top_k=options.top_k, **chosen, config=config, progress=not arguments.quiet)

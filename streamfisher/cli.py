@@ -253,7 +253,7 @@ def _spectrum(arguments: argparse.Namespace) -> int:
 
     run = open_run(arguments.run)
     options = read_run_options(arguments, base=run.config)
-    chosen = selection_options(arguments, run.n_samples)
+    chosen = selection_options(arguments, run.n_samples, run)
     if arguments.out:
         check_target(Path(arguments.out))
     with dask_client(options.dask_scheduler):
@@ -270,7 +270,7 @@ def _report(arguments: argparse.Namespace) -> int:
     targets = [Path(arguments.out)] if arguments.out else [run.path / "spectrum.png", run.path / "report.html"]
     for target in targets:
         check_target(target, (".html", ".png", ".svg", ".pdf"))
-    chosen = selection_options(arguments, run.n_samples)
+    chosen = selection_options(arguments, run.n_samples, run)
     if arguments.block_structure is None and targets[-1].suffix.lower() == ".html":
         options = dataclasses.replace(options, structures=("layer", "module", "none"))
     spectra = _spectra(run, options, arguments, chosen)

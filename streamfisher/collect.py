@@ -110,6 +110,7 @@ def collect(
             engine.apply_routes(ProbeReport.from_dict(store.manifest.probe))
             if ranks.is_main:
                 store.sweep()
+                store.write_fields(found.fields)
             if config.store_centered:
                 mean_pass(store, engine, found, config, ranks, progress=progress)
             row_pass(store, engine, found, config, ranks, progress=progress)

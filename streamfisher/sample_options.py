@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import operator
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from streamfisher.analysis import Run
 from streamfisher.errors import ConfigError
 from streamfisher.selection import read_samples, read_weights
+
+_COMPARISONS = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+_CONDITION = re.compile(r"^\s*([A-Za-z_]\w*)\s*(<=|>=|==|!=|<|>)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*$")
 
 
 def add_selection_options(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +31,8 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--samples",
         default=None,
-        metavar="A:B|FILE",
-        help="a slice, or a .npy or text file of numbers or a mask",
+        metavar="A:B|FILE|'FIELD>X'",
+        help="a slice; a .npy or text file of numbers or a mask; a condition on loss, n_targets or a field of the data",
     )
     group.add_argument("--weights", default=None, metavar="FILE.npy", help="one weight per sample of the run")
     group.add_argument("--normalize-by", default="samples", metavar="samples|tokens", help="default: samples")
@@ -29,15 +42,38 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--partial", action="store_true", help="analyse what an unfinished run has; marked as partial")
 
 
-def selection_options(arguments: argparse.Namespace, n_samples: int) -> dict[str, Any]:
-    """Return the options of `Run.spectrum` that `add_selection_options` read."""
+def selection_options(arguments: argparse.Namespace, n_samples: int, run: Run | None = None) -> dict[str, Any]:
+    """Return the options of `Run.spectrum` that `add_selection_options` read.
+
+    Args:
+        arguments: parsed.
+        n_samples: of the run, or the smallest of several.
+        run: whose fields a condition is about; `None` where there are several runs.
+    """
+    condition = _CONDITION.match(arguments.samples or "")
     return {
-        "samples": parse_samples(arguments.samples, n_samples),
+        "samples": where(run, condition) if condition and run else parse_samples(arguments.samples, n_samples),
         "weights": None if arguments.weights is None else read_weights(arguments.weights),
         "normalization": arguments.normalize_by,
         "partial": arguments.partial,
         "bootstrap": arguments.bootstrap,
     }
+
+
+def where(run: Run, condition: re.Match[str]) -> np.ndarray:
+    """Return the mask, (N,) bool, of the samples that meet a condition such as `loss>3.5` or `label==2`.
+
+    Raises:
+        ConfigError: the run has no such field, or fewer than 2 samples meet the condition.
+    """
+    name, sign, number = condition.groups()
+    fields = run.store.fields()
+    if name not in fields:
+        raise ConfigError(f"--samples {condition.string}: the run has no field {name!r}; it has {', '.join(fields)}.")
+    mask = _COMPARISONS[sign](fields[name], float(number))
+    if mask.sum() < 2:
+        raise ConfigError(f"--samples {condition.string} selects {mask.sum()} of the run's {len(mask)} samples.")
+    return mask
 
 
 def parse_samples(text: str | None, n_samples: int) -> slice | np.ndarray | None:

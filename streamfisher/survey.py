@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -33,6 +34,7 @@ class Survey:
     lengths: list[int]  # tokens of each sample; 1 where it is no sequence
     chunk_digests: list[str]  # SHA-256 of the contents of each unit
     n_sequences: int | None  # how many sequences the tokens come from; None unless the unit is the token
+    fields: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (N,) float64: scalars that every sample has
 
     def sample_unit(self, config: SpectralConfig) -> str:
         """Return what N counts: 'sequence', 'token', or 'example' for samples that are no sequences."""
@@ -105,12 +107,18 @@ def survey(
         if len(samples) < 2:
             raise DataError("the data holds 1 target token; a spectrum needs at least 2.")
     units = make_units(len(samples), config.chunk_size)
-    lengths = []
+    lengths, scalars = [], []
     for index in range(len(samples)):
         sample = samples[index]
         lengths.append(sequence_length(sample) or 1)
         _require_targets(chosen, sample, index)
-    return Survey(samples, chosen, lengths, [samples.digest(unit) for unit in units], n_sequences)
+        scalars.append({key: float(value) for key, value in sample.items() if value.ndim == 0})
+    fields = {key: np.array([values[key] for values in scalars]) for key in _common_keys(scalars)}
+    return Survey(samples, chosen, lengths, [samples.digest(unit) for unit in units], n_sequences, fields)
+
+
+def _common_keys(scalars: list[dict[str, float]]) -> list[str]:
+    return [key for key in scalars[0] if all(key in values for values in scalars)]
 
 
 def to_model(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

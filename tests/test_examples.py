@@ -34,3 +34,21 @@ def test_effective_rank_over_training(tmp_path):
     assert (ranks > 1).all()
     assert (tmp_path / "spectra.png").is_file()
     assert all(0 <= overlap.mean_squared_cosine <= 1 for overlap in found.overlaps)
+
+
+@pytest.mark.slow
+def test_true_fisher_differs_from_the_empirical_one(tmp_path, capsys):
+    found = load("true_fisher").main(tmp_path)
+    printed = capsys.readouterr().out
+    assert "labels from the data" in printed and "labels from the model" in printed
+    traces = found.trajectory("trace", "layer_0")
+    assert len(traces) == 2 and traces[0] != pytest.approx(traces[1], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_reanalysis_needs_no_model(tmp_path, monkeypatch, capsys):
+    example = load("reanalysis")
+    path = example.make(tmp_path)
+    monkeypatch.setattr("streamfisher.demo.load_demo_model", None)
+    assert example.main(path).global_.metrics["numerical_rank"] == 64
+    assert "three leading eigenvectors" in capsys.readouterr().out

@@ -89,7 +89,7 @@ def check_free(path: Path) -> None:
         raise RunError(f"{path} is a file; --out names a folder that does not exist yet, or a run.")
     if path.is_dir() and any(path.iterdir()):
         ours = {"zarr.json", "gradients", "samples", "mean", "mean_parts", "gram", "gram_mean", "done"}
-        ours |= {"lock", "lock.ranks", "log.jsonl"}
+        ours |= {"fields", "lock", "lock.ranks", "log.jsonl"}
         foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
         if not foreign and (path / "zarr.json").exists() and not (path / "done").is_dir():
             foreign = ["another Zarr hierarchy"]

@@ -7,6 +7,7 @@
       samples/n_targets        (N,)       int64, target tokens
       samples/valid            (N,)       uint8, 0 where a sample was skipped
       samples/squared_norm     (N, K)     float64, per parameter
+      fields/<name>            (N,)       float64, scalars that the data gives with every sample
       mean/<parameter>         (P_k,)     float64, only where rows are stored centered
       mean_parts/<parameter>   (units, P_k) float64 sums of the mean pass
       gram/<parameter>         (N, N)     float64, of the rows as stored
@@ -180,6 +181,19 @@ class RunStore:
     def norm_tolerance(self) -> float:
         """Return how far a squared row norm may be from the one seen while collecting, relatively."""
         return 4 * self.unit_roundoff + (1e-9 if self.row_dtype == torch.float64 else 1e-4)
+
+    def write_fields(self, fields: Mapping[str, np.ndarray]) -> None:
+        """Write what the data says of every sample, (N,) float64 each, for selecting samples later."""
+        for name, values in fields.items():
+            self._write_array(f"fields/{node_name(name)}", values, ("sample",), {"field": name})
+
+    def fields(self) -> dict[str, np.ndarray]:
+        """Return `{name: (N,) float64}`: per-sample facts to select by: the data's own scalars, `loss`, `n_targets`."""
+        found = {name: self.per_sample(name).astype(np.float64) for name in ("loss", "n_targets")}
+        for path in sorted((self.path / "fields").glob("*/zarr.json")):
+            array = zarr.open_array(path.parent, mode="r")
+            found[str(array.attrs["field"])] = np.asarray(array[: self.n_samples])
+        return found
 
     def require_rows(self) -> None:
         """Refuse to go on while units are missing.
