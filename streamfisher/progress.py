@@ -18,7 +18,7 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} samples [{elapsed}
 
 
 class Rate:
-    """How fast counters grow, over a recent window: what was done before it, or in an earlier session, counts nothing.
+    """How fast counters grow, over a recent window: what was done before it, or by an earlier start, counts nothing.
 
     Args:
         window: seconds that the rate looks back, at least two observations.
@@ -52,7 +52,7 @@ class Progress:
     Args:
         ranks: all that share the work.
         name: of the pass.
-        todo: samples that are left in this session.
+        todo: samples that are left to this start.
         total: samples in all.
         shown: whether there is a bar at all.
     """

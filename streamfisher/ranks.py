@@ -245,7 +245,7 @@ class Ranks:
 
 
 def _shared_store(count: int) -> dist.Store:
-    """Return a store of this session alone; all ranks open their sessions in the same order."""
+    """Return a store of these ranks alone; all of them open theirs in the same order."""
     global _sessions
     _sessions += 1
     shared = dist.HashStore() if count == 1 else dist.distributed_c10d._get_default_store()
