@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConfigError, DataError, LossError, ModelError, NonFiniteError, StreamfisherError
+from streamfisher.gradients import select_parameters
 from streamfisher.losses import PerSampleLoss, resolve_loss
 from streamfisher.offload import input_device
 from streamfisher.samples import Samples, TokenSamples, collate, make_units, sequence_length
@@ -73,12 +74,14 @@ def survey(
 
     Raises:
         DataError: there are fewer than 2 samples, or one has no target token; the message names it.
+        ModelError: it has no parameters to capture, or some without values; or it cannot be run on the samples.
         LossError: no loss fits the model's output and the labels.
         ConfigError: token samples are asked for where the loss has no tokens.
     """
     samples = Samples(source, n_samples, config.max_length)
     if len(samples) < 2 and config.sample_unit != "token":
         raise DataError(f"{len(samples)} sample was given; a spectrum needs at least 2.")
+    select_parameters(model, config.include, config.exclude)  # a model that cannot be captured is not run first
     first = collate([samples[index] for index in range(min(PROBE_SAMPLES, len(samples)))])
     try:
         chosen = resolve_loss(model, to_model(first, model), loss if loss is not None else config.loss)
