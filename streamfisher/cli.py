@@ -24,6 +24,7 @@ from streamfisher.options import (
     add_cluster_options,
     add_collection_options,
     add_common_options,
+    add_product_options,
     read_run_options,
 )
 from streamfisher.sample_options import add_selection_options, check_target, selection_options
@@ -92,6 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     gram = _command(commands, "gram", _gram, "build the Gram matrices of a collected run")
     _add_run(gram)
     gram.add_argument("--rebuild", action="store_true", help="build all of them again from the stored rows")
+    add_product_options(gram)
     add_cluster_options(gram)
 
     spectrum = _command(commands, "spectrum", _spectrum, "solve a stored run, without the model")

@@ -288,6 +288,17 @@ def add_cluster_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gram-device", default=None, help="cpu (default), cuda, auto: where products are formed")
 
 
+def add_product_options(group: Any) -> None:
+    """Add to a parser or a group of it how Gram matrices are multiplied."""
+    group.add_argument("--gram-dtype", dest="dtype_gram", default=None, help="float32 (default) or float64 products")
+    group.add_argument(
+        "--workers", dest="n_workers", type=int, default=None, help="Dask workers (default: one per core)"
+    )
+    group.add_argument(
+        "--memory-budget", default=None, help="of the reduction, for example 2GB (default: half of free)"
+    )
+
+
 def add_analysis_options(parser: argparse.ArgumentParser) -> None:
     """Add what decides the spectrum of given gradients."""
     group = parser.add_argument_group("spectrum")
@@ -311,11 +322,5 @@ def add_analysis_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--eps", type=float, default=None, help="noise floor over the largest eigenvalue (default: derived)"
     )
-    group.add_argument("--gram-dtype", dest="dtype_gram", default=None, help="float32 (default) or float64 products")
-    group.add_argument(
-        "--workers", dest="n_workers", type=int, default=None, help="Dask workers (default: one per core)"
-    )
-    group.add_argument(
-        "--memory-budget", default=None, help="of the reduction, for example 2GB (default: half of free)"
-    )
+    add_product_options(group)
     group.add_argument("--eigensolve-device", default=None, help="auto (default), cpu, cuda")

@@ -491,7 +491,7 @@ OPTIONS = {
         *("--include", "--exclude", "--store-dtype", "--bitround", "--codec", "--memory-budget", "--workers", "--eps"),
     ],
     "collect": ["--samples", "--max-length", "--out", "--config", "--store-centered"],
-    "gram": ["--rebuild", "RUN.zarr"],
+    "gram": ["--rebuild", "--gram-dtype", "--workers", "--memory-budget", "RUN.zarr"],
     "spectrum": ["--blocks", "--center", "--samples", "--top-k", "--out", "RUN.zarr"],
     "report": ["--blocks", "--center", "--out", "RUN.zarr"],
     "eigenvectors": ["--block", "--top", "--out", "RUN.zarr"],
@@ -509,6 +509,13 @@ def test_help_lists_the_options(command, capsys):
     text = capsys.readouterr().out
     for option in [*OPTIONS[command], "--json", "--quiet", "--debug", "exit codes"]:
         assert option in text
+
+
+def test_grams_rebuilt_in_another_precision_agree(copied, no_model, capsys):
+    assert cli("gram", copied, "--rebuild", "--gram-dtype", "float64", "--workers", "2", "--json", "--quiet") == 0
+    differences = json.loads(capsys.readouterr().out)
+    assert set(differences) == set(open_run(copied).parameters)
+    assert all(difference < 1e-6 for difference in differences.values())
 
 
 def test_every_command_is_in_the_help(capsys):
