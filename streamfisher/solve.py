@@ -53,6 +53,7 @@ def describe(
         "excluded_parameters": dict(manifest.excluded),
         "coverage_parameters": manifest.probe.get("coverage_parameters"),
         "coverage_squared_norm": manifest.probe.get("coverage_norm"),
+        "dtype_model": ", ".join(sorted({item["dtype"] for item in manifest.parameters})),
         "dtype_row": manifest.layout["dtype_row"],
         "dtype_store": manifest.layout["dtype_store"],
         "stored_centered": manifest.layout["centered"],

@@ -67,7 +67,8 @@ class BlockSpectrum:
 
             u (192 + 32 sqrt(lambda_1 / lambda_k)) + floor / (N lambda_k)
 
-        The two factors are what small models showed (`tests/benchmarks/precision.py`), with room.
+        The two factors are what small float32 models showed (`tests/benchmarks/precision.py`), with room. What a
+        bfloat16 or float16 model rounds before a row is formed is not counted.
         """
         errors = np.full(len(self.eigenvalues), np.inf)
         values = self.eigenvalues[self.above_floor]

@@ -209,6 +209,7 @@ def test_11_metadata_says_what_n_counts_and_how_it_was_normalised(model, batch):
     assert facts["sample_unit"] == "sequence"
     assert facts["n_samples"] == 7
     assert facts["normalization"] == "(1/N) * G^T G"
+    assert facts["dtype_model"] == facts["dtype_row"] == "float64"
     assert facts["n_target_tokens"] == 7 * 8 - 4 - 2
 
 

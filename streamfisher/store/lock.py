@@ -18,7 +18,22 @@ from streamfisher.errors import RunError
 _PATIENCE = 10.0
 
 
-class RunLock:
+class _FileLock:
+    """An open file that carries a lock; closing it gives the lock back."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file: int | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+class RunLock(_FileLock):
     """Hold `RUN.zarr/lock` while writing; where several processes write, rank 0 holds it for them.
 
     `flock` is released by the kernel with the process, so a killed run leaves no stale lock behind. On filesystems that
@@ -35,9 +50,8 @@ class RunLock:
     """
 
     def __init__(self, run: Path, ranks: Sequence[Mapping[str, Any]] | None = None):
-        self.path = run / "lock"
+        super().__init__(run / "lock")
         self.ranks = [dict(rank) for rank in ranks or [{"host": socket.gethostname(), "pid": os.getpid()}]]
-        self._file: int | None = None
 
     def __enter__(self) -> RunLock:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -53,13 +67,6 @@ class RunLock:
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps(content).encode(), 0)
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
 
     def _no_rank_left(self) -> bool:
         """Return whether no rank of an earlier launch is alive; they may outlive their rank 0 and their launcher."""
@@ -80,7 +87,7 @@ class RunLock:
             return []
 
 
-class RankLock:
+class RankLock(_FileLock):
     """What every rank but 0 holds while it writes: a shared lock on `RUN.zarr/lock.ranks`.
 
     To be entered after rank 0 has its `RunLock`.
@@ -90,8 +97,7 @@ class RankLock:
     """
 
     def __init__(self, run: Path):
-        self.path = run / "lock.ranks"
-        self._file: int | None = None
+        super().__init__(run / "lock.ranks")
 
     def __enter__(self) -> RankLock:
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -100,13 +106,6 @@ class RankLock:
             self._file = None
             raise RunError(f"{self.path.parent} is being taken over by another run; stop one of the two.")
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
 
 
 def _take(file: int, *, shared: bool = False) -> bool:
