@@ -31,7 +31,7 @@ import zarr
 from torch import Tensor
 
 from streamfisher.config import parse_dtype
-from streamfisher.errors import CorruptRunError, RunError
+from streamfisher.errors import CorruptRunError, RunError, unreadable
 from streamfisher.samples import Unit, make_units
 from streamfisher.store import codecs
 from streamfisher.store.durable import read_json, sweep_partials, write_json
@@ -161,9 +161,10 @@ class RunStore:
         try:
             stored = self._array(f"gradients/{node_name(name)}")[: self.n_samples, start:stop]
         except (ValueError, RuntimeError, OSError) as error:
-            raise CorruptRunError(
+            raise unreadable(
+                error,
                 f"{self.path}: a chunk of parameter {name} (columns {start} to {stop}) cannot be read: {error}. "
-                "Run `streamfisher verify` to find which samples are affected."
+                "Run `streamfisher verify` to find which samples are affected.",
             ) from error
         return codecs.decode(stored, self.store_dtype)
 
@@ -234,9 +235,10 @@ class RunStore:
         try:
             return self._array(f"samples/{what}")[: self.n_samples]
         except (ValueError, RuntimeError, OSError) as error:
-            raise CorruptRunError(
+            raise unreadable(
+                error,
                 f"{self.path}: samples/{what} cannot be read: {error}. `streamfisher verify` finds which samples are "
-                "affected, and the next `run` computes them again."
+                "affected, and the next `run` computes them again.",
             ) from error
 
     def skipped(self) -> dict[int, str]:
@@ -306,8 +308,9 @@ class RunStore:
             if self.centered:
                 products = zarr.open_array(self.path / "gram_mean" / node_name(name), mode="r")[...]
         except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
-            raise CorruptRunError(
-                f"{self.path}: the Gram of {name} cannot be read: {error}. `streamfisher gram --rebuild` remakes it."
+            raise unreadable(
+                error,
+                f"{self.path}: the Gram of {name} cannot be read: {error}. `streamfisher gram --rebuild` remakes it.",
             ) from error
         if codecs.checksum(gram) != checksum:
             raise CorruptRunError(
