@@ -93,7 +93,9 @@ def _naming_samples(first: int, last: int) -> Iterator[None]:
     except (LossError, IndexError) as error:
         bad = [first + offset for offset in getattr(error, "samples", [])]
         which = f"sample {bad[0]}" if bad else f"samples {first} to {last}"
-        raise DataError(f"{which}: {error}. Token ids and labels must lie in the model's vocabulary.") from error
+        raise DataError(
+            f"{which}: {str(error).rstrip('.')}. Token ids and labels must lie in the model's vocabulary."
+        ) from error
 
 
 def _guard(engine: GradientEngine, batch: dict[str, Tensor], rows: dict[str, Tensor], unit: Unit) -> None:

@@ -86,7 +86,7 @@ def differences(stored: Manifest, now: Manifest) -> list[str]:
     if stored.model["class"] != now.model["class"]:
         found.append(f"model class: {stored.model['class']} in the run, {now.model['class']} now")
     before, after = _shapes(stored), _shapes(now)
-    for name in before.keys() | after.keys():
+    for name in {**before, **after}:
         if before.get(name) != after.get(name):
             found.append(f"parameter {name}: {before.get(name, 'absent')} in the run, {after.get(name, 'absent')} now")
     if len(found) == 0 and stored.model["fingerprint"] != now.model["fingerprint"]:
