@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def collect(
             if ranks.is_main:
                 _create_or_resume(path, manifest, model, engine, found, config, ranks, locks, progress)
             elif is_sharded(model) and not ranks.share("whether the run exists"):
-                _probe(model, engine, found)
+                _probe(model, engine, found, config.memory_budget)
             ranks.wait("for the run's folder")
             if not ranks.is_main:
                 locks.enter_context(RankLock(path))
@@ -185,7 +186,7 @@ def _create_or_resume(
             grow_run(store, manifest)
         return
     check_free(path)
-    report, shapes, activations = _probe(model, engine, found)
+    report, shapes, activations = _probe(model, engine, found, config.memory_budget)
     if progress:
         tqdm.write(report.summary())
     provided = provisions.provide(
@@ -207,11 +208,16 @@ def _announced(provided: Provisions) -> str:
     )
 
 
-def _probe(model: nn.Module, engine: GradientEngine, found: Survey) -> tuple[ProbeReport, list[GradientShape], float]:
+def _probe(
+    model: nn.Module, engine: GradientEngine, found: Survey, memory: int | None
+) -> tuple[ProbeReport, list[GradientShape], float]:
     """Probe the engine and measure its gradients; with sharded weights all ranks do, on the same samples."""
     batch = to_model(probe_batch(found, model, engine.tensors.values()), model)
-    report = engine.probe(batch)
-    return report, *engine.shapes(batch)
+    if memory is not None:
+        memory //= 2
+    elif is_sharded(model):
+        memory = sys.maxsize  # what is free differs between ranks, and all must take the same passes
+    return engine.probe(batch, memory), *engine.shapes(batch)
 
 
 def make_manifest(

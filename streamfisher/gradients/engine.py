@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -158,11 +159,13 @@ class GradientEngine:
         if undo is not None:
             undo.close()
 
-    def probe(self, batch: Mapping[str, Any]) -> ProbeReport:
+    def probe(self, batch: Mapping[str, Any], memory: int | None = None) -> ProbeReport:
         """Decide which rule serves which parameter, and verify it against plain autograd on each sample alone.
 
         Args:
             batch: a dict of batched tensors with at least 2 samples; at most 3 are used.
+            memory: bytes for the gradients that are compared; what does not fit is probed in parts. `None` means a
+                quarter of what is free.
 
         Raises:
             LossError: the loss couples samples, is random, or has the wrong shape.
@@ -180,7 +183,7 @@ class GradientEngine:
             key: value[:n_used] if isinstance(value, Tensor) and value.dim() and value.shape[0] == n_samples else value
             for key, value in batch.items()
         }
-        return run_probe(self, batch)
+        return run_probe(self, batch, memory or psutil.virtual_memory().available // 4)
 
     def apply_routes(self, report: ProbeReport) -> None:
         """Reuse the routing of an earlier probe, so that a resumed run has the same bits.
@@ -311,16 +314,23 @@ class GradientEngine:
         return differences
 
     def plain_gradients(
-        self, batch: Mapping[str, Any], *, index: int | None = None, left_out: bool = False
+        self,
+        batch: Mapping[str, Any],
+        *,
+        index: int | None = None,
+        names: Collection[str] | None = None,
+        left_out: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Return the loss and the flat gradients of plain autograd, without hooks.
 
         Args:
             batch: a dict of batched tensors.
             index: the sample whose loss to differentiate; None: the sum.
-            left_out: also for trainable parameters that are not captured.
+            names: of which captured parameters; `None` means all.
+            left_out: also of trainable parameters that are not captured.
         """
-        tensors = {**self.tensors, **self.left_out} if left_out else self.tensors
+        tensors = {name: tensor for name, tensor in self.tensors.items() if names is None or name in names}
+        tensors |= self.left_out if left_out else {}
         return self.plain.gradients(batch, tensors, index)
 
     def learning_pass(
