@@ -95,6 +95,8 @@ class Site:
         saved: list[Tensor] = []
         parts: list[tuple[Group, Any, slice]] = []
         for group in self.groups:
+            if not any(map(state.sink.wants, group.names.values())):
+                continue  # so that the graph starts at the lowest module that this pass captures
             plan = self._plan(group, args, kwargs, outputs, state)
             if plan is None:
                 state.deferred.update(group.names.values())
@@ -150,12 +152,7 @@ class Site:
         if group.rule not in GENERIC:
             d = as_batch(grads[0], how, n_samples)  # a module with a closed formula has one output
             x = as_batch(saved[0], how, n_samples) if saved else d
-            names = group.names
-            if state.factors is not None and group.rule == "linear" and "weight" in names:
-                pair = (x.reshape(n_samples, -1, x.shape[-1]), d.reshape(n_samples, -1, d.shape[-1]))
-                state.factors.setdefault(group.site, []).append(pair)
-                names = {attribute: name for attribute, name in names.items() if attribute != "weight"}
-            names = {attribute: name for attribute, name in names.items() if name in state.sink.rows}
+            names = {attribute: name for attribute, name in group.names.items() if state.sink.wants(name)}
             if names:
                 rule_named(group.rule).write(self.module, x, d, names, state.sink)
             return

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from streamfisher.activations import SavedBytes
 from streamfisher.errors import CaptureError, LossError
 from streamfisher.gradients.capture import Capture
-from streamfisher.gradients.groups import Group, Pass
+from streamfisher.gradients.factors import FactorPair, matrix_shape, squared_norms, total
+from streamfisher.gradients.groups import GENERIC, Group, Pass
 from streamfisher.gradients.layout import position_counts
 from streamfisher.gradients.parameters import ParameterInfo, select_parameters
 from streamfisher.gradients.plain import PlainAutograd
 from streamfisher.gradients.probe import FLOOR, TOLERANCE, run_probe
 from streamfisher.gradients.report import ProbeReport
+from streamfisher.gradients.rules import rule_named
 from streamfisher.gradients.sink import RowSink
 from streamfisher.gradients.state import (
     as_it_was,
@@ -32,6 +36,8 @@ from streamfisher.gradients.state import (
 from streamfisher.losses import PerSampleLoss
 from streamfisher.model_call import batch_size
 from streamfisher.offload import working_device
+from streamfisher.samples import padded_tokens
+from streamfisher.shapes import GradientShape, shapes_of_batch
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class BatchGradients:
 
     losses: Tensor  # (B,) float64 on the CPU
     n_targets: Tensor  # (B,) int64 on the CPU
+    factors: Mapping[str, Sequence[FactorPair]] = field(default_factory=dict)  # of parameters asked for as factors
 
 
 class GradientEngine:
@@ -116,12 +123,16 @@ class GradientEngine:
         return FLOOR[self._coarsest()]
 
     @property
-    def factored(self) -> dict[str, str]:
-        """Weights that `factors` serves, by name of their module: those that linear rules serve and nothing else."""
-        groups = self._groups or []
-        served = {g.names["weight"]: g.site for g in groups if g.rule == "linear" and "weight" in g.names}
-        places = [name for g in groups for name in g.names.values()]
-        return {name: site for name, site in served.items() if places.count(name) == 1}
+    def factorable(self) -> tuple[str, ...]:
+        """Parameters whose gradients are products of two factors at every place where they are used."""
+        modules = dict(self.model.named_modules())
+        served: dict[str, bool] = {}
+        for group in self._groups or []:
+            for attribute, name in group.names.items():
+                by_product = attribute == "weight" and group.rule not in GENERIC
+                good = by_product and rule_named(group.rule).factors(modules[group.site])
+                served[name] = served.get(name, True) and good
+        return tuple(name for name in self.parameters if served.get(name) and name not in self._per_sample)
 
     def __enter__(self) -> GradientEngine:
         if self._undo is not None:
@@ -148,11 +159,13 @@ class GradientEngine:
         if undo is not None:
             undo.close()
 
-    def probe(self, batch: Mapping[str, Any]) -> ProbeReport:
+    def probe(self, batch: Mapping[str, Any], memory: int | None = None) -> ProbeReport:
         """Decide which rule serves which parameter, and verify it against plain autograd on each sample alone.
 
         Args:
             batch: a dict of batched tensors with at least 2 samples; at most 3 are used.
+            memory: bytes for the gradients that are compared; what does not fit is probed in parts. `None` means a
+                quarter of what is free.
 
         Raises:
             LossError: the loss couples samples, is random, or has the wrong shape.
@@ -170,7 +183,7 @@ class GradientEngine:
             key: value[:n_used] if isinstance(value, Tensor) and value.dim() and value.shape[0] == n_samples else value
             for key, value in batch.items()
         }
-        return run_probe(self, batch)
+        return run_probe(self, batch, memory or psutil.virtual_memory().available // 4)
 
     def apply_routes(self, report: ProbeReport) -> None:
         """Reuse the routing of an earlier probe, so that a resumed run has the same bits.
@@ -194,97 +207,130 @@ class GradientEngine:
         if self._undo is not None:
             self.capture.install(self._groups)
 
-    def allocate(self, n_rows: int) -> dict[str, Tensor]:
-        """Return buffers `(n_rows, P_k)` in `row_dtype` on each parameter's device, to be reused for every batch."""
+    def allocate(self, n_rows: int, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Return buffers `(n_rows, P_k)` in `row_dtype` on each parameter's device, to be reused for every batch.
+
+        Args:
+            n_rows: rows of each buffer.
+            names: of which parameters; `None` means all.
+        """
         return {
             name: torch.zeros(n_rows, p.numel(), dtype=self.row_dtype, device=working_device(self.model, name, p))
             for name, p in self.tensors.items()
+            if names is None or name in names
         }
 
-    def rows(self, batch: Mapping[str, Any], out: Mapping[str, Tensor]) -> BatchGradients:
-        """Fill `out[name][:B]` with the gradient of each sample's loss.
+    def rows(
+        self, batch: Mapping[str, Any], out: Mapping[str, Tensor], factored: Collection[str] = ()
+    ) -> BatchGradients:
+        """Fill `out[name][:B]` with the gradient of each sample's loss, or return its factors.
 
         Args:
             batch: a dict of batched tensors, B samples.
-            out: as from `allocate`, with at least B rows; row slices of larger buffers will do. Parameters that are not
-                in `out` are not formed.
+            out: as from `allocate`, with at least B rows; row slices of larger buffers will do. Parameters that are
+                neither in `out` nor in `factored` are not formed, and the backward pass stops at the lowest that is.
+            factored: parameters, of those in `factorable`, of which the factors are returned instead.
 
         Raises:
             LossError: the loss has the wrong shape, or a sample has no target.
-            CaptureError: the engine was not entered and probed.
+            CaptureError: the engine was not entered and probed, or a parameter of `factored` is not factorable.
         """
         batch, _ = self._ready(batch)
-        names = [name for name in self.parameters if name in out]
-        losses, pending = self._captured(batch, out, [n for n in names if n not in self._per_sample])
+        names = [name for name in self.parameters if name in out or name in factored]
+        wrong = [name for name in names if name in factored and name in self._per_sample]
+        if wrong:
+            raise CaptureError(f"{', '.join(wrong[:5])} take a pass per sample and have no factors.")
+        losses, pending, factors = self._captured(batch, out, [n for n in names if n not in self._per_sample], factored)
         slow = [name for name in names if name in self._per_sample or name in pending]
         if slow or losses is None:
-            losses = self.plain.one_by_one(batch, out, {name: self.tensors[name] for name in slow})
-        return BatchGradients(losses.detach().double().cpu(), self.loss.n_targets(batch).cpu())
+            rows = {name: out[name] if name in out else self._row_buffer(name, batch) for name in slow}
+            losses = self.plain.one_by_one(batch, rows, {name: self.tensors[name] for name in slow})
+            factors |= {name: [self._as_factors(name, rows[name])] for name in slow if name in factored}
+        return BatchGradients(losses.detach().double().cpu(), self.loss.n_targets(batch).cpu(), factors)
 
-    def factors(
-        self, batch: Mapping[str, Any], out: Mapping[str, Tensor] | None = None
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return inputs and output gradients of every linear layer instead of their product.
+    def shapes(self, batch: Mapping[str, Any]) -> tuple[list[GradientShape], float]:
+        """Return what each parameter's gradient is made of, and the bytes a backward pass takes for each padded token.
 
-        The gradient of sample i's weight is `D_i^T A_i`; `factored` says which weights are covered. Positions of a
-        module that is called several times follow one another.
+        Args:
+            batch: a dict of batched tensors that stands for all.
+        """
+        parameters = {name: (info.shape, info.dtype) for name, info in self.parameters.items()}
+        names = self.factorable
+        if not names:
+            return shapes_of_batch(parameters, {}), 0.0
+        saved = SavedBytes(self.model)
+        with saved.counting():
+            factors = self.rows(batch, {}, names).factors
+        return shapes_of_batch(parameters, factors), saved.peak / padded_tokens(batch)
+
+    def _row_buffer(self, name: str, batch: Mapping[str, Any]) -> Tensor:
+        parameter = self.tensors[name]
+        return torch.zeros(batch_size(batch), parameter.numel(), dtype=self.row_dtype, device=self.device)
+
+    def _as_factors(self, name: str, rows: Tensor) -> FactorPair:
+        """Return rows (B, m n) as a product with the identity, for a batch whose layout the probe never saw."""
+        values = rows.unflatten(1, matrix_shape(self.parameters[name].shape))
+        ids = torch.arange(values.shape[1], device=rows.device).expand(values.shape[:2])
+        return FactorPair(ids, values)
+
+    def guard(
+        self,
+        batch: Mapping[str, Any],
+        out: Mapping[str, Tensor],
+        factors: Mapping[str, Sequence[FactorPair]] | None = None,
+    ) -> dict[str, float]:
+        """Compare the sum of the rows of `batch` with its ordinary gradient (one plain backward pass).
 
         Args:
             batch: a dict of batched tensors, B samples.
-            out: buffers for the rows of other parameters, filled in the same pass; None: no rows.
-
-        Returns:
-            Module name -> `(A (B, T, d_in), D (B, T, d_out))` in the dtype that autograd multiplies.
-
-        Raises:
-            CaptureError: the engine was not entered and probed, or a layout is met that the probe never saw right.
-        """
-        batch, _ = self._ready(batch)
-        covered = self.factored
-        out = {name: rows for name, rows in (out or {}).items() if name not in covered}
-        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        _, pending = self._captured(batch, out, [n for n in out if n not in self._per_sample], found)
-        lost = pending.intersection(covered)
-        if lost:
-            raise CaptureError(f"The factors of {', '.join(sorted(lost)[:5])} cannot be told apart in this batch.")
-        slow = [name for name in out if name in self._per_sample or name in pending]
-        if slow:
-            self.plain.one_by_one(batch, out, {name: self.tensors[name] for name in slow})
-        sites = set(covered.values())
-        return {site: _joined(pairs) for site, pairs in found.items() if site in sites}
-
-    def guard(self, batch: Mapping[str, Any], out: Mapping[str, Tensor]) -> dict[str, float]:
-        """Compare the sum of the rows of `batch` with its ordinary gradient (one plain backward pass).
+            out: their rows; parameters that are in neither `out` nor `factors` are not compared.
+            factors: of further parameters, as `rows` returned them.
 
         Returns:
             Parameter -> relative difference, to be compared with `tolerance`. A difference that is within the rounding
             of the whole gradient is scaled to lie below it.
         """
         batch, n_samples = self._ready(batch)
-        _, grads = self.plain_gradients(batch)
-        sums = {name: out[name][:n_samples].sum(0, dtype=torch.float64) for name in grads if name in out}
-        squares = [float(out[name][:n_samples].double().square().sum()) for name in sums]
+        factors = factors or {}
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name in out or name in factors}
+        _, grads = self.plain.gradients(batch, tensors)
+        sums, squares = {}, []
+        for name in tensors:
+            if name in factors:
+                pairs = factors[name]
+                sums[name] = total(pairs, self.parameters[name].shape, self.row_dtype).double() if pairs else 0.0
+                squares.append(float(squared_norms(pairs).sum()) if pairs else 0.0)
+            else:
+                sums[name] = out[name][:n_samples].sum(0, dtype=torch.float64)
+                squares.append(float(out[name][:n_samples].double().square().sum()))
         whole = sum(squares) ** 0.5
         differences = {}
-        for (name, total), square in zip(sums.items(), squares, strict=True):
+        for (name, value), square in zip(sums.items(), squares, strict=True):
             grad = grads[name]
-            difference = float((total - (0.0 if grad is None else grad.double())).norm())
+            difference = float(torch.as_tensor(value - (0.0 if grad is None else grad.double())).norm())
             # Rows may cancel in the sum: their own size is what rounding is relative to.
             scale = max(square**0.5, whole * self.floor / self.tolerance)
             differences[name] = difference / scale if scale else difference
         return differences
 
     def plain_gradients(
-        self, batch: Mapping[str, Any], *, index: int | None = None, left_out: bool = False
+        self,
+        batch: Mapping[str, Any],
+        *,
+        index: int | None = None,
+        names: Collection[str] | None = None,
+        left_out: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Return the loss and the flat gradients of plain autograd, without hooks.
 
         Args:
             batch: a dict of batched tensors.
             index: the sample whose loss to differentiate; None: the sum.
-            left_out: also for trainable parameters that are not captured.
+            names: of which captured parameters; `None` means all.
+            left_out: also of trainable parameters that are not captured.
         """
-        tensors = {**self.tensors, **self.left_out} if left_out else self.tensors
+        tensors = {name: tensor for name, tensor in self.tensors.items() if names is None or name in names}
+        tensors |= self.left_out if left_out else {}
         return self.plain.gradients(batch, tensors, index)
 
     def learning_pass(
@@ -296,9 +342,16 @@ class GradientEngine:
         unclear = dict.fromkeys(state.deferred, "the batch axis cannot be found")
         return {**unclear, **state.failed}
 
-    def _pass(self, batch: Mapping[str, Any], out: Mapping[str, Tensor], names: Sequence[str], **options: Any) -> Pass:
+    def _pass(
+        self,
+        batch: Mapping[str, Any],
+        out: Mapping[str, Tensor],
+        names: Sequence[str],
+        factored: Collection[str] = (),
+        **options: Any,
+    ) -> Pass:
         n_samples = batch_size(batch)
-        sink = RowSink(out, n_samples, {name: self.parameters[name].shape for name in names})
+        sink = RowSink(out, n_samples, {name: self.parameters[name].shape for name in names}, factored)
         return Pass(sink, position_counts(batch, n_samples), **options)
 
     def _backward(self, batch: Mapping[str, Any], state: Pass) -> Tensor:
@@ -314,18 +367,14 @@ class GradientEngine:
         return losses.detach()
 
     def _captured(
-        self,
-        batch: Mapping[str, Any],
-        out: Mapping[str, Tensor],
-        names: Sequence[str],
-        factors: dict[str, list[tuple[Tensor, Tensor]]] | None = None,
-    ) -> tuple[Tensor | None, set[str]]:
-        """Form the rows of `names` in one pass; return losses and the parameters whose layout was not understood."""
-        if self.loss.sequential or (not names and factors is None):
-            return None, set()
-        state = self._pass(batch, out, names, factors=factors)
+        self, batch: Mapping[str, Any], out: Mapping[str, Tensor], names: Sequence[str], factored: Collection[str]
+    ) -> tuple[Tensor | None, set[str], dict[str, list[FactorPair]]]:
+        """Form the gradients of `names` in one pass; return losses, parameters not understood, and factors."""
+        if self.loss.sequential or not names:
+            return None, set(), {}
+        state = self._pass(batch, out, names, factored)
         losses = self._backward(batch, state)
-        return losses, state.deferred
+        return losses, state.deferred, state.sink.factors
 
     def _prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -349,9 +398,3 @@ class GradientEngine:
             dtypes.add(torch.get_autocast_dtype(self.device.type))
         known = [dtype for dtype in dtypes if dtype in TOLERANCE]
         return max(known, key=TOLERANCE.__getitem__, default=torch.float32)
-
-
-def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if len(pairs) == 1:
-        return pairs[0]
-    return torch.cat([a for a, _ in pairs], 1), torch.cat([d for _, d in pairs], 1)

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from streamfisher.gradients.layout import find_layout
 from streamfisher.gradients.sink import RowSink
 
@@ -26,7 +24,6 @@ class Pass:
     learning: bool = False  # the probe runs: layouts are tried and recorded, failures collected
     deferred: set[str] = field(default_factory=set)  # parameters that met a layout the probe never saw right
     failed: dict[str, str] = field(default_factory=dict)  # parameter -> reason, only while learning
-    factors: dict[str, list[tuple[Tensor, Tensor]]] | None = None  # site -> (A, D) instead of rows of linear weights
 
     @property
     def n_samples(self) -> int:

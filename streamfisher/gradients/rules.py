@@ -32,6 +32,7 @@ class Rule:
     write: Writer
     needs_input: frozenset[str] = frozenset({"weight"})  # attributes whose gradient depends on the input
     layouts: tuple[str, ...] = BATCH_FIRST
+    factors: Callable[[nn.Module], bool] = lambda module: False  # whether the weight's gradient is a product of two
 
 
 def positions(tensor: Tensor, n_trailing: int = 1) -> Tensor:
@@ -162,11 +163,20 @@ def _is_channel_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.GroupNorm | nn.modules.instancenorm._InstanceNorm)
 
 
+def _always(_module: nn.Module) -> bool:
+    return True
+
+
 #: Tried in this order; of those that match a module, the probe takes the first that agrees with autograd.
 RULES: list[Rule] = [
-    Rule("linear", lambda m: isinstance(m, nn.Linear), write_linear),
-    Rule("conv1d_gpt2", lambda m: type(m).__name__ == "Conv1D" and hasattr(m, "nf"), write_conv1d_of_gpt2),
-    Rule("embedding", _is_embedding, write_embedding),
+    Rule("linear", lambda m: isinstance(m, nn.Linear), write_linear, factors=_always),
+    Rule(
+        "conv1d_gpt2",
+        lambda m: type(m).__name__ == "Conv1D" and hasattr(m, "nf"),
+        write_conv1d_of_gpt2,
+        factors=_always,
+    ),
+    Rule("embedding", _is_embedding, write_embedding, factors=_always),
     Rule("layer_norm", lambda m: isinstance(m, nn.LayerNorm), write_layer_norm),
     Rule("rms_norm", _is_rms_norm, write_rms_norm),
     Rule("rms_norm_float32", _is_rms_norm, write_rms_norm_float32),
@@ -176,6 +186,7 @@ RULES: list[Rule] = [
         lambda m: isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d),
         write_convolution,
         layouts=("batch",),
+        factors=lambda m: m.groups == 1,
     ),
 ]
 

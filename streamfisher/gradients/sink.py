@@ -1,25 +1,39 @@
-"""The row buffers of one pass: the first contribution to a parameter overwrites, every further one is added."""
+"""What one pass fills: row buffers, where the first contribution overwrites and further ones are added; or factors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
+
+from streamfisher.gradients.factors import FactorPair
 
 
 class RowSink:
     """Rows `(B, P_k)` of each parameter, filled by the rules while the backward pass runs.
 
     Tied parameters and modules that are called several times contribute more than once. A parameter that nothing
-    contributed to has the gradient zero: `finish` writes it, because the buffers are reused.
+    contributed to has the gradient zero: `finish` writes it, because the buffers are reused. Of parameters in
+    `factored` the factors are kept instead of their product.
     """
 
-    def __init__(self, out: Mapping[str, Tensor], n_samples: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self,
+        out: Mapping[str, Tensor],
+        n_samples: int,
+        shapes: Mapping[str, tuple[int, ...]],
+        factored: Collection[str] = (),
+    ) -> None:
         self.n_samples = n_samples
-        self.rows = {name: out[name][:n_samples] for name in shapes}  # (B, P_k) each
+        self.rows = {name: out[name][:n_samples] for name in shapes if name not in factored}  # (B, P_k) each
+        self.factors: dict[str, list[FactorPair]] = {name: [] for name in shapes if name in factored}
         self.shapes = dict(shapes)
         self.written: set[str] = set()
+
+    def wants(self, name: str) -> bool:
+        """Return whether this pass is to find the gradient of a parameter."""
+        return name in self.shapes
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype in which products of this parameter are formed."""
@@ -27,6 +41,9 @@ class RowSink:
 
     def product(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add `left @ right`, `(B, m, T) @ (B, T, n)`, formed in the dtype of the rows, with m * n = P_k."""
+        if name in self.factors:
+            self.factors[name].append(FactorPair(left.transpose(1, 2), right))
+            return
         rows = self.rows[name]
         left, right = left.to(rows.dtype), right.to(rows.dtype)
         target = rows.unflatten(1, (left.shape[1], right.shape[2]))
@@ -38,6 +55,8 @@ class RowSink:
 
     def add(self, name: str, value: Tensor) -> None:
         """Add `value` `(B, *shape)`."""
+        if name in self.factors:
+            raise ValueError(f"{name}: a rule formed a gradient that is no product of two factors")
         rows = self.rows[name]
         value = value.reshape(self.n_samples, -1)
         if value.shape != rows.shape:
@@ -50,6 +69,9 @@ class RowSink:
 
     def scatter(self, name: str, index: Tensor, value: Tensor) -> None:
         """Add `value` `(B, T, d)` into the table rows `index` `(B, T)` of a parameter of shape `(V, d)`."""
+        if name in self.factors:
+            self.factors[name].append(FactorPair(index, value))
+            return
         rows = self.rows[name]
         if name not in self.written:
             rows.zero_()

@@ -104,7 +104,7 @@ def measure(length: int, tokens: int, repeats: int, with_slow: bool) -> dict[str
         functions: dict[str, Callable[[], object]] = {
             "plain": lambda: plain_pass(plain_model, loss, batch),
             "rows": lambda: engine.rows(batch, out),
-            "factors": lambda: engine.factors(batch),
+            "factors": lambda: engine.rows(batch, {}, engine.factorable),
         }
         if with_slow:
             functions["loop"] = loop

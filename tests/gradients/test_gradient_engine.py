@@ -12,7 +12,7 @@ from gradients.token_model import Model, assert_equal, batch_of, double, rows_of
 from torch import nn
 
 from streamfisher.errors import CaptureError, LossError, ModelError
-from streamfisher.gradients import GradientEngine, ProbeReport, select_parameters
+from streamfisher.gradients import GradientEngine, ProbeReport, factors, select_parameters
 from streamfisher.gradients import rules as rules_module
 from streamfisher.gradients.plain import PlainAutograd
 from streamfisher.losses import resolve_loss
@@ -463,20 +463,78 @@ def test_factors_multiply_to_the_rows():
     rows, _, _, loss = rows_of(model, batch)
     with GradientEngine(model, loss) as engine:
         engine.probe(batch)
-        assert engine.factored == {"reused.weight": "reused", "head.weight": "head"}
-        others = {name: r for name, r in engine.allocate(5).items() if name not in engine.factored}
-        factors = engine.factors(batch, others)
-        for name, site in engine.factored.items():
-            a, d = factors[site]
-            product = torch.einsum("bto,bti->boi", d, a).flatten(1)
+        assert {"reused.weight", "head.weight", "embed.weight"} <= set(engine.factorable)
+        others = {name: r for name, r in engine.allocate(5).items() if name not in engine.factorable}
+        found = engine.rows(batch, others, engine.factorable).factors
+        assert set(found) == set(engine.factorable)
+        for name, pairs in found.items():
+            product = factors.product(pairs, engine.parameters[name].shape, torch.float64)
             assert torch.allclose(product, rows[name], rtol=1e-12, atol=1e-14)
+            assert torch.allclose(factors.squared_norms(pairs), rows[name].square().sum(1), rtol=1e-12)
+            assert torch.allclose(
+                factors.total(pairs, engine.parameters[name].shape, torch.float64), rows[name].sum(0), atol=1e-13
+            )
         for name, values in others.items():
             assert torch.equal(values, rows[name])
-        assert set(engine.factors(batch)) == {"reused", "head"}
 
 
-def test_tied_weights_have_no_factors():
+def test_a_tied_weight_has_a_pair_for_each_use():
     model, batch = double(), batch_of()
-    with GradientEngine(model, resolve_loss(model, batch)) as engine:
+    rows, _, _, loss = rows_of(model, batch)
+    with GradientEngine(model, loss) as engine:
         engine.probe(batch)
-        assert engine.factored == {"reused.weight": "reused"}
+        pairs = engine.rows(batch, {}, ["embed.weight"]).factors["embed.weight"]
+        assert sorted(pair.by_index for pair in pairs) == [False, True]
+        product = factors.product(pairs, engine.parameters["embed.weight"].shape, torch.float64)
+        assert torch.allclose(product, rows["embed.weight"], rtol=1e-12, atol=1e-14)
+        assert torch.allclose(factors.squared_norms(pairs), rows["embed.weight"].square().sum(1), rtol=1e-12)
+
+
+def test_packed_factors_leave_out_padding_and_share_inputs():
+    model, batch = double(Model(tied=False)), batch_of()
+    lengths = [6, 3, 5, 2, 4]
+    batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < torch.tensor(lengths)[:, None]).long()
+    rows, _, _, loss = rows_of(model, batch)
+    with GradientEngine(model, loss) as engine:
+        engine.probe(batch)
+        found = engine.rows(batch, {}, ["head.weight"]).factors
+        packed = factors.pack({"head.weight": found["head.weight"], "again": found["head.weight"]}, dropped=[4])
+    assert packed.pairs["again"] == packed.pairs["head.weight"]
+    assert len(packed.tensors) == 2
+    left, right = packed.pairs["head.weight"][0]
+    assert packed.lengths[left] == packed.lengths[right] == (5, 2, 4, 1, 0)
+    start = 0
+    for i, length in enumerate(packed.lengths[left][:4]):
+        row = packed.tensors[left][start : start + length].T @ packed.tensors[right][start : start + length]
+        assert torch.allclose(row.flatten(), rows["head.weight"][i], rtol=1e-12, atol=1e-14)
+        start += length
+
+
+def test_a_pass_that_captures_only_the_top_stops_there():
+    model, batch = double(Model(tied=False)), batch_of()
+    rows, _, _, loss = rows_of(model, batch)
+    with GradientEngine(model, loss) as engine:
+        engine.probe(batch)
+        out = {"head.weight": engine.allocate(5)["head.weight"]}
+        seen = []
+        handle = model.reused.register_full_backward_hook(lambda *_: seen.append("reused"))
+        engine.rows(batch, out)
+        handle.remove()
+    assert torch.equal(out["head.weight"], rows["head.weight"])
+    assert not seen
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_probe_in_parts_finds_what_a_probe_at_once_finds(tied):
+    model, batch = double(Model(tied=tied)), batch_of()
+    loss = resolve_loss(model, batch)
+    with GradientEngine(model, loss, exclude=["norm.bias"]) as engine:
+        at_once = engine.probe(batch, memory=1 << 30).to_dict()
+        in_parts = engine.probe(batch, memory=1).to_dict()  # a parameter at a time
+    by_site = [sorted(found.pop("groups"), key=json.dumps) for found in (at_once, in_parts)]
+    assert len(by_site[1]) >= len(by_site[0])
+    assert at_once["parameters"].keys() == in_parts["parameters"].keys()
+    for name, expected in at_once["parameters"].items():
+        found = in_parts["parameters"][name]
+        assert (found["rule"], found["share"]) == (expected["rule"], pytest.approx(expected["share"], rel=1e-12))
+    assert in_parts["coverage_norm"] == pytest.approx(at_once["coverage_norm"], rel=1e-12)

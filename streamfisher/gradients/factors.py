@@ -1,0 +1,178 @@
+"""A gradient as two factors: `g_i = sum_t L_it^T R_it`, what autograd itself would multiply, instead of the product.
+
+For a linear layer L are output gradients and R inputs; for an embedding L are one-hot rows, held as token ids. A
+parameter that is used several times (tied weights, a layer that is called again) has one pair for each use, and its
+gradient is the sum over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FactorPair:
+    """One use of a parameter in a batch of B samples with T positions each."""
+
+    left: Tensor  # (B, T, m), or (B, T) int64: ids v of rows that are 1 at v and 0 elsewhere
+    right: Tensor  # (B, T, n)
+
+    def __post_init__(self) -> None:
+        if self.left.shape[:2] != self.right.shape[:2]:
+            raise ValueError(f"factors of {tuple(self.left.shape)} and {tuple(self.right.shape)} do not pair")
+
+    @property
+    def by_index(self) -> bool:
+        """Return whether the left factor holds ids."""
+        return self.left.dim() == 2
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return (m, n): what `L^T R` of a parameter of this shape is, before it is given the parameter's own axes."""
+    return shape[0], int(torch.Size(shape[1:]).numel())
+
+
+def product(pairs: Iterable[FactorPair], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return `sum_t L_it^T R_it`, the rows themselves: (B, *shape flattened), formed in `dtype`."""
+    pairs = list(pairs)
+    rows = torch.zeros(pairs[0].right.shape[0], *matrix_shape(shape), dtype=dtype, device=pairs[0].right.device)
+    for pair in pairs:
+        right = pair.right.to(dtype)
+        if pair.by_index:
+            for row, ids, values in zip(rows, pair.left, right, strict=True):
+                row.index_add_(0, ids, values)
+        else:
+            rows.baddbmm_(pair.left.to(dtype).transpose(1, 2), right)
+    return rows.flatten(1)
+
+
+def total(pairs: Iterable[FactorPair], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return the sum of all rows of a batch, flat `(P,)`, without forming them."""
+    pairs = list(pairs)
+    found = torch.zeros(*matrix_shape(shape), dtype=dtype, device=pairs[0].right.device)
+    for pair in pairs:
+        right = pair.right.flatten(0, 1).to(dtype)
+        if pair.by_index:
+            found.index_add_(0, pair.left.flatten(), right)
+        else:
+            found.addmm_(pair.left.flatten(0, 1).to(dtype).T, right)
+    return found.flatten()
+
+
+def squared_norms(pairs: Sequence[FactorPair]) -> Tensor:
+    """Return `|g_i|^2 = sum_{t,s} (L_it . L_is)(R_it . R_is)` of each sample: (B,) float64.
+
+    Over the positions, or by forming the product where that is fewer operations.
+    """
+    heights = [1 if pair.by_index else pair.left.shape[2] for pair in pairs]
+    n_positions = sum(pair.right.shape[1] for pair in pairs)
+    width = pairs[0].right.shape[2]
+    height = max(heights)
+    dense = not any(pair.by_index for pair in pairs)
+    if dense and n_positions * (height + width) > 2 * height * width:
+        rows = [product([_sample(pair, i) for pair in pairs], (height, width), _wide(pairs)) for i in _samples(pairs)]
+        return torch.stack([torch.linalg.vecdot(row[0].double(), row[0].double()) for row in rows])
+    squares = torch.zeros(pairs[0].right.shape[0], dtype=torch.float64, device=pairs[0].right.device)
+    for i in _samples(pairs):
+        for a, one in enumerate(pairs):
+            for b, other in enumerate(pairs[: a + 1]):
+                inner = _inner(one.left[i], other.left[i]) * _inner(one.right[i], other.right[i])
+                squares[i] += inner.sum() * (1.0 if a == b else 2.0)
+    return squares
+
+
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    """Return the (T, S) inner products of two factors of a sample, float64, either of which may be ids."""
+    if one.dim() == 1 and other.dim() == 1:
+        return (one[:, None] == other[None, :]).double()
+    if one.dim() == 1:
+        return other.double()[:, one].T
+    if other.dim() == 1:
+        return one.double()[:, other]
+    return one.double() @ other.double().T
+
+
+def _wide(pairs: Sequence[FactorPair]) -> torch.dtype:
+    return torch.promote_types(pairs[0].right.dtype, torch.float32)
+
+
+def _sample(pair: FactorPair, index: int) -> FactorPair:
+    return FactorPair(pair.left[index : index + 1], pair.right[index : index + 1])
+
+
+def _samples(pairs: Sequence[FactorPair]) -> range:
+    return range(pairs[0].right.shape[0])
+
+
+@dataclass(frozen=True)
+class BatchFactors:
+    """The factors of a batch as they are stored: each tensor once, without what contributes nothing at its end."""
+
+    tensors: Mapping[str, Tensor]  # key -> (sum_i T_i, width), or (sum_i T_i,) ids
+    lengths: Mapping[str, tuple[int, ...]]  # key -> T_i of each sample
+    pairs: Mapping[str, tuple[tuple[str, str], ...]]  # parameter -> keys of L and R of each use
+
+
+def pack(factors: Mapping[str, Sequence[FactorPair]], dropped: Sequence[int] = ()) -> BatchFactors:
+    """Return a batch's factors ready to be stored.
+
+    Positions after the last one at which both factors of a pair are not zero contribute nothing and are left out, so
+    padding costs nothing. Tensors that several pairs share (the input of q, k and v) are taken once.
+
+    Args:
+        factors: parameter -> its pairs.
+        dropped: places in the batch of samples that do not count.
+    """
+    keys: dict[tuple[object, ...], str] = {}
+    sides: dict[str, Tensor] = {}
+    pairs: dict[str, tuple[tuple[str, str], ...]] = {}
+    for name, uses in factors.items():
+        pairs[name] = tuple(
+            (_key(keys, sides, pair.left, f"{name}~L{use}"), _key(keys, sides, pair.right, f"{name}~R{use}"))
+            for use, pair in enumerate(uses)
+        )
+    lengths = _used_lengths(sides, [pair for uses in pairs.values() for pair in uses], set(dropped))
+    tensors = {
+        key: torch.cat([side[i, :length] for i, length in enumerate(lengths[key])]) for key, side in sides.items()
+    }
+    return BatchFactors(tensors, lengths, pairs)
+
+
+def _key(keys: dict[tuple[object, ...], str], sides: dict[str, Tensor], side: Tensor, name: str) -> str:
+    # All of them are alive, so the same memory seen in the same way is the same tensor.
+    where = (side.data_ptr(), tuple(side.shape), side.stride(), side.dtype, side.device)
+    key = keys.setdefault(where, name)
+    sides.setdefault(key, side)
+    return key
+
+
+def _used_lengths(
+    sides: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]], dropped: set[int]
+) -> dict[str, tuple[int, ...]]:
+    """Return how many positions of each sample count, the same for all tensors that are paired with one another."""
+    own = {key: _last_nonzero(side) for key, side in sides.items()}
+    members = {key: key for key in sides}
+    for left, right in pairs:
+        members = {key: members[left] if member == members[right] else member for key, member in members.items()}
+    needed: dict[str, list[int]] = {}
+    for left, right in pairs:
+        both = [min(pair) for pair in zip(own[left], own[right], strict=True)]
+        before = needed.setdefault(members[left], both)
+        needed[members[left]] = [max(pair) for pair in zip(before, both, strict=True)]
+    return {
+        key: tuple(0 if i in dropped else length for i, length in enumerate(needed[member]))
+        for key, member in members.items()
+    }
+
+
+def _last_nonzero(side: Tensor) -> list[int]:
+    """Return for each sample one past the last position that is not zero."""
+    if side.dim() == 2:
+        return [side.shape[1]] * side.shape[0]
+    found = (side != 0).any(dim=2)
+    positions = torch.arange(1, side.shape[1] + 1, device=side.device)
+    return (found * positions).amax(dim=1).tolist() if side.shape[1] else [0] * side.shape[0]
