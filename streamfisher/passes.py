@@ -12,6 +12,7 @@ from streamfisher.config import SpectralConfig
 from streamfisher.gradients import GradientEngine
 from streamfisher.progress import Progress
 from streamfisher.ranks import Ranks
+from streamfisher.sharded_guard import SharedGuard
 from streamfisher.sharding import idle_batches, is_sharded
 from streamfisher.store import RunStore, UnitRecord
 from streamfisher.survey import Survey
@@ -25,17 +26,18 @@ def row_pass(
     together = is_sharded(engine.model)
     claims = Claims(ranks, "gradients", store.todo(), store.units, together=together)
     mean = {name: store.mean(name, 0, columns) for name, columns in store.parameters.items()} if store.centered else {}
+    guard = SharedGuard(engine, found, config, claims.units, ranks) if together else None
     with _bar(claims, store, progress) as bar:
-        for record in gradient_units(engine, found, claims, config, after_batch=ranks.alive):
+        for record in gradient_units(engine, found, claims, config, after_batch=ranks.alive, shared_guard=guard):
             if mean:
                 record = _subtract(record, mean)
             rows = {name: values.cpu() for name, values in record.rows.items()}
             store.write_unit(dataclasses.replace(record, rows=rows))
             size = len(record.unit) * sum(store.parameters.values()) * store.store_dtype.itemsize
             bar.done(record.unit, int(record.n_targets.sum()), size)
-        if together:
+        if guard is not None:
             idle = idle_batches(claims.units, found.lengths, config.batch_tokens, ranks.index, ranks.count)
-            idle_passes(engine, found, config, idle)
+            idle_passes(engine, found, config, idle, guard)
         ranks.wait("for the other ranks' gradients")
 
 
@@ -47,14 +49,15 @@ def mean_pass(
         return
     together = is_sharded(engine.model)
     claims = Claims(ranks, "mean", store.todo("mean"), store.units, together=together)
+    guard = SharedGuard(engine, found, config, claims.units, ranks) if together else None
     with _bar(claims, store, progress) as bar:
-        for record in gradient_units(engine, found, claims, config, after_batch=ranks.alive):
+        for record in gradient_units(engine, found, claims, config, after_batch=ranks.alive, shared_guard=guard):
             sums = {name: rows.sum(dim=0, dtype=torch.float64).cpu().numpy() for name, rows in record.rows.items()}
             store.write_mean_part(record.unit, sums, len(record.unit) - len(record.skipped))
             bar.done(record.unit, int(record.n_targets.sum()), 8 * sum(store.parameters.values()))
-        if together:
+        if guard is not None:
             idle = idle_batches(claims.units, found.lengths, config.batch_tokens, ranks.index, ranks.count)
-            idle_passes(engine, found, config, idle)
+            idle_passes(engine, found, config, idle, guard)
         ranks.wait("for the other ranks' part of the mean")
     if ranks.is_main:
         store.finish_mean()

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from streamfisher.config import SpectralConfig
-from streamfisher.errors import CaptureError, DataError, LossError, NonFiniteError
+from streamfisher.errors import DataError, LossError, NonFiniteError
 from streamfisher.gradients import GradientEngine
 from streamfisher.losses import draw_labels, sample_seed
 from streamfisher.samples import Unit, collate, make_batches
-from streamfisher.sharding import is_sharded
+from streamfisher.sharded_guard import SharedGuard, check_sums
 from streamfisher.store import UnitRecord
 from streamfisher.survey import Survey, to_model
 
@@ -26,6 +26,7 @@ def gradient_units(
     config: SpectralConfig,
     *,
     after_batch: Callable[[], None] = lambda: None,
+    shared_guard: SharedGuard | None = None,
 ) -> Iterator[UnitRecord]:
     """Yield the gradients of each unit. The rows are views of one buffer that the next unit overwrites.
 
@@ -35,11 +36,11 @@ def gradient_units(
         units: taken one after the other, when the one before is done with.
         config: `batch_tokens`, `labels`, `guard_every` and `on_nonfinite` count here.
         after_batch: called after each backward pass.
+        shared_guard: where weights are sharded; `None` without it, and the guard is each rank's own.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite and `config.on_nonfinite == 'raise'`; names the sample.
     """
-    guarded = config.guard_every and not is_sharded(engine.model)  # its gradient would be that of all ranks' batches
     buffer: dict[str, Tensor] = {}
     for unit in units:
         buffer = buffer or engine.allocate(min(config.chunk_size, len(found.samples)))
@@ -54,8 +55,10 @@ def gradient_units(
                     seeds = [sample_seed(config.seed, unit.start + offset) for offset in batch_range]
                     batch = draw_labels(engine.model, batch, found.loss, seeds)
                 result = engine.rows(batch, rows)
-            if where.start == 0 and guarded and unit.index % config.guard_every == 0:
-                _guard(engine, batch, rows, unit)
+            if shared_guard is not None:
+                shared_guard.step(rows)
+            elif where.start == 0 and config.guard_every and unit.index % config.guard_every == 0:
+                check_sums(engine, engine.guard(batch, rows), unit)
             after_batch()
             losses[where], targets[where] = result.losses.numpy(), result.n_targets.numpy()
         rows = {name: values[: len(unit)] for name, values in buffer.items()}
@@ -75,7 +78,9 @@ def gradient_units(
         yield UnitRecord(unit, rows, losses, targets, squared_norms, skipped)
 
 
-def idle_passes(engine: GradientEngine, found: Survey, config: SpectralConfig, count: int) -> None:
+def idle_passes(
+    engine: GradientEngine, found: Survey, config: SpectralConfig, count: int, shared_guard: SharedGuard
+) -> None:
     """Take part in `count` passes of sharded weights without a batch of this rank: sample 0, whose rows are dropped."""
     rows = engine.allocate(1) if count else {}
     for _ in range(count):
@@ -83,6 +88,7 @@ def idle_passes(engine: GradientEngine, found: Survey, config: SpectralConfig, c
         if config.labels == "model":
             batch = draw_labels(engine.model, batch, found.loss, [sample_seed(config.seed, 0)])
         engine.rows(batch, rows)
+        shared_guard.step(rows)
 
 
 @contextlib.contextmanager
@@ -94,23 +100,6 @@ def _naming_samples(first: int, last: int) -> Iterator[None]:
         bad = [first + offset for offset in getattr(error, "samples", [])]
         which = f"sample {bad[0]}" if bad else f"samples {first} to {last}"
         raise DataError(f"{which}: {error}. Token ids and labels must lie in the model's vocabulary.") from error
-
-
-def _guard(engine: GradientEngine, batch: dict[str, Tensor], rows: dict[str, Tensor], unit: Unit) -> None:
-    """Check on a batch that each parameter's rows sum to its ordinary gradient.
-
-    Raises:
-        CaptureError: they do not: something in the data takes a path through the model that the probe did not see.
-    """
-    wrong = {name: error for name, error in engine.guard(batch, rows).items() if error > engine.tolerance}
-    if wrong:
-        name = max(wrong, key=wrong.__getitem__)
-        raise CaptureError(
-            f"the gradient rows of {name} do not sum to its ordinary gradient on samples from {unit.start} on: "
-            f"relative difference {wrong[name]:.1e}, tolerance {engine.tolerance:.0e}; {len(wrong)} parameters in all. "
-            "The model treats these samples otherwise than the probed ones. Leave the parameter out with --exclude, or "
-            "report the model."
-        )
 
 
 def squared_norms_of(rows: dict[str, Tensor]) -> np.ndarray:
