@@ -23,6 +23,7 @@ from streamfisher.config import SpectralConfig, dtype_name
 from streamfisher.determinism import deterministic
 from streamfisher.errors import RunMismatchError
 from streamfisher.gradients import GradientEngine, ProbeReport
+from streamfisher.gradients.state import without_packing
 from streamfisher.passes import mean_pass, row_pass
 from streamfisher.ranks import Ranks, start_ranks
 from streamfisher.samples import make_units
@@ -87,12 +88,14 @@ def collect(
     config = config or SpectralConfig()
     path = Path(path)
     state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
-    if config.dtype_model is not None and any(p.dtype != config.dtype_model for p in model.parameters()):
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}  # quantised weights keep theirs
+    if config.dtype_model is not None and dtypes - {config.dtype_model}:
         model = copy.deepcopy(model).to(config.dtype_model)
     with (
         finishing_first() as stop,
         Ranks(state, timeout=config.rank_timeout, stop=stop) as ranks,
         deterministic(config.use_deterministic, config.seed),
+        without_packing(model),  # from the first pass on
     ):
         found = survey(model, samples, config, loss, n_samples)
         reshard(model)

@@ -27,6 +27,7 @@ from streamfisher.gradients.state import (
     notes_on,
     prepare_recurrent,
     without_fast_paths,
+    without_packing,
     without_parameter_hooks,
 )
 from streamfisher.losses import PerSampleLoss
@@ -132,6 +133,7 @@ class GradientEngine:
             stack.enter_context(without_parameter_hooks(self.model))
             stack.callback(self.capture.remove)
             stack.enter_context(without_fast_paths(self.model))
+            stack.enter_context(without_packing(self.model))
             if self.deterministic:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             self.model.eval()
