@@ -154,7 +154,7 @@ def _create_or_resume(
     )
     planner.check_row_buffer(sum(parameters.values()), min(config.chunk_size, len(found.samples)), engine.row_dtype)
     if resuming:
-        locks.enter_context(RunLock(path, ranks.processes))
+        locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
         store = RunStore(path)
         found_differences = resume_differences(store.manifest, manifest, found.samples.digest)
         if found_differences:
@@ -177,7 +177,7 @@ def _create_or_resume(
     if progress:
         tqdm.write(report.summary())
     path.mkdir(parents=True, exist_ok=True)
-    locks.enter_context(RunLock(path, ranks.processes))
+    locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
     RunStore.create(path, dataclasses.replace(manifest, probe=report.to_dict()))
 
 
