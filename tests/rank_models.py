@@ -51,8 +51,8 @@ def rows_of_rank_1_spoilt() -> nn.Module:
 
     rows_of, first = GradientEngine.rows, thirty_vectors()["x"][0]
 
-    def spoil(self, batch, out):
-        result = rows_of(self, batch, out)
+    def spoil(self, batch, out, factored=()):
+        result = rows_of(self, batch, out, factored)
         if RANK == 1 and not torch.equal(batch["x"][0], first):
             out["second.weight"][1] *= 1.01
         return result
