@@ -1,5 +1,6 @@
 """FSDP2 on two ranks gives the rows, Grams and spectrum of the plain model, byte for byte, with unequal shares."""
 
+import json
 import re
 
 import pytest
@@ -87,6 +88,22 @@ def test_the_guard_finds_a_wrong_row_of_any_rank_and_stops_all(guard_always, tmp
     )
     assert found == ["2", "2"], errors[-2000:]
     assert markers(out) <= 1  # rank 0's first unit
+
+
+@pytest.mark.slow
+def test_more_ranks_than_units_leave_some_idle_and_change_nothing(guard_always, tmp_path):
+    found = []
+    for name, count, options in (("one", 1, []), ("claimed", 3, []), ("sharded", 3, ["--fsdp"])):
+        what = ["rank_models:slow", "rank_models:thirty_vectors", "--out", str(tmp_path / name), "--samples", "4"]
+        what += ["--chunk-size", "2", "--deterministic", "--workers", "1", "--quiet", *guard_always, *options]
+        finished(launch(count, ["-m", "streamfisher", "run", *what], 29604, SECONDS="0"))
+        found.append(bytes_of(tmp_path / name))
+    assert found[0] == found[1]
+    one, sharded = (json.loads(files.pop("spectrum.json")) for files in (found[0], found[2]))
+    assert found[0] == found[2]
+    for spectrum in (one, sharded):  # averages over three ranks round, and the probe's references are such
+        spectrum["metadata"].pop("coverage_squared_norm")
+    assert one == sharded
 
 
 # Checkpoints
