@@ -17,7 +17,7 @@ from streamfisher import __version__
 from streamfisher.analysis_commands import add_commands
 from streamfisher.cluster import check_scheduler, dask_client
 from streamfisher.config import format_bytes
-from streamfisher.errors import CapacityError, StreamfisherError
+from streamfisher.errors import CapacityError, StreamfisherError, no_memory
 from streamfisher.options import (
     RunOptions,
     add_analysis_options,
@@ -63,6 +63,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"streamfisher: error: {error}. What is finished is kept; --debug shows where.", file=sys.stderr)
         return CapacityError.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else StreamfisherError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if arguments.debug or not no_memory(error):
+            raise
+        print(
+            f"streamfisher: error: no memory is left ({str(error).splitlines()[0] if str(error) else 'MemoryError'}). "
+            "What is finished is kept. Take a smaller --chunk-size, --batch-tokens or --memory-budget, or one rank "
+            "less on this host; --debug shows where.",
+            file=sys.stderr,
+        )
+        return CapacityError.exit_code
     except KeyboardInterrupt:
         print("streamfisher: interrupted. The same command goes on where it stopped.", file=sys.stderr)
         return 130

@@ -154,7 +154,9 @@ def _naming_samples(first: int, last: int) -> Iterator[None]:
     except (LossError, IndexError) as error:
         bad = [first + offset for offset in getattr(error, "samples", [])]
         which = f"sample {bad[0]}" if bad else f"samples {first} to {last}"
-        raise DataError(f"{which}: {error}. Token ids and labels must lie in the model's vocabulary.") from error
+        raise DataError(
+            f"{which}: {str(error).rstrip('.')}. Token ids and labels must lie in the model's vocabulary."
+        ) from error
 
 
 def batch_norms(

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from streamfisher.errors import CorruptRunError
 from streamfisher.offload import stored_tensor
 from streamfisher.sharding import class_of, whole
+from streamfisher.store.integrity import check_manifest
 
 FORMAT = "streamfisher-run"
 FORMAT_VERSION = 2
@@ -90,13 +91,19 @@ class Manifest:
             raise CorruptRunError(
                 f"the run has format version {values.get('format_version')!r} and this version of streamfisher reads "
                 f"{' and '.join(map(str, _READ_VERSIONS))}; use the version that wrote it "
-                f"({values.get('versions', {}).get('streamfisher')})."
+                f"({_version_of(values)})."
             )
         names = {item.name for item in dataclasses.fields(cls)}
         missing = names - values.keys()
         if missing:
             raise CorruptRunError(f"manifest.json lacks {', '.join(sorted(missing))}.")
+        check_manifest(values)
         return cls(**{name: values[name] for name in names})
+
+
+def _version_of(values: Mapping[str, Any]) -> Any:
+    found = values.get("versions")
+    return found.get("streamfisher") if isinstance(found, dict) else None
 
 
 def differences(stored: Manifest, now: Manifest) -> list[str]:
@@ -109,7 +116,7 @@ def differences(stored: Manifest, now: Manifest) -> list[str]:
     if stored.model["class"] != now.model["class"]:
         found.append(f"model class: {stored.model['class']} in the run, {now.model['class']} now")
     before, after = _shapes(stored), _shapes(now)
-    for name in before.keys() | after.keys():
+    for name in {**before, **after}:
         if before.get(name) != after.get(name):
             found.append(f"parameter {name}: {before.get(name, 'absent')} in the run, {after.get(name, 'absent')} now")
     if len(found) == 0 and stored.model["fingerprint"] != now.model["fingerprint"]:
