@@ -188,14 +188,11 @@ def _collect(arguments: argparse.Namespace) -> int:
 
 def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     """Load model and data and collect; return the run on the main process and `None` on the others."""
-    import torch
-
     from streamfisher import collect
     from streamfisher.data import load_samples
     from streamfisher.models import load_model, pick_device
     from streamfisher.placement import read_device_map
     from streamfisher.ranks import start_ranks
-    from streamfisher.sharding import shard
     from streamfisher.store.layout import check_free
 
     config = options.config
@@ -211,9 +208,8 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
         trust_remote_code=options.trust_remote_code,
         device_map=None if options.device_map is None else read_device_map(options.device_map),
         offload_folder=options.offload_folder or f"{options.out}.offload",
+        sharded=options.fsdp,
     )
-    if options.fsdp:
-        model = shard(model, torch.device(device))
     run = collect(
         model,
         source,

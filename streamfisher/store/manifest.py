@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from streamfisher.errors import CorruptRunError
 from streamfisher.offload import stored_tensor
@@ -155,11 +156,20 @@ def model_fingerprint(model: nn.Module) -> str:
         if not isinstance(tensor, torch.Tensor):
             continue
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        tensor = whole(stored_tensor(model, name, tensor))
-        flat = tensor.detach().contiguous().reshape(-1)
-        if flat.numel():
-            digest.update(memoryview(flat.view(torch.uint8).cpu().numpy()))
+        for part in _parts(whole(stored_tensor(model, name, tensor)).detach()):
+            flat = part.contiguous().reshape(-1)
+            if flat.numel():
+                digest.update(memoryview(flat.view(torch.uint8).cpu().numpy()))
     return digest.hexdigest()
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield a tensor, or what a quantised one is made of: its codes, scales and zero points."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for attribute in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, attribute))
 
 
 def model_manifest(model: nn.Module) -> dict[str, Any]:
