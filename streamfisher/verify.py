@@ -85,7 +85,7 @@ def verify(run: Run, *, repair: bool = True, progress: bool = False) -> list[Pro
         with RunLock(run.path):
             for unit, wave in damaged:
                 store.forget_unit(unit, wave)
-            of_damaged = [name for _, wave in damaged for name in store.waves[wave]]
+            of_damaged = [name for _, wave in damaged for name in store.waves[wave] if not store.is_deleted(name)]
             for key in {*damaged_grams, *store.keys_of(of_damaged)}:
                 store.forget_gram(key)
             for marker, _ in parts:

@@ -12,6 +12,9 @@ from streamfisher.store.durable import read_json, write_json
 from streamfisher.store.layout import MANIFEST_COPY, create_run
 from streamfisher.store.manifest import Manifest
 
+#: Groups that are made when they are first needed.
+_LATER = ("eigenvectors", "fields", "factors", "gram_mean")
+
 
 def wrong_metadata(run: Path, manifest: Manifest) -> list[str]:
     """Return the `zarr.json` files, relative to the run, that are not as the manifest has them.
@@ -20,13 +23,14 @@ def wrong_metadata(run: Path, manifest: Manifest) -> list[str]:
     """
     with tempfile.TemporaryDirectory(prefix="streamfisher-") as folder:
         made = _made_anew(folder, manifest)
-        return [name for name in _names(made) if not _agrees(run / name, made / name)]
+        return [name for name in _names(made, run) if not _agrees(run / name, made / name)]
 
 
 def restore_metadata(run: Path, manifest: Manifest, names: Sequence[str]) -> None:
     """Write `zarr.json` files as the manifest has them; only while holding the lock."""
     with tempfile.TemporaryDirectory(prefix="streamfisher-") as folder:
         made = _made_anew(folder, manifest)
+        _names(made, run)
         for name in names:
             content = (made / name).read_bytes()
             target = run / name
@@ -72,7 +76,12 @@ def _made_anew(folder: str, manifest: Manifest) -> Path:
     return path
 
 
-def _names(made: Path) -> list[str]:
+def _names(made: Path, run: Path) -> list[str]:
+    """Return the metadata that are known; those of groups that came later are as those of `gram`."""
+    for group in _LATER:
+        if (run / group / "zarr.json").exists() or (run / group / "zarr.json").is_symlink():
+            (made / group).mkdir()
+            (made / group / "zarr.json").write_bytes((made / "gram" / "zarr.json").read_bytes())
     return sorted(str(path.relative_to(made)) for path in made.rglob("zarr.json"))
 
 
