@@ -16,6 +16,7 @@ from streamfisher.blockgrams import stored_gram
 from streamfisher.blocks import assign_blocks, group_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.gram_sink import GramSink
+from streamfisher.runlog import RunLog
 from streamfisher.selection import select
 from streamfisher.solve import RowPrecision, describe, solve_blocks
 from streamfisher.store import RunLock, RunStore
@@ -125,7 +126,8 @@ class Run(Analyses):
         settings = grams.gram_settings(config)
         blocks = group_blocks(assign_blocks(self.parameters, config.block_structure))
         subsets = grams.draw_columns(self.parameters, blocks, config.max_params_per_block, config.seed)
-        with RunLock(self.path):
+        self.store.fsync = config.fsync
+        with RunLock(self.path), RunLog(self.path, "grams", grams=len(keys)):
             sink = GramSink(self.store, settings, subsampled=frozenset(subsets), compare=rebuild)
             grown = {} if rebuild or config.use_deterministic else self._grown(settings, subsets)
             members = {key: self.store.gram_members[key] for key in keys}

@@ -29,6 +29,7 @@ from streamfisher.passes import mean_pass, row_pass
 from streamfisher.provisions import Provisions
 from streamfisher.ranks import Ranks, start_ranks
 from streamfisher.reduction import is_reduced, reduce_wave, reopen_wave
+from streamfisher.runlog import RunLog
 from streamfisher.samples import make_units
 from streamfisher.shapes import GradientShape
 from streamfisher.sharding import is_sharded, reshard
@@ -115,6 +116,9 @@ def collect(
             if not ranks.is_main:
                 locks.enter_context(RankLock(path))
             store = RunStore(path)
+            store.fsync = config.fsync
+            facts = {"samples": store.n_samples, "ranks": ranks.count, "waves": len(store.waves)}
+            locks.enter_context(RunLog(path, "collect", ranks.index, device=str(state.device), **facts))
             engine.apply_routes(ProbeReport.from_dict(store.manifest.probe))
             if ranks.is_main:
                 store.sweep()

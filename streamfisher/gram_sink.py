@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from streamfisher import gram as grams
+from streamfisher import runlog
 from streamfisher.errors import CorruptRunError
 from streamfisher.store import RunStore
 
@@ -42,6 +43,7 @@ class GramSink:
                 )
         difference = self._difference(finished) if self.compare else None
         self.store.write_gram(name, finished.gram, finished.mean_products, self.settings)
+        runlog.event("gram", stage="grams", gram=name, samples=len(finished.gram))
         return name, difference
 
     def _difference(self, finished: grams.ParameterGram) -> float | None:

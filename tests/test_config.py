@@ -99,6 +99,7 @@ BAD = {
     "rank_timeout": [0, -1, "soon"],
     "memory_budget": ["lots", 0, -5],
     "use_deterministic": ["yes", 1],
+    "fsync": ["yes", 1],
 }
 
 

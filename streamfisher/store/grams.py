@@ -12,7 +12,7 @@ import zarr
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK, write_array
-from streamfisher.store.durable import read_json, write_json
+from streamfisher.store.durable import read_json, sync_filesystem, write_json
 from streamfisher.store.integrity import check_layout, chunk_digest, require_inside
 from streamfisher.store.names import node_name
 
@@ -24,6 +24,7 @@ class GramStore:
     n_samples: int
     chunk_rows: int
     centered: bool
+    fsync: bool
     gram_members: dict[str, list[str]]  # Gram key -> the parameters it sums over
 
     def grams_done(self, settings: Mapping[str, Any]) -> set[str]:
@@ -65,6 +66,8 @@ class GramStore:
         content["files"] = chunk_digest(self.path / "gram" / node)
         if mean_products is not None:
             content["mean_crc32c"] = codecs.checksum(mean_products)
+        if self.fsync:
+            sync_filesystem(self.path)
         write_json(self._marker_path(key), content)
 
     def read_gram(self, key: str) -> tuple[np.ndarray, np.ndarray | None]:
