@@ -75,6 +75,10 @@ class CapacityError(StreamfisherError, OSError):
     exit_code = 5
 
 
+class ConvergenceError(StreamfisherError, RuntimeError):
+    """An iterative solver did not reach its tolerance; the message says how far it came."""
+
+
 class MissingExtraError(StreamfisherError, ImportError):
     """An optional package is not installed; the message gives the command that installs it."""
 
