@@ -96,6 +96,12 @@ class Analyses:
             config=config,
             precision=RowPrecision(self.store.row_dtype, self.store.unit_roundoff),
             metadata=metadata,
+            tile_of=self.store.gram_tile if unfinished is None else None,
+            mean_products_of=(lambda name: None) if center else self.store.gram_mean_products,
+            # Drawn columns and unfinished runs have none; a moment left from before would be of other rows.
+            moment_of=self.store.read_moment
+            if unfinished is None and config.max_params_per_block is None
+            else lambda name: None,
         )
 
     def spectrum(

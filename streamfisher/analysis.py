@@ -16,6 +16,7 @@ from streamfisher.blockgrams import stored_gram
 from streamfisher.blocks import assign_blocks, group_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CorruptRunError
+from streamfisher.moment import moment_of
 from streamfisher.selection import select
 from streamfisher.solve import RowPrecision, describe, solve_blocks
 from streamfisher.store import RunLock, RunStore
@@ -221,6 +222,9 @@ class _GramSink:
                 )
         difference = self._difference(finished) if self.compare else None
         self.store.write_gram(name, finished.gram, finished.mean_products, self.settings)
+        if name not in self.subsampled and self.store.parameters[name] < self.store.n_samples:
+            valid = self.store.per_sample("valid") == 1
+            self.store.write_moment(name, moment_of(self.store, name, self.store.parameters[name], valid))
         return name, difference
 
     def _difference(self, finished: grams.ParameterGram) -> float | None:

@@ -25,6 +25,7 @@ SampleUnit = Literal["sequence", "token", "example"]
 Codec = Literal["blosc-lz4", "zstd", "raw"]
 OnNonfinite = Literal["raise", "skip"]
 Labels = Literal["data", "model"]
+Solver = Literal["auto", "dense", "iterative"]
 LossName = Literal["causal", "token", "classification", "regression", "model"]
 
 _FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -110,6 +111,7 @@ class SpectralConfig:
 
     # Eigensolve
     top_k_eigenvalues: int = 100  # how many eigenvalues the metrics list
+    solver: Solver = "auto"  # 'iterative': the largest eigenvalues only, with residuals; 'auto': where it pays
     regularization: float = 1e-8  # jitter, relative to the mean eigenvalue; only if the solver fails
     eigensolve_device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -147,6 +149,7 @@ class SpectralConfig:
         self._check_choice("on_nonfinite", get_args(OnNonfinite))
         self._check_choice("storage_mode", get_args(StorageMode))
         self._check_choice("codec", get_args(Codec))
+        self._check_choice("solver", get_args(Solver))
         self._check_choice("eigensolve_device", ("auto", "cpu", "cuda"))
         self._check_choice("gram_device", ("auto", "cpu", "cuda"))
         self._check_choice("block_structure", ("layer", "module", "parameter", "none"))

@@ -96,7 +96,7 @@ def check_grouping(
         raise ConfigError(
             f"this run keeps {kept}, and the Gram {key}{more} holds parameters of the blocks {' and '.join(blocks[:3])}"
             f"{' and others' if len(blocks) > 3 else ''}. Possible: {', '.join(possible_structures(keys))}, or "
-            "patterns that put the parameters of each Gram into one block. A finer --gram-per needs the gradients again."
+            "patterns that put all of a Gram into one block. A finer --gram-per needs the gradients again."
         )
     return {key: assignment[members[0]] for key, members in keys.items()}
 

@@ -12,6 +12,7 @@
       mean_parts/<parameter>   (units, P_k) float64 sums of the mean pass
       gram/<parameter>         (N, N)     float64, of the rows as stored
       gram_mean/<parameter>    (N + 1,)   float64, rows times the mean, and the mean's square (centered rows only)
+      moment/<parameter>       (P_k + 1, P_k) float64, G^T G and, last, the sum of the rows, where P_k < N
       done/*.json              what is finished, with checksums
 
 Nothing counts as written until its marker exists; a chunk that is missing reads as NaN.
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from streamfisher.config import parse_dtype
 from streamfisher.errors import CorruptRunError, RunError
+from streamfisher.moment import Moment
 from streamfisher.samples import Unit, make_units
 from streamfisher.store import codecs
 from streamfisher.store.durable import read_json, sweep_partials, write_json
@@ -152,14 +154,21 @@ class RunStore:
         """Return the columns of one stored chunk of a parameter."""
         return self._array(f"gradients/{node_name(name)}").chunks[1]
 
-    def columns(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return columns `start` to `stop` of all rows of a parameter, as stored: (N, stop - start) float32 or float64.
+    def columns(self, name: str, start: int, stop: int, rows: slice | None = None) -> np.ndarray:
+        """Return columns `start` to `stop` of a parameter's rows, as stored: (N, stop - start) float32 or float64.
+
+        Args:
+            name: of the parameter.
+            start: first column.
+            stop: one past the last column.
+            rows: a range of samples; `None` means all.
 
         Raises:
             CorruptRunError: a chunk fails its checksum.
         """
+        first, last, _ = (rows or slice(None)).indices(self.n_samples)
         try:
-            stored = self._array(f"gradients/{node_name(name)}")[: self.n_samples, start:stop]
+            stored = self._array(f"gradients/{node_name(name)}")[first:last, start:stop]
         except (ValueError, RuntimeError, OSError) as error:
             raise CorruptRunError(
                 f"{self.path}: a chunk of parameter {name} (columns {start} to {stop}) cannot be read: {error}. "
@@ -316,8 +325,58 @@ class RunStore:
         return gram, products
 
     def forget_gram(self, name: str) -> None:
-        """Remove the marker of a Gram, so that it is built again."""
-        (self.path / "done" / f"gram-{node_name(name)}.json").unlink(missing_ok=True)
+        """Remove the marker of a Gram, and of what is kept beside it, so that it is built again."""
+        for kind in ("gram", "moment"):
+            (self.path / "done" / f"{kind}-{node_name(name)}.json").unlink(missing_ok=True)
+
+    def gram_tile(self, name: str, rows: slice, columns: slice) -> np.ndarray:
+        """Return part of a finished Gram, float64, without reading the rest.
+
+        Raises:
+            CorruptRunError: a chunk of it is missing or fails its checksum.
+        """
+        try:
+            part = self._array(f"gram/{node_name(name)}")[rows, columns]
+        except (ValueError, RuntimeError, OSError) as error:
+            raise CorruptRunError(
+                f"{self.path}: the Gram of {name} cannot be read: {error}. `streamfisher gram --rebuild` remakes it."
+            ) from error
+        return part
+
+    def gram_mean_products(self, name: str) -> np.ndarray | None:
+        """Return the products of a parameter's rows with their mean, (N + 1,), where rows are stored centered."""
+        return self._array(f"gram_mean/{node_name(name)}")[...] if self.centered else None
+
+    def write_moment(self, name: str, moment: Moment) -> None:
+        """Write the second moment and, as a last row, the sum of a parameter's rows: (P + 1, P); then the marker."""
+        values = np.vstack([moment.second, moment.total])
+        (self.path / "done" / f"moment-{node_name(name)}.json").unlink(missing_ok=True)
+        self._write_array(f"moment/{node_name(name)}", values, ("row", f"element of {name}"), {"parameter": name})
+        facts = {"n_samples": self.n_samples, "count": moment.count, "crc32c": codecs.checksum(values)}
+        self._mark(f"moment-{node_name(name)}", facts)
+
+    def read_moment(self, name: str) -> Moment | None:
+        """Return the second moment of a parameter's valid rows; `None` where there is none for all samples.
+
+        Raises:
+            CorruptRunError: it does not match the checksum it was written with.
+        """
+        path = self.path / "done" / f"moment-{node_name(name)}.json"
+        marker = read_json(path) if path.is_file() else {}
+        if marker.get("n_samples") != self.n_samples:
+            return None
+        try:
+            values = zarr.open_array(self.path / "moment" / node_name(name), mode="r")[...]
+            count, checksum = marker["count"], marker["crc32c"]
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
+            raise CorruptRunError(
+                f"{self.path}: the moment of {name} cannot be read: {error}. `streamfisher gram --rebuild` remakes it."
+            ) from error
+        if codecs.checksum(values) != checksum:
+            raise CorruptRunError(
+                f"{self.path}: the moment of {name} is not what was written; `streamfisher gram --rebuild` remakes it."
+            )
+        return Moment(values[:-1], values[-1], count, self.mean(name, 0, values.shape[1]))
 
     def sweep(self) -> int:
         """Delete what interrupted writes left behind; only while holding the lock."""
