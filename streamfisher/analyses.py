@@ -12,6 +12,7 @@ from streamfisher.alignment import Alignment, align
 from streamfisher.blockgrams import BlockGrams, stored_gram
 from streamfisher.blocks import assign_blocks
 from streamfisher.config import SpectralConfig
+from streamfisher.density import Scale, SpectralDensity
 from streamfisher.directions import Eigenvectors
 from streamfisher.eigenvectors import compute_eigenvectors
 from streamfisher.partial import PartialGrams
@@ -163,6 +164,42 @@ class Analyses:
             options: of `block_grams`.
         """
         return grow(self.block_grams(block_structure, center, **options), sizes, seed=seed)
+
+    def spectral_density(
+        self,
+        block: str,
+        center: bool | None = None,
+        *,
+        block_structure: str | Mapping[str, str] | None = None,
+        n_vectors: int = 10,
+        n_steps: int = 80,
+        sigma: float | None = None,
+        scale: Scale = "log",
+        seed: int | None = None,
+        **options: Any,
+    ) -> SpectralDensity:
+        """Return how many eigenvalues of a block lie where, by stochastic Lanczos quadrature, with the standard error.
+
+        For N whose eigenvalues are too many to solve for; a few dozen passes over the Gram, which may be larger than
+        the memory.
+
+        Args:
+            block: its key, for example `layer_3`.
+            center: of the covariance instead of the Fisher.
+            block_structure: see `block_grams`.
+            n_vectors: random vectors.
+            n_steps: of Lanczos.
+            sigma: width of the Gaussians, in decades for `scale='log'`; `None` means 0.1 decades, or 1 %.
+            scale: 'log' or 'linear'.
+            seed: of the vectors; `None` means the run's.
+            options: of `block_grams`: samples, weights, normalization, config.
+
+        Raises:
+            StreamfisherError: as `block_grams`, or an option is out of range.
+        """
+        found = self.block_grams(block_structure, center, **options)
+        seed = found.config.seed if seed is None else seed
+        return found.density(block, n_vectors=n_vectors, n_steps=n_steps, sigma=sigma, scale=scale, seed=seed)
 
     def alignment(
         self, block_structure: str | Mapping[str, str] | None = None, center: bool | None = None, **options: Any

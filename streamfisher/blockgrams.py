@@ -14,7 +14,10 @@ import numpy as np
 
 from streamfisher.blocks import group_blocks
 from streamfisher.config import SpectralConfig, format_bytes
+from streamfisher.density import SpectralDensity, spectral_density
+from streamfisher.determinism import one_thread
 from streamfisher.errors import CapacityError, ConfigError
+from streamfisher.lanczos import DenseOperator
 from streamfisher.moment import Moment
 from streamfisher.partial import PartialGrams
 from streamfisher.selection import Selection
@@ -111,6 +114,26 @@ class BlockGrams:
         """Return the same for some of the samples; `places` are indices into the selected ones, ascending."""
         chosen = self.selection.subset(places)
         return dataclasses.replace(self, selection=chosen, metadata={**self.metadata, **chosen.facts()})
+
+    def density(self, key: str, **options: Any) -> SpectralDensity:
+        """Return the spectral density of one block, see `density.spectral_density`; in memory where its Gram fits.
+
+        Raises:
+            ConfigError: there is no such block, or an option is out of range.
+        """
+        if key not in self.blocks:
+            raise ConfigError(f"there is no block {key!r}; the blocks are {', '.join(self.blocks)}.")
+        names, n = self.blocks[key], len(self.selection)
+        options = {"block": key, "seed": self.config.seed} | options
+        with one_thread(self.config.use_deterministic):
+            smaller = self.small_side(names[0]) if len(names) == 1 else None
+            if smaller is not None:
+                return spectral_density(DenseOperator(smaller, n), side="parameters", **options)
+            zeros = max(n - sum(self.parameters[name] for name in names), 0)
+            fits = fits_dense(self.n_stored, n, self.config)
+            return spectral_density(
+                DenseOperator(self.gram(key)) if fits else self.operator(names), zeros=zeros, **options
+            )
 
     def spectrum(self, top_k: int | None = None) -> Spectrum:
         """Solve every block, see `Run.spectrum`: in memory where the Grams fit, else by tiles."""

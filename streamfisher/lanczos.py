@@ -34,16 +34,23 @@ class SymmetricOperator(Protocol):
     """A symmetric positive semi-definite matrix A, by its products."""
 
     n: int
+    n_samples: int  # N: the eigenvalues of a Fisher are those of A over it
 
     def matvec(self, X: np.ndarray) -> np.ndarray:
         """Return A X, (n, b) float64."""
 
 
 class DenseOperator:
-    """A matrix in memory."""
+    """A matrix in memory.
 
-    def __init__(self, K: np.ndarray):
+    Args:
+        K: (n, n) float64.
+        n_samples: N, where it is the side of the parameters; `None` means n.
+    """
+
+    def __init__(self, K: np.ndarray, n_samples: int | None = None):
         self.K, self.n = K, len(K)
+        self.n_samples = self.n if n_samples is None else n_samples
 
     def matvec(self, X: np.ndarray) -> np.ndarray:
         """Return K X."""

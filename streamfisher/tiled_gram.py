@@ -56,6 +56,7 @@ class TiledGram:
         tile: int | None = None,
     ):
         self.read, self.names, self.n = read, list(names), len(selection)
+        self.n_samples = self.n
         self.parts = list(_parts(selection.samples, n_stored, tile or TILE))
         self.offsets = np.zeros(self.n)  # added to rows and to columns
         self.constant = 0.0

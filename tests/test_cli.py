@@ -415,6 +415,7 @@ EVERY_OPTION = {
     "dtype_eigensolve": "float64",
     "eps": 1e-9,
     "top_k_eigenvalues": 5,
+    "solver": "dense",
     "regularization": 1e-7,
     "eigensolve_device": "cpu",
     "storage_mode": "streaming",
