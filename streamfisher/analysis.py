@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ from streamfisher.moment import moment_of
 from streamfisher.selection import select
 from streamfisher.solve import RowPrecision, describe, solve_blocks
 from streamfisher.store import RunLock, RunStore
+from streamfisher.store.layout import TILE
+from streamfisher.store.tiled import StoredTiles
+from streamfisher.tiled_solve import budget_of
+from streamfisher.tiles import build_tiled_grams, needs_tiles, whole_bytes
 
 __all__ = ["RowPrecision", "Run", "describe", "open_run", "solve_blocks"]
 
@@ -127,13 +132,43 @@ class Run(Analyses):
         settings = grams.gram_settings(config)
         blocks = group_blocks(assign_blocks(self.parameters, config.block_structure))
         subsets = grams.draw_columns(self.parameters, blocks, config.max_params_per_block, config.seed)
+        budget = budget_of(config)
+        widest = max(self.store.chunk_columns(name) for name in names)
         with RunLock(self.path):
+            if needs_tiles(self.n_samples, budget, widest):
+                return self._build_tiles(names, config, subsets, budget, rebuild=rebuild, progress=progress)
+            if config.n_workers is None:  # fewer workers where not all have room for a sum of their own
+                each = whole_bytes(self.n_samples, 1)
+                config = config.replace(n_workers=max(1, min(len(os.sched_getaffinity(0)), budget // each)))
             sink = _GramSink(self.store, settings, subsampled=frozenset(subsets), compare=rebuild)
             grown = {} if rebuild or config.use_deterministic else self._grown(settings, subsets)
             built = grams.build_grams(
                 self.store, config, sink, names=names, subsets=subsets, grown=grown, progress=progress
             )
         return dict(built)
+
+    def _build_tiles(
+        self,
+        names: list[str],
+        config: SpectralConfig,
+        subsets: Mapping[str, grams.ColumnSubset],
+        budget: int,
+        *,
+        rebuild: bool,
+        progress: bool,
+    ) -> dict[str, float | None]:
+        """Build Grams that are larger than the memory, see `tiles`."""
+        keys = {name: [name] for name in names}
+        old = {name for name in names if rebuild and self.store.has_gram(name)}
+        sink = StoredTiles(
+            self.store, grams.gram_settings(config), keys, subsampled=frozenset(subsets), rebuild=rebuild, size=TILE
+        )
+        built = build_tiled_grams(
+            self.store, config, sink, keys, budget=budget, subsets=subsets, size=TILE, progress=progress
+        )
+        for name in names:
+            keep_moment(self.store, name, frozenset(subsets))
+        return {name: _relative_change(built[name]) if name in old else None for name in names}
 
     def _grown(self, settings: Mapping[str, Any], subsets: Mapping[str, Any]) -> dict[str, grams.GrownGram]:
         """Return the Grams that were made before samples were added; their products need not be formed again."""
@@ -222,9 +257,7 @@ class _GramSink:
                 )
         difference = self._difference(finished) if self.compare else None
         self.store.write_gram(name, finished.gram, finished.mean_products, self.settings)
-        if name not in self.subsampled and self.store.parameters[name] < self.store.n_samples:
-            valid = self.store.per_sample("valid") == 1
-            self.store.write_moment(name, moment_of(self.store, name, self.store.parameters[name], valid))
+        keep_moment(self.store, name, self.subsampled)
         return name, difference
 
     def _difference(self, finished: grams.ParameterGram) -> float | None:
@@ -238,6 +271,21 @@ class _GramSink:
         norm = float(np.linalg.norm(finished.gram))
         distance = float(np.linalg.norm(finished.gram - old))
         return distance / norm if norm else distance
+
+
+def keep_moment(store: RunStore, name: str, subsampled: frozenset[str]) -> None:
+    """Write the second moment of a parameter that has fewer elements than there are samples."""
+    if name not in subsampled and store.parameters[name] < store.n_samples:
+        valid = store.per_sample("valid") == 1
+        store.write_moment(name, moment_of(store, name, store.parameters[name], valid))
+
+
+def _relative_change(changes: list[tuple[float, float]]) -> float | None:
+    """Return `|new - old| / |new|` from the squared norms of the tiles; `None` where the old one was not finite."""
+    change, norm = (sum(parts) for parts in zip(*changes, strict=True))
+    if not np.isfinite(change):
+        return None
+    return float(np.sqrt(change / norm)) if norm else float(np.sqrt(change))
 
 
 def open_run(path: str | Path) -> Run:

@@ -120,7 +120,7 @@ def _identity(store: RunStore, grams: BlockGrams, block: str, top: int) -> dict[
     digest = hashlib.sha256(selection.samples.astype("<i8").tobytes())
     digest.update(b"" if selection.weights is None else selection.weights.astype("<f8").tobytes())
     names = grams.blocks[block]
-    sums = [read_json(store.path / "done" / f"gram-{node_name(name)}.json")["crc32c"] for name in names]
+    sums = [store.gram_checksums(name) for name in names]
     return {
         "block": block,
         "parameters": list(names),

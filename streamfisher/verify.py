@@ -56,7 +56,7 @@ def verify(run: Run, *, repair: bool = True, progress: bool = False) -> list[Pro
     damaged_grams = []
     for name in filter(store.has_gram, run.parameters):
         try:
-            store.read_gram(name)
+            store.check_gram(name)
         except CorruptRunError as error:
             problems.append(Problem("gram", name, None, None, str(error)))
             damaged_grams.append(name)

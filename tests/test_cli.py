@@ -496,6 +496,7 @@ OPTIONS = {
     "spectrum": ["--blocks", "--center", "--samples", "--top-k", "--out", "RUN.zarr"],
     "report": ["--blocks", "--center", "--out", "RUN.zarr"],
     "eigenvectors": ["--block", "--top", "--out", "RUN.zarr"],
+    "density": ["--block", "--vectors", "--steps", "--sigma", "--scale", "--out", "--solver", "RUN.zarr"],
     "compare": ["--top", "--out", "RUN.zarr"],
     "export": ["--to", "--out", "RUN.zarr"],
     "info": ["RUN.zarr"],

@@ -20,6 +20,7 @@ Nothing counts as written until its marker exists; a chunk that is missing reads
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ from streamfisher.store.durable import read_json, sweep_partials, write_json
 from streamfisher.store.layout import create_run, node_name
 from streamfisher.store.manifest import Manifest
 
-_GRAM_CHUNK = 1024
+#: Rows and columns of a chunk of a Gram.
+GRAM_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -296,8 +298,9 @@ class RunStore:
         marker = self.path / "done" / f"gram-{node_name(name)}.json"
         marker.unlink(missing_ok=True)
         self._write_array(f"gram/{node_name(name)}", gram, ("sample", "sample_j"), {"parameter": name, **settings})
+        shutil.rmtree(self.path / "done" / f"tiles-{node_name(name)}", ignore_errors=True)
         if mean_products is not None:
-            self._write_array(f"gram_mean/{node_name(name)}", mean_products, ("sample_and_mean",), {"parameter": name})
+            self.write_mean_products(name, mean_products)
         checksum = codecs.checksum(gram)
         self._mark(marker.stem, {"settings": dict(settings), "n_samples": len(gram), "crc32c": checksum})
 
@@ -309,7 +312,8 @@ class RunStore:
         """
         marker = read_json(self.path / "done" / f"gram-{node_name(name)}.json")
         try:
-            checksum = marker["crc32c"]
+            tiled = "tiles" in marker
+            checksum = None if tiled else marker["crc32c"]
             gram = zarr.open_array(self.path / "gram" / node_name(name), mode="r")[...]
             products = None
             if self.centered:
@@ -318,7 +322,9 @@ class RunStore:
             raise CorruptRunError(
                 f"{self.path}: the Gram of {name} cannot be read: {error}. `streamfisher gram --rebuild` remakes it."
             ) from error
-        if codecs.checksum(gram) != checksum:
+        if tiled:
+            self._check_tiles(name, gram)
+        elif codecs.checksum(gram) != checksum:
             raise CorruptRunError(
                 f"{self.path}: the Gram of {name} is not what was written; `streamfisher gram --rebuild` remakes it."
             )
@@ -328,6 +334,51 @@ class RunStore:
         """Remove the marker of a Gram, and of what is kept beside it, so that it is built again."""
         for kind in ("gram", "moment"):
             (self.path / "done" / f"{kind}-{node_name(name)}.json").unlink(missing_ok=True)
+        shutil.rmtree(self.path / "done" / f"tiles-{node_name(name)}", ignore_errors=True)
+
+    def check_gram(self, name: str) -> None:
+        """Read a Gram, by tiles where it was written so, and compare checksums.
+
+        Raises:
+            CorruptRunError: it is not what was written.
+        """
+        if "tiles" in read_json(self.path / "done" / f"gram-{node_name(name)}.json"):
+            self._check_tiles(name, None)
+        else:
+            self.read_gram(name)
+
+    def gram_checksums(self, name: str) -> int | list[int]:
+        """Return the CRC-32C of a Gram, or of each of its tiles, as it was written."""
+        marker = read_json(self.path / "done" / f"gram-{node_name(name)}.json")
+        return [tile["crc32c"] for tile in self._tile_markers(name)] if "tiles" in marker else marker["crc32c"]
+
+    def create_gram(self, name: str, chunk: int, settings: Mapping[str, Any]) -> None:
+        """Lay out a Gram that is going to be written tile by tile."""
+        shape = (self.n_samples, self.n_samples)
+        self._create_array(
+            f"gram/{node_name(name)}", shape, ("sample", "sample_j"), {"parameter": name, **settings}, chunk
+        )
+
+    def write_mean_products(self, name: str, products: np.ndarray) -> None:
+        """Write the products of centered rows with the mean, and of the mean with itself: (N + 1,)."""
+        self._write_array(f"gram_mean/{node_name(name)}", products, ("sample_and_mean",), {"parameter": name})
+
+    def _tile_markers(self, name: str) -> list[dict[str, Any]]:
+        folder = self.path / "done" / f"tiles-{node_name(name)}"
+        return [read_json(path) for path in sorted(folder.glob("*-*.json"))]
+
+    def _check_tiles(self, name: str, gram: np.ndarray | None) -> None:
+        """Compare the tiles of a Gram, held in memory or read one at a time, with their checksums."""
+        for marker in self._tile_markers(name):
+            rows, columns = slice(*marker["rows"]), slice(*marker["columns"])
+            tile = self.gram_tile(name, rows, columns) if gram is None else gram[rows, columns]
+            mirrored = self.gram_tile(name, columns, rows) if gram is None else gram[columns, rows]
+            if codecs.checksum(tile) != marker["crc32c"] or not np.array_equal(tile, mirrored.T):
+                raise CorruptRunError(
+                    f"{self.path}: the Gram of {name} is not what was written between samples {rows.start} to "
+                    f"{rows.stop - 1} and {columns.start} to {columns.stop - 1}; `streamfisher gram --rebuild` "
+                    "remakes it."
+                )
 
     def gram_tile(self, name: str, rows: slice, columns: slice) -> np.ndarray:
         """Return part of a finished Gram, float64, without reading the rest.
@@ -335,8 +386,8 @@ class RunStore:
         Raises:
             CorruptRunError: a chunk of it is missing or fails its checksum.
         """
-        try:
-            part = self._array(f"gram/{node_name(name)}")[rows, columns]
+        try:  # opened each time: a rebuild makes the array anew
+            part = zarr.open_array(self.path / "gram" / node_name(name), mode="r")[rows, columns]
         except (ValueError, RuntimeError, OSError) as error:
             raise CorruptRunError(
                 f"{self.path}: the Gram of {name} cannot be read: {error}. `streamfisher gram --rebuild` remakes it."
@@ -400,13 +451,24 @@ class RunStore:
     def _write_array(
         self, path: str, values: np.ndarray, dimensions: Sequence[str], attributes: Mapping[str, Any]
     ) -> None:
+        self._create_array(path, values.shape, dimensions, attributes)[...] = values
+
+    def _create_array(
+        self,
+        path: str,
+        shape: tuple[int, ...],
+        dimensions: Sequence[str],
+        attributes: Mapping[str, Any],
+        chunk: int = GRAM_CHUNK,
+    ) -> zarr.Array:
+        self._arrays.pop(path, None)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", category=UserWarning)
-            array = zarr.create_array(
+            return zarr.create_array(
                 self.path,
                 name=path,
-                shape=values.shape,
-                chunks=tuple(min(size, _GRAM_CHUNK) for size in values.shape),
+                shape=shape,
+                chunks=tuple(min(size, chunk) for size in shape),
                 dtype="float64",
                 fill_value=float("nan"),
                 compressors=codecs.compressors("zstd", torch.float64),
@@ -415,4 +477,3 @@ class RunStore:
                 config={"write_empty_chunks": True},
                 overwrite=True,
             )
-        array[...] = values
