@@ -97,7 +97,7 @@ def test_drawn_columns_are_those_of_the_whole_gram():
 def test_missing_rows_are_refused():
     rows = rows_of()
     rows.rows["p0"][9] = np.nan
-    with pytest.raises(CorruptRunError, match=r"Gram of p0 is not finite between samples 0 to 7 and 8 to 15"):
+    with pytest.raises(CorruptRunError, match=r"Gram of p0 is not finite between samples .*8 to 15"):
         tiled(rows, ["p0"], n_workers=1)
 
 
