@@ -32,8 +32,11 @@ from streamfisher.tiles import build_tiled_grams, tile_bytes
 CHUNK_ROWS = 32
 
 
-def make_store(path: Path, n: int, p: int, codec: str) -> RunStore:
-    """Write random float32 rows, which compress as little as gradients do, as one parameter `weight`."""
+def make_store(path: Path, n: int, p: int, codec: str, decay: float = 0.0) -> RunStore:
+    """Write random float32 rows, which compress as little as gradients do, as one parameter `weight`.
+
+    Column j has the standard deviation `(j + 1)^-decay`.
+    """
     config = sf.SpectralConfig(chunk_size=CHUNK_ROWS, codec=codec)
     layout = {"chunk_rows": CHUNK_ROWS, "dtype_row": "float32", "dtype_store": "float32", "bitround": None}
     width = chunk_columns(p, n, CHUNK_ROWS, 4)
@@ -46,7 +49,7 @@ def make_store(path: Path, n: int, p: int, codec: str) -> RunStore:
         parameters=[parameter],
         excluded={},
         data=data,
-        loss={},
+        loss={"loss": "none"},
         layout=layout | {"codec": codec, "centered": False},
         probe={},
         versions=versions(),
@@ -55,6 +58,7 @@ def make_store(path: Path, n: int, p: int, codec: str) -> RunStore:
     generator = np.random.default_rng(0)
     for unit in store.units:
         rows = torch.from_numpy(generator.standard_normal((len(unit), p), dtype=np.float32))
+        rows *= torch.arange(1, p + 1, dtype=torch.float32) ** -decay
         norms = torch.linalg.vecdot(rows, rows).double().numpy()[:, None]
         store.write_unit(
             UnitRecord(unit, {"weight": rows}, np.zeros(len(unit)), np.ones(len(unit), dtype=np.int64), norms, {})
