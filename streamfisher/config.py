@@ -27,6 +27,7 @@ OnNonfinite = Literal["raise", "skip"]
 Labels = Literal["data", "model"]
 HeldAs = Literal["auto", "dense", "factors"]
 GramPer = Literal["parameter", "layer-module", "layer", "all"]
+Solver = Literal["auto", "dense", "iterative"]
 LossName = Literal["causal", "token", "classification", "regression", "model"]
 
 _FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -114,6 +115,7 @@ class SpectralConfig:
 
     # Eigensolve
     top_k_eigenvalues: int = 100  # how many eigenvalues the metrics list
+    solver: Solver = "auto"  # 'iterative': the largest eigenvalues only, with residuals; 'auto': where it pays
     regularization: float = 1e-8  # jitter, relative to the mean eigenvalue; only if the solver fails
     eigensolve_device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -159,6 +161,7 @@ class SpectralConfig:
         self._check_choice("codec", get_args(Codec))
         self._check_choice("representation", get_args(HeldAs))
         self._check_choice("gram_per", get_args(GramPer))
+        self._check_choice("solver", get_args(Solver))
         self._check_choice("eigensolve_device", ("auto", "cpu", "cuda"))
         self._check_choice("gram_device", ("auto", "cpu", "cuda"))
         self._check_choice("block_structure", ("layer", "module", "parameter", "none"))

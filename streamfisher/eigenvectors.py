@@ -120,7 +120,7 @@ def _identity(store: RunStore, grams: BlockGrams, block: str, top: int) -> dict[
     digest = hashlib.sha256(selection.samples.astype("<i8").tobytes())
     digest.update(b"" if selection.weights is None else selection.weights.astype("<f8").tobytes())
     names = [name for key in grams.blocks[block] for name in store.gram_members[key]]
-    sums = [read_json(store.path / "done" / f"gram-{node_name(key)}.json")["crc32c"] for key in grams.blocks[block]]
+    sums = [store.gram_checksums(key) for key in grams.blocks[block]]
     return {
         "block": block,
         "parameters": names,

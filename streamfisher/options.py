@@ -78,7 +78,7 @@ class RunOptions:
     def analysis_config(self, of_run: SpectralConfig) -> SpectralConfig:
         """Return the run's config with this command's solver and Gram options."""
         fields = ("eps", "n_workers", "memory_budget", "eigensolve_device", "dtype_gram", "dtype_eigensolve")
-        fields += ("gram_device",)
+        fields += ("gram_device", "solver")
         return of_run.replace(**{name: getattr(self.config, name) for name in fields})
 
 
@@ -341,4 +341,9 @@ def add_analysis_options(parser: argparse.ArgumentParser) -> None:
         "--eps", type=float, default=None, help="noise floor over the largest eigenvalue (default: derived)"
     )
     add_product_options(group)
+    group.add_argument(
+        "--solver",
+        default=None,
+        help="auto (default), dense, iterative: the largest eigenvalues only, with residuals",
+    )
     group.add_argument("--eigensolve-device", default=None, help="auto (default), cpu, cuda")

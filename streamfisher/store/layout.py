@@ -18,6 +18,8 @@ from streamfisher.store.names import node_name
 
 #: Columns of one product of the Gram; chunk widths are multiples of it.
 PANEL = 4096
+#: Rows and columns of one tile of a Gram that is too large for memory; a multiple of the chunks of stored Grams.
+TILE = 2048
 _CHUNK_BYTES = 4 << 20
 _SLAB_BYTES = 64 << 20
 
@@ -82,7 +84,7 @@ def check_free(path: Path) -> None:
     if path.is_file():
         raise RunError(f"{path} is a file; --out names a folder that does not exist yet, or a run.")
     if path.is_dir() and any(path.iterdir()):
-        ours = {"zarr.json", "gradients", "samples", "mean", "mean_parts", "gram", "gram_mean", "done"}
+        ours = {"zarr.json", "gradients", "samples", "mean", "mean_parts", "gram", "gram_mean", "moment", "done"}
         ours |= {"factors", "fields", "lock", "lock.ranks", "log.jsonl"}
         entries = (entry.name for entry in path.iterdir() if not entry.name.endswith(".partial"))
         foreign = sorted(name for name in entries if name not in ours)

@@ -13,6 +13,7 @@
       mean_parts/<parameter>   (units, P_k) float64 sums of the mean pass
       gram/<key>               (N, N)     float64, of the rows as stored; a key is a parameter, or a group of them
       gram_mean/<key>          (N + 1,)   float64, rows times the mean, and the mean's square (centered rows only)
+      moment/<parameter>       (P_k + 1, P_k) float64, G^T G and, last, the sum of the rows, where P_k < N
       done/*.json              what is finished, with checksums
 
 Nothing counts as written until its marker exists; a chunk that is missing reads as NaN.
