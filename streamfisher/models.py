@@ -168,7 +168,7 @@ def _load_pretrained(
 
     try:
         config = transformers.AutoConfig.from_pretrained(spec, trust_remote_code=trust_remote_code)
-        kind = _auto_class(transformers, config)
+        kind = auto_class(transformers, config)
         if isinstance(placed.get("device_map"), dict):
             with torch.device("meta"):
                 check_device_map(kind._from_config(config), placed["device_map"])
@@ -181,7 +181,7 @@ def _load_pretrained(
         raise ModelError(f"MODEL {spec} cannot be loaded: {_first_line(error)}") from error
 
 
-def _auto_class(transformers: Any, config: Any) -> Any:
+def auto_class(transformers: Any, config: Any) -> Any:
     """Return the class the checkpoint was saved from, so that no head is made up or lost."""
     for name in getattr(config, "architectures", None) or []:
         kind = getattr(transformers, name, None)
