@@ -34,8 +34,9 @@ class Shortfalls:
         problems = []
         if least > self.machine.memory:
             problems.append(
-                f"the reduction of {self.n_samples} samples needs at least {format_bytes(least)} of memory and the budget "
-                f"is {format_bytes(self.machine.memory)}; give --memory-budget {_round_up(least)}, or take fewer samples."
+                f"the reduction of {self.n_samples} samples needs at least {format_bytes(least)} of memory and the "
+                f"budget is {format_bytes(self.machine.memory)}; give --memory-budget {_round_up(least)}, or take "
+                "fewer samples."
             )
         solve = 24.0 * self.n_samples**2
         if solve > self.machine.memory:
