@@ -14,6 +14,7 @@ from streamfisher.blocks import assign_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.directions import Eigenvectors
 from streamfisher.eigenvectors import compute_eigenvectors
+from streamfisher.granularity import check_grouping
 from streamfisher.partial import PartialGrams
 from streamfisher.selection import Normalization, SampleChoice, select
 from streamfisher.solve import RowPrecision
@@ -67,8 +68,9 @@ class Analyses:
         config = config or self.config
         structure = config.block_structure if block_structure is None else block_structure
         center = config.center_gradients if center is None else center
-        assignment = assign_blocks(self.parameters, structure)
-        unfinished = PartialGrams(self.store, config) if partial and self.store.todo() else None
+        keys = self.store.gram_members
+        assignment = check_grouping(keys, assign_blocks(self.parameters, structure), per=self.config.gram_per)
+        unfinished = PartialGrams(self.store, config) if partial and not self.store.is_collected else None
         valid = self.store.per_sample("valid") == 1
         selection = select(
             self.n_samples,
@@ -89,7 +91,7 @@ class Analyses:
         source = self.store if unfinished is None else unfinished
         return BlockGrams(
             gram_of=lambda name: stored_gram(source, name, center),
-            parameters=self.parameters,
+            parameters={key: sum(self.parameters[name] for name in members) for key, members in keys.items()},
             assignment=assignment,
             selection=selection,
             center=center,

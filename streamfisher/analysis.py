@@ -15,7 +15,7 @@ from streamfisher.analyses import Analyses
 from streamfisher.blockgrams import stored_gram
 from streamfisher.blocks import assign_blocks, group_blocks
 from streamfisher.config import SpectralConfig
-from streamfisher.errors import CorruptRunError
+from streamfisher.gram_sink import GramSink
 from streamfisher.selection import select
 from streamfisher.solve import RowPrecision, describe, solve_blocks
 from streamfisher.store import RunLock, RunStore
@@ -85,7 +85,7 @@ class Run(Analyses):
         return collect(model, samples, self.path, config=self.config, loss=loss, n_samples=n_samples, progress=progress)
 
     def build_grams(self, config: SpectralConfig | None = None, *, progress: bool = False) -> list[str]:
-        """Build the Grams that are missing, one per parameter; return the names of those that were built.
+        """Build the Grams that are missing; return the keys (names of parameters, by default) of those that were built.
 
         Args:
             config: precision, workers and memory budget; `None` means those the run was made with.
@@ -97,9 +97,8 @@ class Run(Analyses):
         """
         config = config or self.config
         self.store.require_rows()
-        settings = grams.gram_settings(config)
-        done = self.store.grams_done(settings)
-        return list(self._build([name for name in self.parameters if name not in done], config, progress=progress))
+        done = self.store.grams_done(grams.gram_settings(config))
+        return list(self._build([key for key in self.store.gram_members if key not in done], config, progress=progress))
 
     def rebuild_grams(self, config: SpectralConfig | None = None, *, progress: bool = False) -> dict[str, float | None]:
         """Build every Gram again from the stored rows and say whether it agrees with the one that was there.
@@ -109,28 +108,29 @@ class Run(Analyses):
             progress: show a bar.
 
         Returns:
-            Parameter -> `|new - old| / |new|` (Frobenius); `None` where there was none, or it could not be read.
+            Gram key -> `|new - old| / |new|` (Frobenius); `None` where there was none, or it could not be read.
 
         Raises:
             RunError: the run is not fully collected, or another process is writing it.
             CorruptRunError: stored rows are missing or do not have the norms they were collected with.
         """
         self.store.require_rows()
-        return self._build(list(self.parameters), config or self.config, rebuild=True, progress=progress)
+        return self._build(list(self.store.gram_members), config or self.config, rebuild=True, progress=progress)
 
     def _build(
-        self, names: list[str], config: SpectralConfig, *, rebuild: bool = False, progress: bool = False
+        self, keys: list[str], config: SpectralConfig, *, rebuild: bool = False, progress: bool = False
     ) -> dict[str, float | None]:
-        if not names:
+        if not keys:
             return {}
         settings = grams.gram_settings(config)
         blocks = group_blocks(assign_blocks(self.parameters, config.block_structure))
         subsets = grams.draw_columns(self.parameters, blocks, config.max_params_per_block, config.seed)
         with RunLock(self.path):
-            sink = _GramSink(self.store, settings, subsampled=frozenset(subsets), compare=rebuild)
+            sink = GramSink(self.store, settings, subsampled=frozenset(subsets), compare=rebuild)
             grown = {} if rebuild or config.use_deterministic else self._grown(settings, subsets)
+            members = {key: self.store.gram_members[key] for key in keys}
             built = grams.build_grams(
-                self.store, config, sink, names=names, subsets=subsets, grown=grown, progress=progress
+                self.store, config, sink, keys=members, subsets=subsets, grown=grown, progress=progress
             )
         return dict(built)
 
@@ -138,9 +138,9 @@ class Run(Analyses):
         """Return the Grams that were made before samples were added; their products need not be formed again."""
         known = self.store.grams_of_fewer(settings)
         return {
-            name: grams.GrownGram(rows, _FewerSamples(self.store))
-            for name, rows in known.items()
-            if name not in subsets
+            key: grams.GrownGram(rows, _FewerSamples(self.store))
+            for key, rows in known.items()
+            if not set(self.store.gram_members[key]).intersection(subsets)
         }
 
     def gram(self, name: str, *, center: bool = False) -> np.ndarray:
@@ -163,7 +163,7 @@ class Run(Analyses):
     def info(self) -> dict[str, Any]:
         """Return what the run holds and how far it is, as plain JSON values."""
         store = self.store
-        done = store.done_units()
+        done = store.finished_units()
         samples_done = sum(len(unit) for unit in store.units if unit.index in done)
         return {
             "path": str(self.path),
@@ -172,7 +172,11 @@ class Run(Analyses):
             "samples_done": samples_done,
             "complete": samples_done == self.n_samples,
             "grams_done": len(store.grams_done(grams.gram_settings(self.config))),
+            "n_grams": len(store.gram_members),
             "n_parameters": len(self.parameters),
+            "n_waves": len(store.waves),
+            "gradients_deleted": [name for name in self.parameters if store.is_deleted(name)],
+            "factored_parameters": [name for name in self.parameters if store.representation(name) == "factors"],
             "total_params": sum(self.parameters.values()),
             "bytes_on_disk": store.bytes_on_disk(),
             "config": dict(self.manifest.config),
@@ -195,45 +199,6 @@ class _FewerSamples:
 
     def __call__(self, name: str) -> np.ndarray:
         return self.store.read_gram(name)[0]
-
-
-class _GramSink:
-    """Checks a finished Gram against the norms seen while collecting and writes it; picklable for Dask workers."""
-
-    def __init__(
-        self, store: RunStore, settings: Mapping[str, Any], *, subsampled: frozenset[str], compare: bool = False
-    ):
-        self.store, self.settings, self.subsampled, self.compare = store, dict(settings), subsampled, compare
-
-    def __call__(self, finished: grams.ParameterGram) -> tuple[str, float | None]:
-        name = finished.name
-        if name not in self.subsampled:
-            column = list(self.store.parameters).index(name)
-            expected = self.store.per_sample("squared_norm")[:, column]
-            found = finished.gram.diagonal()
-            tolerance = self.store.norm_tolerance
-            wrong = np.flatnonzero(np.abs(found - expected) > tolerance * expected)
-            if len(wrong):
-                raise CorruptRunError(
-                    f"{self.store.path}: the stored rows of {name} do not have the norms they were collected with "
-                    f"(samples {', '.join(map(str, wrong[:8]))}{' and more' if len(wrong) > 8 else ''}). "
-                    "`streamfisher verify` tells which chunks are affected."
-                )
-        difference = self._difference(finished) if self.compare else None
-        self.store.write_gram(name, finished.gram, finished.mean_products, self.settings)
-        return name, difference
-
-    def _difference(self, finished: grams.ParameterGram) -> float | None:
-        """Return how far the Gram that is stored is from the new one, relatively."""
-        try:
-            old, _ = self.store.read_gram(finished.name)
-        except CorruptRunError:
-            return None
-        if old.shape != finished.gram.shape:
-            return None
-        norm = float(np.linalg.norm(finished.gram))
-        distance = float(np.linalg.norm(finished.gram - old))
-        return distance / norm if norm else distance
 
 
 def open_run(path: str | Path) -> Run:

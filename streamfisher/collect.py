@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from streamfisher import planner
+from streamfisher import provisions
 from streamfisher.analysis import Run
-from streamfisher.config import SpectralConfig, dtype_name
+from streamfisher.config import SpectralConfig, dtype_name, format_bytes
 from streamfisher.determinism import deterministic
 from streamfisher.errors import RunMismatchError
 from streamfisher.gradients import GradientEngine, ProbeReport
 from streamfisher.passes import mean_pass, row_pass
+from streamfisher.provisions import Provisions
 from streamfisher.ranks import Ranks, start_ranks
+from streamfisher.reduction import is_reduced, reduce_wave, reopen_wave
 from streamfisher.samples import make_units
+from streamfisher.shapes import GradientShape
 from streamfisher.sharding import is_sharded, reshard
 from streamfisher.signals import finishing_first
 from streamfisher.store import (
@@ -102,7 +106,7 @@ def collect(
             if ranks.is_main:
                 _create_or_resume(path, manifest, model, engine, found, config, ranks, locks, progress)
             elif is_sharded(model) and not ranks.share("whether the run exists"):
-                _probe(model, engine, found)
+                _probe(model, engine, found, config.memory_budget)
             ranks.wait("for the run's folder")
             if not ranks.is_main:
                 locks.enter_context(RankLock(path))
@@ -113,8 +117,25 @@ def collect(
                 store.write_fields(found.fields)
             if config.store_centered:
                 mean_pass(store, engine, found, config, ranks, progress=progress)
-            row_pass(store, engine, found, config, ranks, progress=progress)
+            _waves(store, engine, found, config, ranks, progress=progress)
     return Run(path)
+
+
+def _waves(
+    store: RunStore, engine: GradientEngine, found: Survey, config: SpectralConfig, ranks: Ranks, *, progress: bool
+) -> None:
+    """Collect every wave; where its gradients are not all kept, reduce it before the next one begins."""
+    products = SpectralConfig.from_dict(store.manifest.config).gram_options(config)
+    for wave in range(len(store.waves)):
+        passing = len(store.waves) > 1 or "*" not in store.keep
+        reduced = ranks.share(f"whether wave {wave} is reduced", passing and is_reduced(store, wave, products))
+        if not reduced:
+            if ranks.is_main:
+                reopen_wave(store, wave)
+            ranks.wait("for the wave")
+            row_pass(store, engine, found, config, ranks, wave=wave, progress=progress)
+        if passing:
+            reduce_wave(store, wave, products, ranks, progress=progress)
 
 
 def make_engine(model: nn.Module, found: Survey, config: SpectralConfig) -> GradientEngine:
@@ -144,12 +165,6 @@ def _create_or_resume(
     resuming = (path / "manifest.json").is_file()
     if is_sharded(model):
         ranks.share("whether the run exists", resuming)
-    parameters = {name: info.numel for name, info in engine.parameters.items()}
-    store_dtype = config.dtype_store or engine.row_dtype
-    plan = planner.plan_store(
-        len(found.samples), parameters, store_dtype, centered=config.store_centered, chunk_rows=config.chunk_size
-    )
-    planner.check_row_buffer(sum(parameters.values()), min(config.chunk_size, len(found.samples)), engine.row_dtype)
     if resuming:
         locks.enter_context(RunLock(path, ranks.processes))
         store = RunStore(path)
@@ -160,27 +175,49 @@ def _create_or_resume(
                 + "\n  - ".join(found_differences)
                 + "\nUse the same model, data and settings, or another folder."
             )
-        units = make_units(len(found.samples), config.chunk_size)
-        left = units_left(store, len(found.samples)) / max(len(units), 1)
-        planner.check_disk(path, int(plan.gradients * left) + plan.grams)
+        if len(store.waves) == 1:
+            units = make_units(len(found.samples), config.chunk_size)
+            left = units_left(store, len(found.samples)) / max(len(units), 1)
+            grams = 8 * len(found.samples) ** 2 * len(store.gram_members)
+            provisions.check_disk(path, int(store.bytes_of_rows(len(found.samples)) * left) + grams)
         if len(found.samples) > store.n_samples:
             if progress:
                 tqdm.write(f"{path} grows from {store.n_samples} to {len(found.samples)} samples")
             grow_run(store, manifest)
         return
     check_free(path)
-    planner.check_disk(path, plan.total)
-    report = _probe(model, engine, found)
+    report, shapes, activations = _probe(model, engine, found, config.memory_budget)
     if progress:
         tqdm.write(report.summary())
+    provided = provisions.provide(
+        shapes, found.lengths, config, path, row_dtype=engine.row_dtype, activations=activations
+    )
+    if progress and len(provided.waves) > 1:
+        tqdm.write(_announced(provided))
     path.mkdir(parents=True, exist_ok=True)
     locks.enter_context(RunLock(path, ranks.processes))
-    RunStore.create(path, dataclasses.replace(manifest, probe=report.to_dict()))
+    layout = manifest.layout | provided.layout()
+    RunStore.create(path, dataclasses.replace(manifest, probe=report.to_dict(), layout=layout))
 
 
-def _probe(model: nn.Module, engine: GradientEngine, found: Survey) -> ProbeReport:
-    """Probe the engine; with sharded weights all ranks do, on the same samples."""
-    return engine.probe(to_model(probe_batch(found, model, engine.tensors.values()), model))
+def _announced(provided: Provisions) -> str:
+    parts = ", ".join(format_bytes(wave.disk) for wave in provided.waves)
+    return (
+        f"{len(provided.waves)} waves: each is a pass over the data that captures some of the parameters, is reduced "
+        f"to its Grams, and deleted before the next. On disk, uncompressed: {parts}"
+    )
+
+
+def _probe(
+    model: nn.Module, engine: GradientEngine, found: Survey, memory: int | None
+) -> tuple[ProbeReport, list[GradientShape], float]:
+    """Probe the engine and measure its gradients; with sharded weights all ranks do, on the same samples."""
+    batch = to_model(probe_batch(found, model, engine.tensors.values()), model)
+    if memory is not None:
+        memory //= 2
+    elif is_sharded(model):
+        memory = sys.maxsize  # what is free differs between ranks, and all must take the same passes
+    return engine.probe(batch, memory), *engine.shapes(batch)
 
 
 def make_manifest(

@@ -25,6 +25,8 @@ SampleUnit = Literal["sequence", "token", "example"]
 Codec = Literal["blosc-lz4", "zstd", "raw"]
 OnNonfinite = Literal["raise", "skip"]
 Labels = Literal["data", "model"]
+HeldAs = Literal["auto", "dense", "factors"]
+GramPer = Literal["parameter", "layer-module", "layer", "all"]
 LossName = Literal["causal", "token", "classification", "regression", "model"]
 
 _FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,6 +48,8 @@ IDENTITY_FIELDS = (
     "dtype_store",
     "bitround",
     "store_centered",
+    "representation",
+    "gram_per",
     "on_nonfinite",
     "use_deterministic",
 )
@@ -117,17 +121,23 @@ class SpectralConfig:
     storage_mode: StorageMode = "full"  # FisherSpectral: in memory, in memory by chunks, or through Zarr
     store_path: str | None = None  # folder for storage_mode='streaming'; None: a temporary one
     store_centered: bool = False  # write centered gradient chunks (a mean pass first)
+    representation: HeldAs = "auto"  # 'dense' rows, 'factors' of linear layers, or of each parameter the smaller
+    keep_gradients: tuple[str, ...] | None = None  # 'all', 'none' or glob patterns; None: all, unless there are waves
+    gram_per: GramPer = "parameter"  # one Gram for each; 'layer-module', 'layer', 'all': fewer, for large N
     codec: Codec = "blosc-lz4"
     device: str = "auto"  # 'auto' | 'cpu' | 'cuda' | 'cuda:N' | 'mps'
     gram_device: Literal["auto", "cpu", "cuda"] = "cpu"  # of the products; 'cuda' multiplies with torch
     n_workers: int | None = None  # Dask workers; None: one per core
-    memory_budget: int | str | None = None  # bytes or '2GB' for the reduction; None: half of what is free
+    memory_budget: int | str | None = None  # bytes or '2GB', beside the model; None: half of what is free
+    disk_budget: int | str | None = None  # bytes or '200GB' for the run; None: what is free, with a margin
     rank_timeout: int = 1800  # seconds without a sign of progress after which ranks stop waiting for each other
     use_deterministic: bool = False  # full determinism, CUDA included; the global state is restored
 
     def __post_init__(self) -> None:
         for field in ("dtype_model", "dtype_compute", "dtype_store", "dtype_gram", "dtype_eigensolve"):
             object.__setattr__(self, field, parse_dtype(getattr(self, field), field))
+        if self.keep_gradients is not None:
+            object.__setattr__(self, "keep_gradients", _kept(self.keep_gradients))
         for field in ("include", "exclude"):
             object.__setattr__(self, field, _patterns(field, getattr(self, field)))
         for field in ("center_gradients", "store_centered", "use_deterministic"):
@@ -147,6 +157,8 @@ class SpectralConfig:
         self._check_choice("on_nonfinite", get_args(OnNonfinite))
         self._check_choice("storage_mode", get_args(StorageMode))
         self._check_choice("codec", get_args(Codec))
+        self._check_choice("representation", get_args(HeldAs))
+        self._check_choice("gram_per", get_args(GramPer))
         self._check_choice("eigensolve_device", ("auto", "cpu", "cuda"))
         self._check_choice("gram_device", ("auto", "cpu", "cuda"))
         self._check_choice("block_structure", ("layer", "module", "parameter", "none"))
@@ -173,8 +185,9 @@ class SpectralConfig:
             raise ConfigError(f"regularization={self.regularization} must be a number and not negative.")
         if self.eps is not None and not 0 <= self.eps < 1:
             raise ConfigError(f"eps={self.eps} is relative to the largest eigenvalue and must lie in [0, 1).")
-        if self.memory_budget is not None:
-            object.__setattr__(self, "memory_budget", parse_bytes(self.memory_budget, "memory_budget"))
+        for field in ("memory_budget", "disk_budget"):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, parse_bytes(getattr(self, field), field))
 
     def _check_choice(self, field: str, allowed: tuple[Any, ...]) -> None:
         value = getattr(self, field)
@@ -195,6 +208,11 @@ class SpectralConfig:
         """Return the fields that decide stored bits, as plain JSON values."""
         everything = self.to_dict()
         return {name: everything[name] for name in IDENTITY_FIELDS}
+
+    def gram_options(self, other: SpectralConfig) -> SpectralConfig:
+        """Return this config with those of `other` that say where and how fast Grams are built, but never what."""
+        fields = ("gram_device", "n_workers", "memory_budget", "use_deterministic")
+        return self.replace(**{name: getattr(other, name) for name in fields})
 
     def replace(self, **changes: Any) -> SpectralConfig:
         """Return a copy with `changes`, validated again."""
@@ -291,6 +309,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return dtype_name(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+def _kept(value: Any) -> tuple[str, ...]:
+    """Return the patterns of `keep_gradients`: `('*',)` for 'all', `()` for 'none'."""
+    if value in ("all", ("all",), ["all"]):
+        return ("*",)
+    return () if value in ("none", ("none",), ["none"]) else _patterns("keep_gradients", value)
 
 
 def _patterns(field: str, value: Any) -> tuple[str, ...]:

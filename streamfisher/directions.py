@@ -16,7 +16,7 @@ from torch import Tensor
 from streamfisher.errors import DataError, RunError
 from streamfisher.store import codecs
 from streamfisher.store.durable import read_json
-from streamfisher.store.layout import node_name
+from streamfisher.store.names import node_name
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def open_eigenvectors(run: str | Path, block: str, *, center: bool = False) -> E
             "makes them."
         )
     identity = read_json(marks / "identity.json")
-    for name, checksum in zip(identity["parameters"], identity["grams"], strict=True):
+    for name, checksum in zip(identity.get("gram_keys", identity["parameters"]), identity["grams"], strict=True):
         gram = run / "done" / f"gram-{node_name(name)}.json"
         if not gram.is_file() or read_json(gram)["crc32c"] != checksum:
             raise RunError(

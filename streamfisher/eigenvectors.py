@@ -27,7 +27,7 @@ from streamfisher.directions import Eigenvectors, folder_name, open_eigenvectors
 from streamfisher.errors import ConfigError, RunError
 from streamfisher.store import RunLock, RunStore, codecs
 from streamfisher.store.durable import read_json, write_json
-from streamfisher.store.layout import node_name
+from streamfisher.store.names import node_name
 
 _SLAB_BYTES = 64 << 20
 
@@ -53,7 +53,7 @@ def compute_eigenvectors(
         raise ConfigError(f"there is no block {block!r}; the blocks are {', '.join(grams.blocks)}.")
     if grams.config.max_params_per_block is not None:
         raise RunError(f"{store.path}: Grams of drawn columns (max_params_per_block) have no eigenvectors of a block.")
-    names = grams.blocks[block]
+    names = [name for key in grams.blocks[block] for name in store.gram_members[key]]
     folder = folder_name(block, grams.center)
     identity = _identity(store, grams, block, top)
     with RunLock(store.path):
@@ -119,15 +119,16 @@ def _identity(store: RunStore, grams: BlockGrams, block: str, top: int) -> dict[
     selection = grams.selection
     digest = hashlib.sha256(selection.samples.astype("<i8").tobytes())
     digest.update(b"" if selection.weights is None else selection.weights.astype("<f8").tobytes())
-    names = grams.blocks[block]
-    sums = [read_json(store.path / "done" / f"gram-{node_name(name)}.json")["crc32c"] for name in names]
+    names = [name for key in grams.blocks[block] for name in store.gram_members[key]]
+    sums = [read_json(store.path / "done" / f"gram-{node_name(key)}.json")["crc32c"] for key in grams.blocks[block]]
     return {
         "block": block,
-        "parameters": list(names),
+        "parameters": names,
         "top": top,
         "centered": grams.center,
         "normalized_by": selection.normalization,
         "samples_and_weights": digest.hexdigest()[:16],
+        "gram_keys": list(grams.blocks[block]),
         "grams": sums,
     }
 

@@ -1,9 +1,11 @@
-"""Gram matrices of gradient rows, K = G G^T, one per parameter, by Dask, in bounded memory.
+"""Gram matrices of gradient rows, K = G G^T, one per parameter or group of them, by Dask, in bounded memory.
 
 The columns of G are read in slabs. Each slab is multiplied in panels of `PANEL` columns (float32 or float64 products)
 and added up in float64, which keeps the error of float32 products near 2e-8 of the largest eigenvalue. One Dask task
 *folds* many slabs into one N x N sum; the folds of a parameter are added in the order of its columns. Panels and folds
 depend on the data only, so neither the memory budget nor the number of workers changes a bit of the result.
+
+Gradients that are held as factors are reduced by `factor_gram.py`, one task for each parameter.
 
 After a run has grown, only the products with its new rows are formed (`products.py`).
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +29,8 @@ from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig, dtype_name, format_bytes
 from streamfisher.errors import CapacityError, CorruptRunError
+from streamfisher.factor_gram import choose_kernel, factor_gram, slab_memory
+from streamfisher.gradients.factors import matrix_shape
 from streamfisher.products import complete, panel_sum
 from streamfisher.store.layout import PANEL
 
@@ -53,6 +57,9 @@ class GradientRows(Protocol):
     def mean(self, name: str, start: int, stop: int) -> np.ndarray | None:
         """Return the mean gradient that was subtracted from the rows, or `None`."""
 
+    def representation(self, name: str) -> str:
+        """Return 'factors' where there are `segments` and a `shape` to reduce instead of columns, else 'dense'."""
+
 
 class MemoryRows:
     """Gradient rows held in memory, `{name: (N, P_k)}`, with the same face as a stored run."""
@@ -72,6 +79,10 @@ class MemoryRows:
 
     def mean(self, name: str, start: int, stop: int) -> None:
         """Return `None`: rows in memory are never centered."""
+
+    def representation(self, name: str) -> str:
+        """Return 'dense'."""
+        return "dense"
 
 
 @dataclass(frozen=True)
@@ -97,13 +108,14 @@ class _Products:
     dtype: torch.dtype
     device: str  # 'cpu', 'cuda' or 'auto'
     threads: int | None  # of BLAS, set in the task; None: they were set for the whole process
+    budget: int  # bytes for one worker
 
 
 @dataclass(frozen=True)
 class ParameterGram:
-    """The Gram of one parameter's rows as they are held."""
+    """The Gram of the rows of one parameter, or of a group of them, as they are held."""
 
-    name: str
+    name: str  # the parameter's, or the group's key
     gram: np.ndarray  # (N, N) float64, exactly symmetric
     mean_products: np.ndarray | None  # (N + 1,): rows times the mean, and its square; only for centered rows
 
@@ -160,12 +172,12 @@ def build_grams(
     config: SpectralConfig,
     sink: Callable[[ParameterGram], Any],
     *,
-    names: Iterable[str] | None = None,
+    keys: Mapping[str, Sequence[str]] | None = None,
     subsets: Mapping[str, ColumnSubset] | None = None,
     grown: Mapping[str, GrownGram] | None = None,
     progress: bool = False,
 ) -> list[Any]:
-    """Build the Gram of every parameter with Dask and hand each to `sink` in the task that finished it.
+    """Build Grams with Dask and hand each to `sink` in the task that finished it.
 
     A Dask `distributed` client, where one is active, runs the tasks; otherwise threads of this process do.
 
@@ -173,40 +185,91 @@ def build_grams(
         rows: where the gradients are.
         config: `dtype_gram`, `gram_device`, `n_workers`, `memory_budget` and `use_deterministic` count here.
         sink: receives each `ParameterGram`; with a distributed client it runs on a worker.
-        names: which parameters; `None` means all.
+        keys: Gram key -> parameters whose Grams it sums; `None` means one for each parameter.
         subsets: columns to use of some parameters, see `draw_columns`.
         grown: Grams that exist for the first rows; only products with further rows are formed.
         progress: show a bar.
 
     Returns:
-        What `sink` returned, in the order of `names`.
+        What `sink` returned, in the order of `keys`.
 
     Raises:
         CapacityError: not even one panel fits the memory budget.
         CorruptRunError: a Gram is not finite: rows are missing or altered.
     """
-    names = list(rows.parameters if names is None else names)
+    keys = {name: [name] for name in rows.parameters} if keys is None else keys
     subsets, grown = subsets or {}, grown or {}
-    workers = config.n_workers or len(os.sched_getaffinity(0))
-    panels = panels_per_slab(rows.n_samples, workers, config.memory_budget)
+    names = [name for members in keys.values() for name in members]
+    factored = {name for name in names if rows.representation(name) == "factors" and name not in subsets}
+    workers, panels, budget = _share_memory(rows, names, factored, config)
     client = _client()
-    products = _Products(config.dtype_gram, config.gram_device, None if client is None else _threads(1, config))
+    products = _Products(config.dtype_gram, config.gram_device, None if client is None else _threads(1, config), budget)
     tasks, n_folds = [], 0
-    for name in names:
-        known = grown[name].known if name in grown else 0
-        folds = [
-            dask.delayed(_fold, pure=False)(rows, name, start, stop, panels, products, subsets.get(name), known)
-            for start, stop in _fold_ranges(rows.parameters[name])
-        ]
+    for key, members in keys.items():
+        known = grown[key].known if key in grown else 0
+        folds = []
+        for name in members:
+            if name in factored:
+                folds.append(dask.delayed(_factor_fold, pure=False)(rows, name, products, known))
+                continue
+            folds += [
+                dask.delayed(_fold, pure=False)(rows, name, start, stop, panels, products, subsets.get(name), known)
+                for start, stop in _fold_ranges(rows.parameters[name])
+            ]
         n_folds += len(folds)
-        tasks.append(dask.delayed(_finish, pure=False)(name, folds, subsets.get(name), grown.get(name), sink))
+        tasks.append(dask.delayed(_finish, pure=False)(key, folds, grown.get(key), sink))
     if client is not None:
         return _on_cluster(client, tasks, progress)
     with threadpoolctl.threadpool_limits(_threads(workers, config)), _Progress(n_folds, enabled=progress):
         return list(dask.compute(*tasks, **_scheduler(workers)))
 
 
-def panels_per_slab(n_samples: int, workers: int, memory_budget: int | None) -> int:
+def _share_memory(
+    rows: GradientRows, names: Sequence[str], factored: set[str], config: SpectralConfig
+) -> tuple[int, int, int]:
+    """Return workers, panels of a slab of rows, and bytes for each worker; fewer workers where memory asks for it.
+
+    Raises:
+        CapacityError: not even one worker can work within the budget.
+    """
+    budget = config.memory_budget or psutil.virtual_memory().available // 2
+    workers = config.n_workers or len(os.sched_getaffinity(0))
+    least = max((_factor_memory(rows, name, config) for name in factored), default=0)
+    if config.n_workers is None:
+        panel = 24 * rows.n_samples**2 + 20 * rows.n_samples * PANEL
+        each = max(least, panel if len(factored) < len(names) else 0, 1)
+        workers = max(1, min(workers, int(budget // each)))
+    if least > budget // workers:
+        raise CapacityError(
+            f"{rows.n_samples} samples need {format_bytes(least * workers)} for the reduction of factors with "
+            f"{workers} workers and the budget is {format_bytes(budget)}. Lower n_workers (1 needs "
+            f"{format_bytes(least)}) or raise memory_budget."
+        )
+    panels = panels_per_slab(rows.n_samples, workers, budget) if len(factored) < len(names) else 1
+    return workers, panels, int(budget // workers)
+
+
+def _factor_memory(rows: Any, name: str, config: SpectralConfig) -> int:
+    """Return the least bytes that the reduction of a parameter's factors needs."""
+    segments, shape = rows.segments(name), matrix_shape(rows.shape(name))
+    itemsize = _product_dtype(rows, name, config.dtype_gram).itemsize
+    kernel = choose_kernel(segments, shape, rows.n_samples, single=itemsize == 4)
+    positions = sum(sum(segment.lengths) for segment in segments)
+    if kernel == "slabs":
+        return slab_memory(positions, shape, rows.n_samples, itemsize)[0]
+    if kernel == "tokens":
+        return 24 * rows.n_samples**2 + 64 * 32 * positions  # the sums of 64 columns
+    longest = max((sum(segment.lengths) for segment in segments), default=0)
+    return 24 * rows.n_samples**2 + 24 * longest * sum(shape)  # the factors of two batches
+
+
+def _product_dtype(rows: Any, name: str, dtype_gram: torch.dtype) -> np.dtype:
+    """Return the dtype in which a parameter's products are formed."""
+    wide = dtype_gram == torch.float64 or rows.parameters[name] < WIDE
+    return np.dtype("float64" if wide or getattr(rows, "numpy_row_dtype", None) == np.float64 else "float32")
+
+
+def panels_per_slab(n_samples: int, workers: int, budget: int) -> int:
     """Return how many panels each worker may hold so that the reduction stays within its budget.
 
     A worker holds a slab as read and as multiplied, the sum, one product and the fold it adds to:
@@ -215,7 +278,6 @@ def panels_per_slab(n_samples: int, workers: int, memory_budget: int | None) -> 
     Raises:
         CapacityError: one panel per worker is already more than the budget.
     """
-    budget = memory_budget or psutil.virtual_memory().available // 2
     fixed = workers * 24 * n_samples**2
     panel = workers * 20 * n_samples * PANEL
     if fixed + panel > budget:
@@ -229,6 +291,22 @@ def panels_per_slab(n_samples: int, workers: int, memory_budget: int | None) -> 
 
 def _fold_ranges(n_columns: int) -> list[tuple[int, int]]:
     return [(start, min(start + FOLD, n_columns)) for start in range(0, max(n_columns, 1), FOLD)]
+
+
+def _factor_fold(rows: Any, name: str, how: _Products, known: int) -> tuple[np.ndarray, None]:
+    """Return the rows from `known` on of the Gram of a parameter that is held as factors."""
+    if how.threads is not None:
+        threadpoolctl.threadpool_limits(how.threads)
+    found = factor_gram(
+        rows.segments(name),
+        matrix_shape(rows.shape(name)),
+        rows.n_samples,
+        known=known,
+        total=panel_sum(rows.n_samples, known, how.device),
+        dtype=_product_dtype(rows, name, how.dtype),
+        budget=how.budget,
+    )
+    return found, None
 
 
 def _fold(
@@ -246,14 +324,14 @@ def _fold(
         threadpoolctl.threadpool_limits(how.threads)
     total = panel_sum(rows.n_samples, known, how.device)
     products = None
-    product_dtype = np.float64 if how.dtype == torch.float64 or rows.parameters[name] < WIDE else np.float32
+    product_dtype = _product_dtype(rows, name, how.dtype)
     chunk = rows.chunk_columns(name)
     # Whole chunks at a time, so that none is read twice.
     width = max(panels * PANEL // max(chunk, 1) * chunk, min(chunk, panels * PANEL), 1)
     for left in range(start, stop, width):
         right = min(left + width, stop)
         slab = rows.columns(name, left, right)
-        if slab.dtype != np.float64:
+        if slab.dtype != np.float64:  # of float64 rows, products are never formed in less
             slab = slab.astype(product_dtype, copy=False)
         mean = rows.mean(name, left, right)
         for first in range(0, right - left, PANEL):
@@ -269,18 +347,18 @@ def _fold(
                 here = np.append(panel.astype(np.float64) @ part, part @ part)
                 products = here if products is None else products + here
         del slab
-    return total.result(), products
+    if subset is None:
+        return total.result(), products
+    return total.result() * subset.scale, None if products is None else products * subset.scale
 
 
 def _finish(
     name: str,
     folds: list[tuple[np.ndarray, np.ndarray | None]],
-    subset: ColumnSubset | None,
     grown: GrownGram | None,
     sink: Callable[[ParameterGram], Any],
 ) -> Any:
     """Add the folds in the order of the columns, check, and hand the Gram on."""
-    scale = 1.0 if subset is None else subset.scale
     gram, products = folds[0]
     for more, more_products in folds[1:]:
         gram = gram + more
@@ -292,7 +370,7 @@ def _finish(
             f"the Gram of {name} is not finite: the gradient rows of samples {_list(samples)} are missing, altered, or "
             f"too large for {gram.dtype} products. `streamfisher verify` tells which."
         )
-    return sink(ParameterGram(name, gram * scale, None if products is None else products * scale))
+    return sink(ParameterGram(name, gram, products))
 
 
 def _inside(columns: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -345,7 +423,7 @@ class _Progress(Callback):
         self.bar = tqdm(total=total, desc="Gram", unit="fold", disable=not enabled)
 
     def _posttask(self, key: Any, *_: Any) -> None:
-        if str(key[0] if isinstance(key, tuple) else key).startswith("_fold-"):
+        if str(key[0] if isinstance(key, tuple) else key).startswith(("_fold-", "_factor_fold-")):
             self.bar.update(1)
 
     def __exit__(self, *error: Any) -> None:

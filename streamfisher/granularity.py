@@ -7,12 +7,12 @@ only block structures remain whose blocks are unions of what was added up.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 from streamfisher.blocks import STRUCTURES, assign_blocks, group_blocks, module_key
+from streamfisher.config import GramPer
 from streamfisher.errors import ConfigError
 
-GramPer = Literal["parameter", "layer-module", "layer", "all"]
 _WHOLE = "all"
 
 
@@ -96,7 +96,7 @@ def check_grouping(
         raise ConfigError(
             f"this run keeps {kept}, and the Gram {key}{more} holds parameters of the blocks {' and '.join(blocks[:3])}"
             f"{' and others' if len(blocks) > 3 else ''}. Possible: {', '.join(possible_structures(keys))}, or "
-            "patterns that put the parameters of each Gram into one block. A finer --gram-per needs the gradients again."
+            "patterns that put all of a Gram into one block. A finer --gram-per needs the gradients again."
         )
     return {key: assignment[members[0]] for key, members in keys.items()}
 

@@ -275,6 +275,24 @@ def add_collection_options(parser: argparse.ArgumentParser) -> None:
     )
     store.add_argument("--codec", default=None, help="blosc-lz4 (default), zstd, raw")
     store.add_argument(
+        "--representation", default=None, help="dense rows, factors of linear layers, or auto (default): the smaller"
+    )
+    store.add_argument(
+        "--disk-budget", default=None, metavar="SIZE", help="of the run, for example 200GB (default: what is free)"
+    )
+    store.add_argument(
+        "--keep-gradients",
+        nargs="+",
+        default=None,
+        metavar="PATTERN",
+        help="after the reduction: all, none, or patterns of parameters (default: all, if they fit at once)",
+    )
+    store.add_argument(
+        "--gram-per",
+        default=None,
+        help="keep a Gram for each parameter (default), layer-module, layer, or all: fewer bytes, fewer questions",
+    )
+    store.add_argument(
         "--store-centered", action="store_true", default=None, help="write centered gradients (one more pass)"
     )
 
@@ -295,7 +313,7 @@ def add_product_options(group: Any) -> None:
         "--workers", dest="n_workers", type=int, default=None, help="Dask workers (default: one per core)"
     )
     group.add_argument(
-        "--memory-budget", default=None, help="of the reduction, for example 2GB (default: half of free)"
+        "--memory-budget", default=None, help="beside the model, for example 2GB (default: half of what is free)"
     )
 
 

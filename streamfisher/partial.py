@@ -30,6 +30,10 @@ class FinishedRows:
         """Return (n, stop - start): unwritten rows are dropped before anyone sees them."""
         return self.store.columns(name, start, stop)[self.samples]
 
+    def representation(self, name: str) -> str:
+        """Return 'dense': rows of some of the samples are asked for by columns, however they are held."""
+        return "dense"
+
     def mean(self, name: str, start: int, stop: int) -> np.ndarray | None:
         """Return the mean gradient that was subtracted from the rows, or `None`."""
         return self.store.mean(name, start, stop)
@@ -47,6 +51,11 @@ class PartialGrams:
     """
 
     def __init__(self, store: RunStore, config: SpectralConfig):
+        if len(store.waves) > 1:
+            raise RunError(
+                f"{store.path} is collected in {len(store.waves)} waves and not finished, so no samples have all their "
+                "gradients yet. Run the command that made it again; it goes on where it stopped."
+            )
         done = store.done_units()
         finished = [np.arange(unit.start, unit.stop) for unit in store.units if unit.index in done]
         samples = np.concatenate(finished) if finished else np.zeros(0, dtype=np.int64)
@@ -69,7 +78,8 @@ class PartialGrams:
     def read_gram(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Return what `RunStore.read_gram` returns, NaN in the rows and columns of samples without gradients."""
         if name not in self._cache:
-            (finished,) = grams.build_grams(self.rows, self.config, _keep, names=[name])
+            keys = {name: self.rows.store.gram_members[name]}
+            (finished,) = grams.build_grams(self.rows, self.config, _keep, keys=keys)
             size, n = 8 * self.rows.n_samples**2, len(self._cache)
             found = (finished.gram, finished.mean_products)
             if size * (n + 1) > _CACHE_BYTES:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from streamfisher.claims import Claims
 from streamfisher.config import SpectralConfig
@@ -13,29 +15,41 @@ from streamfisher.gradients import GradientEngine
 from streamfisher.progress import Progress
 from streamfisher.ranks import Ranks
 from streamfisher.sharding import idle_batches, is_sharded
-from streamfisher.store import RunStore, UnitRecord
+from streamfisher.store import RunStore, UnitRecord, stage_of
 from streamfisher.survey import Survey
-from streamfisher.unit_rows import gradient_units, idle_passes, squared_norms_of
+from streamfisher.unit_rows import Captured, gradient_units, idle_passes, squared_norms_of
 
 
 def row_pass(
-    store: RunStore, engine: GradientEngine, found: Survey, config: SpectralConfig, ranks: Ranks, *, progress: bool
+    store: RunStore,
+    engine: GradientEngine,
+    found: Survey,
+    config: SpectralConfig,
+    ranks: Ranks,
+    *,
+    wave: int = 0,
+    progress: bool,
 ) -> None:
-    """Write the gradient rows of every unit that has no marker; returns when all ranks are done."""
+    """Write the gradients of one wave of every unit that has no marker; returns when all ranks are done."""
     together = is_sharded(engine.model)
-    claims = Claims(ranks, "gradients", store.todo(), store.units, together=together)
+    name = "gradients" if len(store.waves) == 1 else f"wave {wave + 1} of {len(store.waves)}"
+    claims = Claims(ranks, name, store.todo(stage_of(wave)), store.units, together=together)
+    captured = wave_capture(store, wave)
     mean = {name: store.mean(name, 0, columns) for name, columns in store.parameters.items()} if store.centered else {}
+    batch_tokens = store.batch_tokens
     with _bar(claims, store, progress) as bar:
-        for record in gradient_units(engine, found, claims, config, after_batch=ranks.alive):
+        records = gradient_units(
+            engine, found, claims, config, captured=captured, batch_tokens=batch_tokens, after_batch=ranks.alive
+        )
+        for record in records:
             if mean:
                 record = _subtract(record, mean)
             rows = {name: values.cpu() for name, values in record.rows.items()}
-            store.write_unit(dataclasses.replace(record, rows=rows))
-            size = len(record.unit) * sum(store.parameters.values()) * store.store_dtype.itemsize
-            bar.done(record.unit, int(record.n_targets.sum()), size)
+            store.write_unit(dataclasses.replace(record, rows=rows, wave=wave))
+            bar.done(record.unit, int(record.n_targets.sum()), _bytes_of(record, rows, store))
         if together:
-            idle = idle_batches(claims.units, found.lengths, config.batch_tokens, ranks.index, ranks.count)
-            idle_passes(engine, found, config, idle)
+            idle = idle_batches(claims.units, found.lengths, batch_tokens, ranks.index, ranks.count)
+            idle_passes(engine, found, config, captured, idle)
         ranks.wait("for the other ranks' gradients")
 
 
@@ -47,18 +61,36 @@ def mean_pass(
         return
     together = is_sharded(engine.model)
     claims = Claims(ranks, "mean", store.todo("mean"), store.units, together=together)
+    captured = Captured(list(store.parameters))
+    batch_tokens = store.batch_tokens
     with _bar(claims, store, progress) as bar:
-        for record in gradient_units(engine, found, claims, config, after_batch=ranks.alive):
+        records = gradient_units(
+            engine, found, claims, config, captured=captured, batch_tokens=batch_tokens, after_batch=ranks.alive
+        )
+        for record in records:
             sums = {name: rows.sum(dim=0, dtype=torch.float64).cpu().numpy() for name, rows in record.rows.items()}
             store.write_mean_part(record.unit, sums, len(record.unit) - len(record.skipped))
             bar.done(record.unit, int(record.n_targets.sum()), 8 * sum(store.parameters.values()))
         if together:
-            idle = idle_batches(claims.units, found.lengths, config.batch_tokens, ranks.index, ranks.count)
-            idle_passes(engine, found, config, idle)
+            idle = idle_batches(claims.units, found.lengths, batch_tokens, ranks.index, ranks.count)
+            idle_passes(engine, found, config, captured, idle)
         ranks.wait("for the other ranks' part of the mean")
     if ranks.is_main:
         store.finish_mean()
     ranks.wait("for the mean")
+
+
+def wave_capture(store: RunStore, wave: int) -> Captured:
+    """Return what the pass of a wave captures: rows of some parameters, and factors, which go to the store at once."""
+    names = store.waves[wave]
+    factored = [name for name in names if store.representation(name) == "factors"]
+    dense = [name for name in names if store.representation(name) == "dense"]
+    return Captured(dense, factored, partial(store.write_factors, wave=wave))
+
+
+def _bytes_of(record: UnitRecord, rows: dict[str, Tensor], store: RunStore) -> int:
+    dense = sum(values.numel() for values in rows.values()) * store.store_dtype.itemsize
+    return dense + sum(entry["bytes"] for entry in record.factors)
 
 
 def _bar(claims: Claims, store: RunStore, progress: bool) -> Progress:

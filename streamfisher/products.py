@@ -6,7 +6,7 @@ grown only those of its new samples, `[new old^T, new new^T]`.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,14 +18,80 @@ from streamfisher.errors import ConfigError
 _SAFE_PEAK = (1e-12, 1e12)
 
 
+class ArrayModule(Protocol):
+    """The few operations that rows are formed with, where their products are formed."""
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """Return an array or tensor of any content."""
+
+    def take(self, values: np.ndarray) -> Any:
+        """Return values where products are formed."""
+
+    def multiply(self, left: Any, right: Any, out: Any) -> None:
+        """Write the matrix products `left @ right` into `out`, (n, p, q)."""
+
+    def scatter(self, block: Any, samples: np.ndarray, ids: np.ndarray, values: Any) -> None:
+        """Add `values[k]` to `block[samples[k], ids[k]]`, for all k."""
+
+
 class PanelSum(Protocol):
     """Adds up products of panels."""
 
-    def add(self, panel: np.ndarray) -> None:
-        """Add the products of a panel, (N, m) float32 or float64, in its own precision."""
+    arrays: ArrayModule
+
+    def add(self, panel: Any) -> None:
+        """Add the products of a panel, (N, m) float32 or float64, in its own precision: an array, or of `arrays`."""
 
     def result(self) -> np.ndarray:
         """Return the sum over all panels: (N - known, N) float64."""
+
+
+class NumpyArrays:
+    """Arrays in host memory."""
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Return an array of any content."""
+        return np.empty(shape, dtype=dtype)
+
+    def take(self, values: np.ndarray) -> np.ndarray:
+        """Return the values themselves."""
+        return values
+
+    def multiply(self, left: np.ndarray, right: np.ndarray, out: np.ndarray) -> None:
+        """Write `left @ right` into `out`."""
+        np.matmul(left, right, out=out)
+
+    def scatter(self, block: np.ndarray, samples: np.ndarray, ids: np.ndarray, values: np.ndarray) -> None:
+        """Add `values[k]` to `block[samples[k], ids[k]]`, for all k."""
+        np.add.at(block, (samples, ids), values)
+
+
+class TorchArrays:
+    """Tensors on a device."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
+        """Return a tensor of any content."""
+        return torch.empty(shape, dtype=_TORCH[np.dtype(dtype)], device=self.device)
+
+    def take(self, values: np.ndarray) -> Tensor:
+        """Return the values on the device."""
+        return torch.from_numpy(values).to(self.device)
+
+    def multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
+        """Write `left @ right` into `out`, in full precision."""
+        with _full_precision():
+            torch.matmul(left, right, out=out)
+
+    def scatter(self, block: Tensor, samples: np.ndarray, ids: np.ndarray, values: Tensor) -> None:
+        """Add `values[k]` to `block[samples[k], ids[k]]`, for all k."""
+        where = tuple(torch.from_numpy(index).to(self.device) for index in (samples, ids))
+        block.index_put_(where, values, accumulate=True)
+
+
+_TORCH = {np.dtype("float32"): torch.float32, np.dtype("float64"): torch.float64}
 
 
 def panel_sum(n_samples: int, known: int, device: str) -> PanelSum:
@@ -51,6 +117,7 @@ class NumpySum:
 
     def __init__(self, n_samples: int, known: int = 0):
         self.known = known
+        self.arrays = NumpyArrays()
         self.total = np.zeros((n_samples - known, n_samples))
 
     def add(self, panel: np.ndarray) -> None:
@@ -75,14 +142,19 @@ class TorchSum:
 
     def __init__(self, n_samples: int, known: int, device: torch.device):
         self.known, self.device = known, device
+        self.arrays = TorchArrays(device)
         self.total = torch.zeros(n_samples - known, n_samples, dtype=torch.float64, device=device)
 
-    def add(self, panel: np.ndarray) -> None:
+    def add(self, panel: np.ndarray | Tensor) -> None:
         """Add the products of a panel."""
-        exponent = _exponent(panel)
+        if isinstance(panel, Tensor):
+            rows = panel
+            exponent = _exponent_of(float(panel.abs().max())) if panel.dtype == torch.float32 and panel.numel() else 0
+        else:
+            exponent = _exponent(panel)
+            rows = torch.from_numpy(np.ascontiguousarray(panel)).to(self.device)
         if exponent:
-            panel = np.ldexp(panel, -exponent)
-        rows = torch.from_numpy(np.ascontiguousarray(panel)).to(self.device)
+            rows = torch.ldexp(rows, torch.tensor(-exponent, device=self.device))
         new = rows[self.known :]
         with _full_precision():
             product: Tensor = (new @ rows.T).double()
@@ -113,7 +185,10 @@ def _exponent(panel: np.ndarray) -> int:
     """
     if panel.dtype != np.float32 or panel.size == 0:
         return 0
-    peak = float(max(panel.max(), -panel.min()))
+    return _exponent_of(float(max(panel.max(), -panel.min())))
+
+
+def _exponent_of(peak: float) -> int:
     if not np.isfinite(peak) or peak == 0.0 or _SAFE_PEAK[0] < peak < _SAFE_PEAK[1]:
         return 0
     return int(np.floor(np.log2(peak)))

@@ -192,6 +192,15 @@ def sequence_length(sample: Mapping[str, Tensor]) -> int | None:
     return None
 
 
+def padded_tokens(batch: Mapping[str, Tensor]) -> int:
+    """Return the tokens of a batch as batches are measured: `B T` for sequences of token ids, else B."""
+    for key in ("input_ids", "labels"):
+        value = batch.get(key)
+        if value is not None and value.ndim == 2 and not value.is_floating_point():
+            return value.numel()
+    return next(value.shape[0] for value in batch.values() if value.ndim)
+
+
 def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Stack samples into a batch, padded on the right where sequences differ in length.
 

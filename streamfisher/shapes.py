@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,13 +59,3 @@ def _factor(key: str, tensor: torch.Tensor) -> Factor:
     if tensor.dim() == 1:
         return Factor(key, 1, 4)
     return Factor(key, tensor.shape[1], tensor.element_size())
-
-
-def factor_bytes(shapes: Collection[GradientShape]) -> float:
-    """Return the bytes of all factors of one sample, what is shared counted once."""
-    sides: dict[str, float] = {}
-    for shape in shapes:
-        for (left, right), positions in zip(shape.pairs, shape.positions, strict=True):
-            for side in (left, right):
-                sides[side.key] = positions * side.width * side.itemsize
-    return sum(sides.values())

@@ -192,8 +192,28 @@ def _is_finite(found: Survey, model: nn.Module, parameters: Sequence[Tensor], nu
             loss = found.loss(model, to_model(collate([found.samples[number]]), model)).sum()
             if not bool(torch.isfinite(loss)) or not loss.requires_grad:
                 return bool(torch.isfinite(loss))
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return all(gradient is None or bool(torch.isfinite(gradient).all()) for gradient in gradients)
+            return _backward_is_finite(loss, parameters)
     finally:
         for parameter, required in zip(parameters, before, strict=True):
             parameter.requires_grad_(required)
+
+
+def _backward_is_finite(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Return whether the gradients by leaves are finite; each is dropped as soon as it was looked at."""
+    finite: list[bool] = []
+
+    def look(parameter: Tensor) -> None:
+        finite.append(bool(torch.isfinite(parameter.grad).all()))
+        parameter.grad = None
+
+    before = [parameter.grad for parameter in parameters]
+    handles = [parameter.register_post_accumulate_grad_hook(look) for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward()
+    finally:
+        for handle, parameter, grad in zip(handles, parameters, before, strict=True):
+            handle.remove()
+            parameter.grad = grad
+    return all(finite)

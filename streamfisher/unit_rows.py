@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +14,33 @@ from torch import Tensor
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CaptureError, DataError, LossError, NonFiniteError
 from streamfisher.gradients import GradientEngine
+from streamfisher.gradients.factors import BatchFactors, FactorPair, pack, squared_norms
 from streamfisher.losses import draw_labels, sample_seed
 from streamfisher.samples import Unit, collate, make_batches
 from streamfisher.sharding import is_sharded
 from streamfisher.store import UnitRecord
 from streamfisher.survey import Survey, to_model
+
+#: The guard compares as many parameters at a time as have this share of the memory budget in an ordinary gradient.
+_GUARDED_BYTES = 256 << 20
+
+#: Takes the factors of a batch on the CPU: (unit, index of the batch in it, its first sample, factors) -> what is to be
+#: remembered of them in the unit's marker.
+FactorWriter = Callable[[Unit, int, int, BatchFactors], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What one pass captures, and where factors go."""
+
+    dense: Collection[str]  # parameters whose rows are formed
+    factored: Collection[str] = ()  # parameters whose factors are kept instead
+    write_factors: FactorWriter | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Return all parameters of the pass."""
+        return [*self.dense, *self.factored]
 
 
 def gradient_units(
@@ -25,6 +49,8 @@ def gradient_units(
     units: Iterable[Unit],
     config: SpectralConfig,
     *,
+    captured: Captured | None = None,
+    batch_tokens: int | None = None,
     after_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[UnitRecord]:
     """Yield the gradients of each unit. The rows are views of one buffer that the next unit overwrites.
@@ -33,56 +59,101 @@ def gradient_units(
         engine: entered and probed.
         found: the samples.
         units: taken one after the other, when the one before is done with.
-        config: `batch_tokens`, `labels`, `guard_every` and `on_nonfinite` count here.
+        config: `labels`, `guard_every` and `on_nonfinite` count here.
+        captured: which parameters, and how; `None` means rows of all.
+        batch_tokens: padded tokens of one backward pass; `None` means the config's.
         after_batch: called after each backward pass.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite and `config.on_nonfinite == 'raise'`; names the sample.
     """
+    captured = captured or Captured(list(engine.parameters))
     guarded = config.guard_every and not is_sharded(engine.model)  # its gradient would be that of all ranks' batches
     buffer: dict[str, Tensor] = {}
     for unit in units:
-        buffer = buffer or engine.allocate(min(config.chunk_size, len(found.samples)))
+        buffer = buffer or engine.allocate(min(config.chunk_size, len(found.samples)), captured.dense)
         numbers = range(unit.start, unit.stop)
         losses, targets = np.empty(len(unit)), np.empty(len(unit), dtype=np.int64)
-        for batch_range in make_batches([found.lengths[number] for number in numbers], config.batch_tokens):
+        norms = {name: np.zeros(len(unit)) for name in captured.names}
+        skipped: dict[int, str] = {}
+        markers = []
+        batches = make_batches([found.lengths[number] for number in numbers], batch_tokens or config.batch_tokens)
+        for index, batch_range in enumerate(batches):
             where = slice(batch_range.start, batch_range.stop)
+            first = unit.start + batch_range.start
             batch = to_model(collate([found.samples[unit.start + offset] for offset in batch_range]), engine.model)
             rows = {name: values[where] for name, values in buffer.items()}
-            with _naming_samples(unit.start + batch_range.start, unit.start + batch_range.stop - 1):
+            with _naming_samples(first, unit.start + batch_range.stop - 1):
                 if config.labels == "model":
                     seeds = [sample_seed(config.seed, unit.start + offset) for offset in batch_range]
                     batch = draw_labels(engine.model, batch, found.loss, seeds)
-                result = engine.rows(batch, rows)
+                result = engine.rows(batch, rows, captured.factored)
             if where.start == 0 and guarded and unit.index % config.guard_every == 0:
-                _guard(engine, batch, rows, unit)
+                some = _in_turn(engine, captured.names, unit.index // config.guard_every)
+                _guard(engine, batch, _only(rows, some), _only(result.factors, some), unit)
             after_batch()
             losses[where], targets[where] = result.losses.numpy(), result.n_targets.numpy()
-        rows = {name: values[: len(unit)] for name, values in buffer.items()}
-        squared_norms = squared_norms_of(rows)
-        skipped = _nonfinite(unit, rows, losses, squared_norms)
-        if skipped and config.on_nonfinite == "raise":
-            sample, reason = next(iter(skipped.items()))
-            raise NonFiniteError(
-                f"sample {sample}: {reason}. Everything before it is kept. Remove the sample, use a wider --dtype, or "
-                "leave such samples out, counted and named, with --on-nonfinite skip."
-            )
+            for name, values in batch_norms(rows, result.factors, len(batch_range)).items():
+                norms[name][where] = values
+            bad = _nonfinite(range(first, first + len(batch_range)), losses[where], norms, where)
+            if bad and config.on_nonfinite == "raise":
+                sample, reason = next(iter(bad.items()))
+                raise NonFiniteError(
+                    f"sample {sample}: {reason}. Everything before it is kept. Remove the sample, use a wider --dtype, "
+                    "or leave such samples out, counted and named, with --on-nonfinite skip."
+                )
+            skipped |= bad
+            if captured.write_factors is not None and result.factors:
+                packed = pack(_on_cpu(result.factors), dropped=[sample - first for sample in bad])
+                markers.append(captured.write_factors(unit, index, first, packed))
+            del result
         for sample in skipped:
             offset = sample - unit.start
-            squared_norms[offset], targets[offset] = 0.0, 0
-            for values in rows.values():
+            targets[offset] = 0
+            for values in norms.values():
+                values[offset] = 0.0
+            for values in buffer.values():
                 values[offset].zero_()
-        yield UnitRecord(unit, rows, losses, targets, squared_norms, skipped)
+        rows = {name: values[: len(unit)] for name, values in buffer.items()}
+        yield UnitRecord(unit, rows, losses, targets, norms, skipped, markers)
 
 
-def idle_passes(engine: GradientEngine, found: Survey, config: SpectralConfig, count: int) -> None:
+def _in_turn(engine: GradientEngine, names: Sequence[str], turn: int) -> list[str]:
+    """Return the parameters that the guard compares this time: all, or those whose turn it is where they are large."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name in names:
+        bytes_of = 8 * engine.parameters[name].numel
+        if parts[-1] and size + bytes_of > _GUARDED_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += bytes_of
+    return parts[turn % len(parts)]
+
+
+def _only(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _on_cpu(factors: Mapping[str, Sequence[FactorPair]]) -> dict[str, list[FactorPair]]:
+    """Return factors in host memory, a tensor that several pairs share copied once."""
+    copies: dict[int, Tensor] = {}
+
+    def take(side: Tensor) -> Tensor:
+        return copies.setdefault(id(side), side.cpu())
+
+    return {name: [FactorPair(take(pair.left), take(pair.right)) for pair in pairs] for name, pairs in factors.items()}
+
+
+def idle_passes(engine: GradientEngine, found: Survey, config: SpectralConfig, captured: Captured, count: int) -> None:
     """Take part in `count` passes of sharded weights without a batch of this rank: sample 0, whose rows are dropped."""
-    rows = engine.allocate(1) if count else {}
+    rows = engine.allocate(1, captured.dense) if count else {}
     for _ in range(count):
         batch = to_model(collate([found.samples[0]]), engine.model)
         if config.labels == "model":
             batch = draw_labels(engine.model, batch, found.loss, [sample_seed(config.seed, 0)])
-        engine.rows(batch, rows)
+        engine.rows(batch, rows, captured.factored)
 
 
 @contextlib.contextmanager
@@ -96,13 +167,19 @@ def _naming_samples(first: int, last: int) -> Iterator[None]:
         raise DataError(f"{which}: {error}. Token ids and labels must lie in the model's vocabulary.") from error
 
 
-def _guard(engine: GradientEngine, batch: dict[str, Tensor], rows: dict[str, Tensor], unit: Unit) -> None:
+def _guard(
+    engine: GradientEngine,
+    batch: dict[str, Tensor],
+    rows: dict[str, Tensor],
+    factors: dict[str, Sequence[FactorPair]],
+    unit: Unit,
+) -> None:
     """Check on a batch that each parameter's rows sum to its ordinary gradient.
 
     Raises:
         CaptureError: they do not: something in the data takes a path through the model that the probe did not see.
     """
-    wrong = {name: error for name, error in engine.guard(batch, rows).items() if error > engine.tolerance}
+    wrong = {name: error for name, error in engine.guard(batch, rows, factors).items() if error > engine.tolerance}
     if wrong:
         name = max(wrong, key=wrong.__getitem__)
         raise CaptureError(
@@ -113,27 +190,37 @@ def _guard(engine: GradientEngine, batch: dict[str, Tensor], rows: dict[str, Ten
         )
 
 
-def squared_norms_of(rows: dict[str, Tensor]) -> np.ndarray:
-    """Return (n, K) float64: the squared norm of each row of each parameter."""
-    columns = []
-    for values in rows.values():
+def batch_norms(
+    rows: Mapping[str, Tensor], factors: Mapping[str, Sequence[FactorPair]], n_samples: int
+) -> dict[str, np.ndarray]:
+    """Return the squared norm of each sample's gradient, parameter by parameter: (n_samples,) float64."""
+    found = squared_norms_of({name: values[:n_samples] for name, values in rows.items()})
+    for name, pairs in factors.items():
+        found[name] = squared_norms(pairs).cpu().numpy() if pairs else np.zeros(n_samples)
+    return found
+
+
+def squared_norms_of(rows: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Return the squared norm of each row of each parameter: (n,) float64."""
+    found = {}
+    for name, values in rows.items():
         squared = torch.linalg.vecdot(values, values).double()
         extreme = ~((squared > 1e-30) & (squared < 1e30))
         if bool(extreme.any()):  # near the ends of float32's range the square is formed in float64
             wide = values[extreme].double()
             squared[extreme] = torch.linalg.vecdot(wide, wide)
-        columns.append(squared)
-    return torch.stack(columns, dim=1).cpu().numpy()
+        found[name] = squared.cpu().numpy()
+    return found
 
 
-def _nonfinite(unit: Unit, rows: dict[str, Tensor], losses: np.ndarray, squared_norms: np.ndarray) -> dict[int, str]:
-    """Return `{sample number: what is not finite}`."""
+def _nonfinite(samples: range, losses: np.ndarray, norms: Mapping[str, np.ndarray], where: slice) -> dict[int, str]:
+    """Return `{sample number: what is not finite}` of a batch, `where` being its place in the unit's norms."""
     found = {}
-    names = list(rows)
-    for offset in range(len(unit)):
-        if not np.isfinite(losses[offset]):
-            found[unit.start + offset] = f"the loss is {losses[offset]}"
-        elif not np.isfinite(squared_norms[offset]).all():
-            bad = names[int(np.flatnonzero(~np.isfinite(squared_norms[offset]))[0])]
-            found[unit.start + offset] = f"the gradient of {bad} is not finite"
+    for place, sample in enumerate(samples):
+        if not np.isfinite(losses[place]):
+            found[sample] = f"the loss is {losses[place]}"
+            continue
+        bad = next((name for name, values in norms.items() if not np.isfinite(values[where][place])), None)
+        if bad is not None:
+            found[sample] = f"the gradient of {bad} is not finite"
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +12,15 @@ from tqdm import tqdm
 from streamfisher.analysis import Run
 from streamfisher.errors import CorruptRunError
 from streamfisher.samples import Unit
-from streamfisher.store import RunLock, codecs
+from streamfisher.store import RunLock, codecs, stage_of
+from streamfisher.store.factors import checksum_of
 
 
 @dataclass(frozen=True)
 class Problem:
     """One thing that is not as it was written."""
 
-    what: str  # 'rows', 'marker', 'loss', 'n_targets', 'valid', 'squared_norm' or 'gram'
+    what: str  # 'rows', 'factors', 'marker', 'loss', 'n_targets', 'valid', 'squared_norm' or 'gram'
     parameter: str | None
     first_sample: int | None
     last_sample: int | None
@@ -46,46 +48,76 @@ def verify(run: Run, *, repair: bool = True, progress: bool = False) -> list[Pro
     """
     problems: list[Problem] = []
     store = run.store
-    done = store.done_units()
-    damaged_units: list[Unit] = []
-    for unit in tqdm([u for u in store.units if u.index in done], desc="verify", unit="unit", disable=not progress):
-        found = _check_unit(run, unit)
+    damaged: list[tuple[Unit, int]] = []  # units, and the waves they are damaged in
+    done = {wave: store.done_units(stage_of(wave)) for wave in range(len(store.waves))}
+    work = [(unit, wave) for wave in done for unit in store.units if unit.index in done[wave]]
+    for unit, wave in tqdm(work, desc="verify", unit="unit", disable=not progress):
+        found = _check_unit(run, unit, wave)
         if found:
             problems += found
-            damaged_units.append(unit)
+            damaged.append((unit, wave))
     damaged_grams = []
-    for name in filter(store.has_gram, run.parameters):
+    for key in filter(store.has_gram, store.gram_members):
         try:
-            store.read_gram(name)
+            store.read_gram(key)
         except CorruptRunError as error:
-            problems.append(Problem("gram", name, None, None, str(error)))
-            damaged_grams.append(name)
+            problems.append(Problem("gram", key, None, None, str(error)))
+            damaged_grams.append(key)
     if repair and problems:
         with RunLock(run.path):
-            for unit in damaged_units:
-                store.forget_unit(unit)
-            for name in run.parameters if damaged_units else damaged_grams:
-                store.forget_gram(name)
+            for unit, wave in damaged:
+                store.forget_unit(unit, wave)
+            of_damaged = [name for _, wave in damaged for name in store.waves[wave]]
+            for key in {*damaged_grams, *store.keys_of(of_damaged)}:
+                store.forget_gram(key)
     return problems
 
 
-def _check_unit(run: Run, unit: Unit) -> list[Problem]:
+def _check_unit(run: Run, unit: Unit, wave: int) -> list[Problem]:
     last = unit.stop - 1
+    store = run.store
     try:
-        marker: dict[str, Any] = run.store.marker(unit)
+        marker: dict[str, Any] = store.marker(unit, wave)
         checksums = marker["crc32c"]
     except (CorruptRunError, KeyError, TypeError) as error:
         return [Problem("marker", None, unit.start, last, str(error))]
     problems = []
-    for name in run.parameters:
+    here = [name for name in store.waves[wave] if not store.is_deleted(name)]
+    for name in here:
+        if store.representation(name) != "dense":
+            continue
         try:
-            stored = run.store.read_unit(name, unit)
+            stored = store.read_unit(name, unit)
         except (ValueError, RuntimeError, OSError, CorruptRunError) as error:
             problems.append(Problem("rows", name, unit.start, last, f"cannot be read ({error})"))
             continue
         if codecs.checksum(stored) != checksums.get(name):
             problems.append(Problem("rows", name, unit.start, last, "not what was written"))
+    problems += _check_factors(run, unit, wave, [name for name in here if store.representation(name) == "factors"])
     return problems + _check_samples(run, unit)
+
+
+def _check_factors(run: Run, unit: Unit, wave: int, names: Sequence[str]) -> list[Problem]:
+    """Check the factors of a unit, each tensor once; a shared one is named after the first parameter it is part of."""
+    problems = []
+    seen: set[str] = set()
+    for name in names:
+        try:
+            tensors = run.store.factor_checksums(unit, wave, name)
+        except CorruptRunError as error:
+            return [*problems, Problem("marker", name, unit.start, unit.stop - 1, str(error))]
+        for side, expected in tensors:
+            if str(side.path) in seen:
+                continue
+            seen.add(str(side.path))
+            try:
+                if checksum_of(side) == expected:
+                    continue
+                detail = "not what was written"
+            except CorruptRunError as error:
+                detail = str(error)
+            problems.append(Problem("factors", name, unit.start, unit.stop - 1, detail))
+    return problems
 
 
 def _check_samples(run: Run, unit: Unit) -> list[Problem]:

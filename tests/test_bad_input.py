@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_line import arrays, cli, contents
 
-from streamfisher import open_run, planner
+from streamfisher import open_run, provisions
 from streamfisher.errors import RunError
 
 MODEL, DATA = "tiny_models:causal", "tiny_models:sequences"
@@ -368,8 +368,8 @@ def test_bad_slice_of_samples_is_refused(text, finished, capsys):
 
 def test_disk_without_room_is_found_before_anything_is_created(monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(planner.shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
-    says = ["needs up to", "1 kB free", "bfloat16", "another disk"]
+    monkeypatch.setattr(provisions.shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
+    says = ["Grams of 6 samples", "what is free on the disk", "--gram-per layer"]
     refused(capsys, "run", MODEL, DATA, "--out", "run.zarr", "--quiet", code=5, says=says)
 
 
@@ -397,8 +397,8 @@ def test_memory_budget_too_small_for_one_panel_is_refused(finished, tmp_path, ca
 
 def test_rows_that_do_not_fit_memory_are_refused(monkeypatch, capsys):
     memory = namedtuple("memory", "available")
-    monkeypatch.setattr(planner.psutil, "virtual_memory", lambda: memory(40_000))
-    says = ["gradient rows", "40 kB is free", "--chunk-size 2"]
+    monkeypatch.setattr(provisions.psutil, "virtual_memory", lambda: memory(40_000))
+    says = ["embedding.weight alone need 24.6 kB", "leaves 20 kB", "--chunk-size 4 or less", "--exclude"]
     refused(capsys, "run", MODEL, DATA, "--out", "run.zarr", "--quiet", code=5, says=says)
 
 

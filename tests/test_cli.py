@@ -420,11 +420,15 @@ EVERY_OPTION = {
     "storage_mode": "streaming",
     "store_path": "elsewhere",
     "store_centered": True,
+    "representation": "dense",
+    "keep_gradients": ["norm.*"],
+    "gram_per": "layer",
     "codec": "zstd",
     "device": "cpu",
     "workers": 1,
     "rank_timeout": 60,
     "memory_budget": "1GB",
+    "disk_budget": "2GB",
     "deterministic": True,
 }
 ALIASES = {

@@ -25,8 +25,8 @@ def test_rows_that_do_not_sum_to_the_batch_gradient_stop_the_run(tmp_path, monke
 
     rows_of = GradientEngine.rows
 
-    def spoil(self, batch, out):
-        result = rows_of(self, batch, out)
+    def spoil(self, batch, out, factored=()):
+        result = rows_of(self, batch, out, factored)
         if float(batch["input_ids"][0, 0]) > 10:
             out["0.weight"][0] *= 1.01
         return result
@@ -39,7 +39,7 @@ def test_rows_that_do_not_sum_to_the_batch_gradient_stop_the_run(tmp_path, monke
 def test_the_guard_can_be_switched_off(tmp_path, monkeypatch):
     from streamfisher.gradients import GradientEngine
 
-    def forbidden(self, batch, out):
+    def forbidden(self, batch, out, factors):
         raise AssertionError("the guard ran")
 
     monkeypatch.setattr(GradientEngine, "guard", forbidden)

@@ -16,7 +16,8 @@ from streamfisher import SpectralConfig, collect, open_run
 from streamfisher.errors import CorruptRunError, RunError
 from streamfisher.store import RunLock, RunStore, codecs, durable
 from streamfisher.store.durable import read_json, sweep_partials, write_json
-from streamfisher.store.layout import PANEL, check_free, chunk_columns, node_name
+from streamfisher.store.layout import PANEL, check_free, chunk_columns
+from streamfisher.store.names import node_name
 
 CODECS = {
     "blosc-lz4": {"codec": "blosc-lz4"},

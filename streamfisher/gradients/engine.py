@@ -8,13 +8,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from streamfisher.activations import SavedBytes
 from streamfisher.errors import CaptureError, LossError
 from streamfisher.gradients.capture import Capture
-from streamfisher.gradients.factors import FactorPair, squared_norms, total
+from streamfisher.gradients.factors import FactorPair, matrix_shape, squared_norms, total
 from streamfisher.gradients.groups import GENERIC, Group, Pass
 from streamfisher.gradients.layout import position_counts
 from streamfisher.gradients.parameters import ParameterInfo, select_parameters
@@ -34,6 +36,8 @@ from streamfisher.gradients.state import (
 from streamfisher.losses import PerSampleLoss
 from streamfisher.model_call import batch_size
 from streamfisher.offload import working_device
+from streamfisher.samples import padded_tokens
+from streamfisher.shapes import GradientShape, shapes_of_batch
 
 
 @dataclass(frozen=True)
@@ -155,11 +159,13 @@ class GradientEngine:
         if undo is not None:
             undo.close()
 
-    def probe(self, batch: Mapping[str, Any]) -> ProbeReport:
+    def probe(self, batch: Mapping[str, Any], memory: int | None = None) -> ProbeReport:
         """Decide which rule serves which parameter, and verify it against plain autograd on each sample alone.
 
         Args:
             batch: a dict of batched tensors with at least 2 samples; at most 3 are used.
+            memory: bytes for the gradients that are compared; what does not fit is probed in parts. `None` means a
+                quarter of what is free.
 
         Raises:
             LossError: the loss couples samples, is random, or has the wrong shape.
@@ -177,7 +183,7 @@ class GradientEngine:
             key: value[:n_used] if isinstance(value, Tensor) and value.dim() and value.shape[0] == n_samples else value
             for key, value in batch.items()
         }
-        return run_probe(self, batch)
+        return run_probe(self, batch, memory or psutil.virtual_memory().available // 4)
 
     def apply_routes(self, report: ProbeReport) -> None:
         """Reuse the routing of an earlier probe, so that a resumed run has the same bits.
@@ -201,11 +207,17 @@ class GradientEngine:
         if self._undo is not None:
             self.capture.install(self._groups)
 
-    def allocate(self, n_rows: int) -> dict[str, Tensor]:
-        """Return buffers `(n_rows, P_k)` in `row_dtype` on each parameter's device, to be reused for every batch."""
+    def allocate(self, n_rows: int, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """Return buffers `(n_rows, P_k)` in `row_dtype` on each parameter's device, to be reused for every batch.
+
+        Args:
+            n_rows: rows of each buffer.
+            names: of which parameters; `None` means all.
+        """
         return {
             name: torch.zeros(n_rows, p.numel(), dtype=self.row_dtype, device=working_device(self.model, name, p))
             for name, p in self.tensors.items()
+            if names is None or name in names
         }
 
     def rows(
@@ -228,9 +240,7 @@ class GradientEngine:
         wrong = [name for name in names if name in factored and name in self._per_sample]
         if wrong:
             raise CaptureError(f"{', '.join(wrong[:5])} take a pass per sample and have no factors.")
-        losses, pending, factors = self._captured(
-            batch, out, [n for n in names if n not in self._per_sample], factored
-        )
+        losses, pending, factors = self._captured(batch, out, [n for n in names if n not in self._per_sample], factored)
         slow = [name for name in names if name in self._per_sample or name in pending]
         if slow or losses is None:
             rows = {name: out[name] if name in out else self._row_buffer(name, batch) for name in slow}
@@ -238,14 +248,28 @@ class GradientEngine:
             factors |= {name: [self._as_factors(name, rows[name])] for name in slow if name in factored}
         return BatchGradients(losses.detach().double().cpu(), self.loss.n_targets(batch).cpu(), factors)
 
+    def shapes(self, batch: Mapping[str, Any]) -> tuple[list[GradientShape], float]:
+        """Return what each parameter's gradient is made of, and the bytes a backward pass takes for each padded token.
+
+        Args:
+            batch: a dict of batched tensors that stands for all.
+        """
+        parameters = {name: (info.shape, info.dtype) for name, info in self.parameters.items()}
+        names = self.factorable
+        if not names:
+            return shapes_of_batch(parameters, {}), 0.0
+        saved = SavedBytes(self.model)
+        with saved.counting():
+            factors = self.rows(batch, {}, names).factors
+        return shapes_of_batch(parameters, factors), saved.peak / padded_tokens(batch)
+
     def _row_buffer(self, name: str, batch: Mapping[str, Any]) -> Tensor:
         parameter = self.tensors[name]
         return torch.zeros(batch_size(batch), parameter.numel(), dtype=self.row_dtype, device=self.device)
 
     def _as_factors(self, name: str, rows: Tensor) -> FactorPair:
         """Return rows (B, m n) as a product with the identity, for a batch whose layout the probe never saw."""
-        width = self.parameters[name].shape[-1]
-        values = rows.unflatten(1, (-1, width))
+        values = rows.unflatten(1, matrix_shape(self.parameters[name].shape))
         ids = torch.arange(values.shape[1], device=rows.device).expand(values.shape[:2])
         return FactorPair(ids, values)
 
@@ -290,16 +314,23 @@ class GradientEngine:
         return differences
 
     def plain_gradients(
-        self, batch: Mapping[str, Any], *, index: int | None = None, left_out: bool = False
+        self,
+        batch: Mapping[str, Any],
+        *,
+        index: int | None = None,
+        names: Collection[str] | None = None,
+        left_out: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Return the loss and the flat gradients of plain autograd, without hooks.
 
         Args:
             batch: a dict of batched tensors.
             index: the sample whose loss to differentiate; None: the sum.
-            left_out: also for trainable parameters that are not captured.
+            names: of which captured parameters; `None` means all.
+            left_out: also of trainable parameters that are not captured.
         """
-        tensors = {**self.tensors, **self.left_out} if left_out else self.tensors
+        tensors = {name: tensor for name, tensor in self.tensors.items() if names is None or name in names}
+        tensors |= self.left_out if left_out else {}
         return self.plain.gradients(batch, tensors, index)
 
     def learning_pass(

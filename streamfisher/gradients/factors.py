@@ -1,4 +1,4 @@
-"""A gradient as two factors: `g_i = sum_t L_it^T R_it`, what autograd itself would multiply, kept instead of the product.
+"""A gradient as two factors: `g_i = sum_t L_it^T R_it`, what autograd itself would multiply, instead of the product.
 
 For a linear layer L are output gradients and R inputs; for an embedding L are one-hot rows, held as token ids. A
 parameter that is used several times (tied weights, a layer that is called again) has one pair for each use, and its
@@ -31,13 +31,15 @@ class FactorPair:
         return self.left.dim() == 2
 
 
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Return (m, n): what `L^T R` of a parameter of this shape is, before it is given the parameter's own axes."""
+    return shape[0], int(torch.Size(shape[1:]).numel())
+
+
 def product(pairs: Iterable[FactorPair], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return `sum_t L_it^T R_it`, the rows themselves: (B, *shape flattened), formed in `dtype`."""
     pairs = list(pairs)
-    n_samples = pairs[0].right.shape[0]
-    width = pairs[0].right.shape[2]
-    height = int(torch.Size(shape).numel()) // width
-    rows = torch.zeros(n_samples, height, width, dtype=dtype, device=pairs[0].right.device)
+    rows = torch.zeros(pairs[0].right.shape[0], *matrix_shape(shape), dtype=dtype, device=pairs[0].right.device)
     for pair in pairs:
         right = pair.right.to(dtype)
         if pair.by_index:
@@ -50,17 +52,14 @@ def product(pairs: Iterable[FactorPair], shape: Sequence[int], dtype: torch.dtyp
 
 def total(pairs: Iterable[FactorPair], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Return the sum of all rows of a batch, flat `(P,)`, without forming them."""
-    found: Tensor | None = None
+    pairs = list(pairs)
+    found = torch.zeros(*matrix_shape(shape), dtype=dtype, device=pairs[0].right.device)
     for pair in pairs:
         right = pair.right.flatten(0, 1).to(dtype)
-        if found is None:
-            width = right.shape[1]
-            found = torch.zeros(int(torch.Size(shape).numel()) // width, width, dtype=dtype, device=right.device)
         if pair.by_index:
             found.index_add_(0, pair.left.flatten(), right)
         else:
             found.addmm_(pair.left.flatten(0, 1).to(dtype).T, right)
-    assert found is not None  # a factored parameter has at least one use
     return found.flatten()
 
 
@@ -133,7 +132,7 @@ def pack(factors: Mapping[str, Sequence[FactorPair]], dropped: Sequence[int] = (
     pairs: dict[str, tuple[tuple[str, str], ...]] = {}
     for name, uses in factors.items():
         pairs[name] = tuple(
-            (_key(keys, sides, pair.left, f"{name}:{use}:L"), _key(keys, sides, pair.right, f"{name}:{use}:R"))
+            (_key(keys, sides, pair.left, f"{name}~L{use}"), _key(keys, sides, pair.right, f"{name}~R{use}"))
             for use, pair in enumerate(uses)
         )
     lengths = _used_lengths(sides, [pair for uses in pairs.values() for pair in uses], set(dropped))

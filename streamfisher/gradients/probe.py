@@ -8,15 +8,17 @@ Those take a backward pass per sample.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from streamfisher.errors import CaptureError, LossError
-from streamfisher.gradients.candidates import NoiseSearch, groups_of, options_of
+from streamfisher.gradients.candidates import Candidate, NoiseSearch, groups_of, options_of
 from streamfisher.gradients.groups import Group
 from streamfisher.gradients.report import ParameterReport, ProbeReport
 from streamfisher.model_call import batch_size, sample_of
@@ -38,36 +40,118 @@ COUPLING = 1e-5
 class Reference:
     """Plain autograd on each sample alone."""
 
-    rows: list[dict[str, Tensor | None]]  # per sample: parameter -> flat gradient, None where it has none
+    rows: list[dict[str, Tensor | None]]  # per sample: parameter -> flat gradient, None where it has none; of one part
     norms: list[float]  # per sample: norm of the gradient over all trainable parameters
     losses: list[float]
-    squares: dict[str, float] = field(default_factory=dict)  # parameter -> squared norm over the samples
+    squares: dict[str, float]  # captured parameter -> squared norm over the samples
+    total: float  # squared norm over the samples and all trainable parameters
+
+    def of(self, engine: GradientEngine, samples: Sequence[Mapping[str, Any]], part: Sequence[str]) -> Reference:
+        """Return the same with the rows of one part."""
+        rows = [engine.plain_gradients(sample, names=part)[1] for sample in samples]
+        return dataclasses.replace(self, rows=rows)
 
 
-def run_probe(engine: GradientEngine, batch: Mapping[str, Any]) -> ProbeReport:
+def run_probe(engine: GradientEngine, batch: Mapping[str, Any], memory: int) -> ProbeReport:
     """Find the routing of every captured parameter and verify it.
+
+    Args:
+        engine: entered.
+        batch: the samples to probe with.
+        memory: bytes for gradients; parameters are probed in parts that fit.
 
     Raises:
         LossError: a sample's loss or gradient depends on the other samples of its batch, or on chance.
         CaptureError: a parameter disagrees on every path, the per-sample one included.
     """
     samples = [sample_of(batch, i) for i in range(batch_size(batch))]
-    reference, total_square = _reference(engine, samples)
+    parts = _parts(engine, len(samples), memory)
+    reference = _reference(engine, samples, parts)
     # A float64 model may compute its norms in float32: what plain autograd itself cannot repeat is no disagreement.
-    engine.noise = _check_independence(engine, batch, samples, reference)
+    engine.noise = _check_independence(engine, batch, samples, reference, parts)
     called = _called_modules(engine, samples[0])
     options = options_of(engine.model, engine.slots, called)
-    position = dict.fromkeys(options, 0)
+    groups: list[Group] = []
+    dropped: dict[str, str] = {}
+    for part in parts:
+        reference = reference if len(parts) == 1 else reference.of(engine, samples, part)
+        of_part, dropped_of_part = _route(engine, batch, part, reference, options)
+        groups += of_part
+        dropped |= dropped_of_part
+    engine.use_groups(groups, dropped)
+
+    reports = {}
+    for part in parts:
+        reference = reference if len(parts) == 1 else reference.of(engine, samples, part)
+        rows = engine.allocate(len(samples), part)
+        engine.rows(batch, rows)
+        for name in part:
+            agrees, error, noise = _compare(engine, rows, reference, name)
+            if not agrees:
+                raise CaptureError(
+                    f"The per-sample gradients of parameter {name!r} differ from plain autograd by {error:.1e} "
+                    "(relative) on every path. Exclude it, or report this model."
+                )
+            square = reference.squares[name]
+            reports[name] = ParameterReport(
+                name=name,
+                rule=_rule_name(name, groups, dropped),
+                numel=engine.parameters[name].numel,
+                error=error,
+                share=square / reference.total if reference.total else 0.0,
+                zero=square == 0.0,
+                noise=noise,
+                reason=dropped.get(name, ""),
+            )
+    captured = sum(info.numel for info in engine.parameters.values())
+    left_out = sum(parameter.numel() for parameter in engine.left_out.values())
+    return ProbeReport(
+        n_samples=len(samples),
+        tolerance=engine.tolerance,
+        parameters=reports,
+        excluded=dict(engine.excluded),
+        excluded_numel=left_out,
+        coverage_parameters=captured / (captured + left_out),
+        coverage_norm=sum(reference.squares.values()) / reference.total if reference.total else 1.0,
+        groups=tuple(group.to_dict() for group in groups),
+        notes=engine.notes,
+    )
+
+
+def _parts(engine: GradientEngine, n_samples: int, memory: int) -> list[list[str]]:
+    """Return the captured parameters in parts whose rows and references fit the memory, at least one each."""
+    each = (2 * n_samples + 2) * torch.finfo(engine.row_dtype).bits // 8
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, info in engine.parameters.items():
+        if parts[-1] and size + each * info.numel > memory:
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += each * info.numel
+    return parts
+
+
+def _route(
+    engine: GradientEngine,
+    batch: Mapping[str, Any],
+    part: Sequence[str],
+    reference: Reference,
+    options: Mapping[str, Sequence[Candidate]],
+) -> tuple[list[Group], dict[str, str]]:
+    """Return the groups that serve the parameters of a part, and the parameters that none serves, with reasons."""
+    slots = [slot for slot in engine.slots if slot.parameter in part]
+    position = dict.fromkeys((slot.name for slot in slots), 0)
     dropped: dict[str, str] = {}
     search = NoiseSearch()
-    rows = engine.allocate(len(samples))
+    rows = engine.allocate(len(reference.losses), part)
     singles = True
     groups: list[Group] = []
     if engine.loss.sequential:
-        dropped = dict.fromkeys(engine.parameters, "the model returns only a scalar loss")
+        dropped = dict.fromkeys(part, "the model returns only a scalar loss")
 
     while True:
-        active = [slot for slot in engine.slots if slot.parameter not in dropped]
+        active = [slot for slot in slots if slot.parameter not in dropped]
         chosen = {slot.name: options[slot.name][position[slot.name]] for slot in active}
         groups = groups_of(active, chosen)
         if not singles:
@@ -75,7 +159,7 @@ def run_probe(engine: GradientEngine, batch: Mapping[str, Any]) -> ProbeReport:
                 group.layouts = tuple(layout for layout in group.layouts if layout != "single")
                 group.expands = False
         engine.capture.install(groups)
-        names = [name for name in engine.parameters if name not in dropped]
+        names = [name for name in part if name not in dropped]
         try:
             failed = engine.learning_pass(batch, rows, names)
         except LossError:
@@ -109,41 +193,7 @@ def run_probe(engine: GradientEngine, batch: Mapping[str, Any]) -> ProbeReport:
             break
     for group in groups:
         group.settle()
-    engine.use_groups(groups, dropped)
-
-    engine.rows(batch, rows)
-    reports = {}
-    for name in engine.parameters:
-        agrees, error, noise = _compare(engine, rows, reference, name)
-        if not agrees:
-            raise CaptureError(
-                f"The per-sample gradients of parameter {name!r} differ from plain autograd by {error:.1e} (relative) "
-                "on every path. Exclude it, or report this model."
-            )
-        square = reference.squares[name]
-        reports[name] = ParameterReport(
-            name=name,
-            rule=_rule_name(name, groups, dropped),
-            numel=engine.parameters[name].numel,
-            error=error,
-            share=square / total_square if total_square else 0.0,
-            zero=square == 0.0,
-            noise=noise,
-            reason=dropped.get(name, ""),
-        )
-    captured = sum(info.numel for info in engine.parameters.values())
-    left_out = sum(parameter.numel() for parameter in engine.left_out.values())
-    return ProbeReport(
-        n_samples=len(samples),
-        tolerance=engine.tolerance,
-        parameters=reports,
-        excluded=dict(engine.excluded),
-        excluded_numel=left_out,
-        coverage_parameters=captured / (captured + left_out),
-        coverage_norm=sum(reference.squares.values()) / total_square if total_square else 1.0,
-        groups=tuple(group.to_dict() for group in groups),
-        notes=engine.notes,
-    )
+    return groups, dropped
 
 
 def _rule_name(name: str, groups: Iterable[Group], dropped: Mapping[str, str]) -> str:
@@ -153,26 +203,33 @@ def _rule_name(name: str, groups: Iterable[Group], dropped: Mapping[str, str]) -
     return "+".join(sorted(set(rules))) or "unreached"
 
 
-def _reference(engine: GradientEngine, samples: list[dict[str, Any]]) -> tuple[Reference, float]:
-    """Return plain autograd's gradients of each sample alone, and the squared norm over all trainable parameters."""
-    reference = Reference([], [], [])
-    total_square = 0.0
+def _reference(engine: GradientEngine, samples: list[dict[str, Any]], parts: Sequence[Sequence[str]]) -> Reference:
+    """Return losses and norms of plain autograd on each sample alone; its gradients too where there is one part."""
+    squares = dict.fromkeys(engine.parameters, 0.0)
+    rows, norms, losses = [], [], []
     for sample in samples:
-        loss, grads = engine.plain_gradients(sample, left_out=True)
-        square = sum(float(grad.double().square().sum()) for grad in grads.values() if grad is not None)
-        total_square += square
-        reference.rows.append({name: grads[name] for name in engine.parameters})
-        reference.norms.append(square**0.5)
-        reference.losses.append(float(loss))
-    for name in engine.parameters:
-        reference.squares[name] = sum(
-            float(rows[name].double().square().sum()) for rows in reference.rows if rows[name] is not None
-        )
-    return reference, total_square
+        whole = 0.0
+        for index, part in enumerate(parts):
+            loss, grads = engine.plain_gradients(sample, names=part, left_out=index == 0)
+            for name, grad in grads.items():
+                square = 0.0 if grad is None else float(grad.double().square().sum())
+                whole += square
+                if name in squares:
+                    squares[name] += square
+            if len(parts) == 1:
+                rows.append({name: grads[name] for name in part})
+            del grads
+        norms.append(whole**0.5)
+        losses.append(float(loss))
+    return Reference(rows, norms, losses, squares, sum(norm**2 for norm in norms))
 
 
 def _check_independence(
-    engine: GradientEngine, batch: Mapping[str, Any], samples: list[dict[str, Any]], reference: Reference
+    engine: GradientEngine,
+    batch: Mapping[str, Any],
+    samples: list[dict[str, Any]],
+    reference: Reference,
+    parts: Sequence[Sequence[str]],
 ) -> float:
     """Raise `LossError` if sample i's gradient in the batch is not its gradient alone; return the rounding between."""
     noise = 0.0
@@ -180,10 +237,11 @@ def _check_independence(
         return noise
     engine.noise = 0.0
     limit = max(engine.tolerance, COUPLING)
-    for i in range(len(samples)):
-        loss, grads = engine.plain_gradients(batch, index=i)
+    for i, part in itertools.product(range(len(samples)), parts):
+        loss, grads = engine.plain_gradients(batch, index=i, names=part)
+        alone = reference.rows[i] if len(parts) == 1 else engine.plain_gradients(samples[i], names=part)[1]
         worst = max(
-            (_error(grads[n], reference.rows[i][n], reference.norms[i], engine.floor) for n in engine.parameters),
+            (_error(grads[n], alone[n], reference.norms[i], engine.floor) for n in part),
             key=lambda pair: pair[0] if pair[1] else 0.0,
         )
         gap = abs(float(loss) - reference.losses[i]) / max(abs(reference.losses[i]), 1e-3)

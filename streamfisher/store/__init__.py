@@ -3,7 +3,7 @@
 from streamfisher.store.growth import grow_run, resume_differences, units_left
 from streamfisher.store.lock import RankLock, RunLock
 from streamfisher.store.manifest import Manifest, differences, model_fingerprint, model_manifest, versions
-from streamfisher.store.run_store import RunStore, UnitRecord
+from streamfisher.store.run_store import RunStore, UnitRecord, stage_of
 
 __all__ = [
     "Manifest",
@@ -16,6 +16,7 @@ __all__ = [
     "model_fingerprint",
     "model_manifest",
     "resume_differences",
+    "stage_of",
     "units_left",
     "versions",
 ]

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from streamfisher.errors import RunMismatchError
 from streamfisher.samples import Unit, make_units
 from streamfisher.store.durable import write_json
-from streamfisher.store.layout import node_name
 from streamfisher.store.manifest import Manifest, differences
+from streamfisher.store.names import node_name
 from streamfisher.store.run_store import RunStore
 
 
@@ -34,6 +34,12 @@ def resume_differences(stored: Manifest, now: Manifest, digest: Callable[[Unit],
         digests = [*digests, digest(Unit(full, full * rows, n))]
     first = dataclasses.replace(now, data={**now.data, "n_samples": n, "chunk_digests": digests})
     found = differences(stored, first)
+    if not found and (len(stored.waves) > 1 or "*" not in stored.layout.get("keep", ["*"])):
+        found = [
+            f"number of samples: {n} in the run, {now.data['n_samples']} now. Gradients of the run were deleted after "
+            "their Grams were built, and products of new samples with old ones need both, so only a run with "
+            "--keep-gradients all can grow"
+        ]
     if not found and stored.layout["centered"]:
         found = [
             f"number of samples: {n} in the run, {now.data['n_samples']} now. Its rows are stored centered, and with "
@@ -46,7 +52,7 @@ def units_left(store: RunStore, n_samples: int) -> int:
     """Return how many units of rows are to be computed once the run has `n_samples`."""
     units = make_units(n_samples, store.chunk_rows)
     kept = {unit.index for unit in store.units if units[unit.index] == unit}
-    return len(units) - len(store.done_units() & kept)
+    return len(units) - len(store.finished_units() & kept)
 
 
 def grow_run(store: RunStore, manifest: Manifest) -> RunStore:
@@ -67,7 +73,8 @@ def grow_run(store: RunStore, manifest: Manifest) -> RunStore:
         raise RunMismatchError(f"{store.path} holds centered rows and cannot grow: the mean would change.")
     n = manifest.data["n_samples"]
     for name in store.parameters:
-        _lengthen(store, f"gradients/{node_name(name)}", n)
+        if store.representation(name) == "dense":
+            _lengthen(store, f"gradients/{node_name(name)}", n)
     for what in ("loss", "n_targets", "valid", "squared_norm"):
         _lengthen(store, f"samples/{what}", n)
     if store.n_samples % store.chunk_rows:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from streamfisher.samples import make_units
 from streamfisher.store import codecs
 from streamfisher.store.durable import write_json
 from streamfisher.store.manifest import Manifest
+from streamfisher.store.names import node_name
 
 #: Columns of one product of the Gram; chunk widths are multiples of it.
 PANEL = 4096
@@ -29,14 +29,6 @@ def chunk_columns(n_columns: int, n_samples: int, chunk_rows: int, itemsize: int
     """
     width = min(_CHUNK_BYTES // (chunk_rows * itemsize), _SLAB_BYTES // (n_samples * 4))
     return min(n_columns, max(PANEL, width // PANEL * PANEL))
-
-
-def node_name(parameter: str) -> str:
-    """Return a parameter's name as one path component that cannot leave the folder or clash with Zarr's own names."""
-    name = quote(parameter, safe="")
-    if name.startswith("__") or set(name) <= {"."} or name == "zarr.json":
-        name = "%" + f"{ord(name[0]):02X}" + name[1:]
-    return name
 
 
 def create_run(path: Path, manifest: Manifest) -> None:
@@ -54,6 +46,8 @@ def create_run(path: Path, manifest: Manifest) -> None:
     dtype = parse_dtype(layout["dtype_store"])
     gradients = root.require_group("gradients")
     for item in manifest.parameters:
+        if manifest.representation(item["name"]) != "dense":
+            continue
         gradients.create_array(
             node_name(item["name"]),
             shape=(n, int(np.prod(item["shape"], dtype=np.int64))),
@@ -89,7 +83,7 @@ def check_free(path: Path) -> None:
         raise RunError(f"{path} is a file; --out names a folder that does not exist yet, or a run.")
     if path.is_dir() and any(path.iterdir()):
         ours = {"zarr.json", "gradients", "samples", "mean", "mean_parts", "gram", "gram_mean", "done"}
-        ours |= {"fields", "lock", "lock.ranks", "log.jsonl"}
+        ours |= {"factors", "fields", "lock", "lock.ranks", "log.jsonl"}
         foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
         if not foreign and (path / "zarr.json").exists() and not (path / "done").is_dir():
             foreign = ["another Zarr hierarchy"]

@@ -18,7 +18,9 @@ from streamfisher.offload import stored_tensor
 from streamfisher.sharding import class_of, whole
 
 FORMAT = "streamfisher-run"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: Version 1 knew rows only, one pass, and a Gram for each parameter: all of which a run without those keys has.
+_READ_VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Manifest:
     excluded: dict[str, str]  # parameter name -> why it is not captured
     data: dict[str, Any]  # n_samples, what N counts, chunk digests
     loss: dict[str, Any]  # which loss, and how it reduces
-    layout: dict[str, Any]  # rows per chunk, row and stored dtype, codec
+    layout: dict[str, Any]  # rows per chunk, dtypes, codec; waves, representation and Grams of the parameters
     probe: dict[str, Any]  # which rule serves which parameter, coverage, worst error
     versions: dict[str, str] = field(default_factory=dict)
     format: str = FORMAT
@@ -41,6 +43,25 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """Return the manifest as plain JSON values."""
         return dataclasses.asdict(self)
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of the captured parameters, in the model's order."""
+        return [item["name"] for item in self.parameters]
+
+    @property
+    def waves(self) -> list[list[str]]:
+        """Return the parameters of each wave."""
+        return self.layout.get("waves") or [self.names]
+
+    @property
+    def gram_members(self) -> dict[str, list[str]]:
+        """Return the parameters that each Gram sums over."""
+        return self.layout.get("grams") or {name: [name] for name in self.names}
+
+    def representation(self, name: str) -> str:
+        """Return how a parameter's gradients are held: 'dense' or 'factors'."""
+        return self.layout.get("representation", {}).get(name, "dense")
 
     def facts(self) -> dict[str, Any]:
         """Return what ranks must agree on, by short names."""
@@ -64,10 +85,11 @@ class Manifest:
         """
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise CorruptRunError("manifest.json is not the manifest of a streamfisher run.")
-        if values.get("format_version") != FORMAT_VERSION:
+        if values.get("format_version") not in _READ_VERSIONS:
             raise CorruptRunError(
                 f"the run has format version {values.get('format_version')!r} and this version of streamfisher reads "
-                f"{FORMAT_VERSION}; use the version that wrote it ({values.get('versions', {}).get('streamfisher')})."
+                f"{' and '.join(map(str, _READ_VERSIONS))}; use the version that wrote it "
+                f"({values.get('versions', {}).get('streamfisher')})."
             )
         names = {item.name for item in dataclasses.fields(cls)}
         missing = names - values.keys()

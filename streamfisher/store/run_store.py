@@ -3,6 +3,7 @@
     RUN.zarr/
       manifest.json            what the run is made of
       gradients/<parameter>    (N, P_k)   rows, in the stored dtype
+      factors/<wave>/...                  what rows are products of, see `factors.py`
       samples/loss             (N,)       float64
       samples/n_targets        (N,)       int64, target tokens
       samples/valid            (N,)       uint8, 0 where a sample was skipped
@@ -10,8 +11,8 @@
       fields/<name>            (N,)       float64, scalars that the data gives with every sample
       mean/<parameter>         (P_k,)     float64, only where rows are stored centered
       mean_parts/<parameter>   (units, P_k) float64 sums of the mean pass
-      gram/<parameter>         (N, N)     float64, of the rows as stored
-      gram_mean/<parameter>    (N + 1,)   float64, rows times the mean, and the mean's square (centered rows only)
+      gram/<key>               (N, N)     float64, of the rows as stored; a key is a parameter, or a group of them
+      gram_mean/<key>          (N + 1,)   float64, rows times the mean, and the mean's square (centered rows only)
       done/*.json              what is finished, with checksums
 
 Nothing counts as written until its marker exists; a chunk that is missing reads as NaN.
@@ -19,7 +20,7 @@ Nothing counts as written until its marker exists; a chunk that is missing reads
 
 from __future__ import annotations
 
-import warnings
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +33,21 @@ from torch import Tensor
 
 from streamfisher.config import parse_dtype
 from streamfisher.errors import CorruptRunError, RunError
+from streamfisher.gradients.factors import BatchFactors, matrix_shape
 from streamfisher.samples import Unit, make_units
 from streamfisher.store import codecs
+from streamfisher.store.arrays import write_array
 from streamfisher.store.durable import read_json, sweep_partials, write_json
-from streamfisher.store.layout import create_run, node_name
+from streamfisher.store.factored_rows import columns_of_segments
+from streamfisher.store.factors import FactorSide, Segment, delete_factors, segments_of, write_factors
+from streamfisher.store.grams import GramStore
+from streamfisher.store.layout import create_run
 from streamfisher.store.manifest import Manifest
+from streamfisher.store.names import node_name
+from streamfisher.waves import is_kept
 
-_GRAM_CHUNK = 1024
+#: Bytes of a slab of float64 rows that is formed from factors at a time.
+_FACTORED_SLAB = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -46,14 +55,16 @@ class UnitRecord:
     """What one unit of samples gave: everything that is written before its marker."""
 
     unit: Unit
-    rows: Mapping[str, Tensor]  # name -> (len(unit), P_k) on the CPU
+    rows: Mapping[str, Tensor]  # name -> (len(unit), P_k) on the CPU, of parameters that are held as rows
     losses: np.ndarray  # (len(unit),) float64
     n_targets: np.ndarray  # (len(unit),) int64
-    squared_norms: np.ndarray  # (len(unit), K) float64
+    squared_norms: Mapping[str, np.ndarray]  # name -> (len(unit),) float64, of all parameters of the pass
     skipped: Mapping[int, str]  # sample number -> why its row is zero and does not count
+    factors: Sequence[Mapping[str, Any]] = ()  # what `write_factors` returned for each batch
+    wave: int = 0
 
 
-class RunStore:
+class RunStore(GramStore):
     """An open run folder. Cheap to open and to pickle (workers open it again by its path)."""
 
     def __init__(self, path: str | Path):
@@ -75,6 +86,11 @@ class RunStore:
         self.row_dtype: torch.dtype = parse_dtype(self.manifest.layout["dtype_row"])
         self.centered: bool = self.manifest.layout["centered"]
         self.units = make_units(self.n_samples, self.chunk_rows)
+        self.waves = self.manifest.waves
+        self.gram_members = self.manifest.gram_members
+        self.keep: list[str] = self.manifest.layout.get("keep", ["*"])
+        self.batch_tokens: int = self.manifest.layout.get("batch_tokens", self.manifest.config["batch_tokens"])
+        self._entries: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._arrays: dict[str, zarr.Array] = {}
 
     def __reduce__(self) -> tuple[type[RunStore], tuple[Path]]:
@@ -90,10 +106,10 @@ class RunStore:
         create_run(Path(path), manifest)
         return cls(path)
 
-    # Units of gradient rows
+    # Units of gradients
 
     def done_units(self, stage: str = "rows") -> set[int]:
-        """Return the indices of the units of `stage` ('rows' or 'mean') whose markers exist."""
+        """Return the indices of the units of `stage` ('rows', 'mean', or `stage_of(wave)`) whose markers exist."""
         prefix = f"{stage}-"
         return {int(path.stem[len(prefix) :]) for path in (self.path / "done").glob(f"{prefix}*.json")}
 
@@ -102,30 +118,70 @@ class RunStore:
         done = self.done_units(stage)
         return [unit for unit in self.units if unit.index not in done]
 
+    def finished_units(self) -> set[int]:
+        """Return the indices of the units that are done in every wave."""
+        return set.intersection(*(self.done_units(stage_of(wave)) for wave in range(len(self.waves))))
+
+    @property
+    def is_collected(self) -> bool:
+        """Return whether every unit is done in every wave."""
+        return len(self.finished_units()) == len(self.units)
+
+    def write_factors(self, unit: Unit, batch: int, start: int, packed: BatchFactors, wave: int = 0) -> dict[str, Any]:
+        """Write the factors of one batch of a unit; return what belongs into the unit's record."""
+        folder = self._factor_folder(wave)
+        return write_factors(folder, unit.index, batch, start, packed, self.manifest.layout["codec"])
+
     def write_unit(self, record: UnitRecord) -> None:
-        """Write everything of a unit, then its marker."""
+        """Write everything of a unit in one wave, then its marker."""
+        wave = record.wave
         where = slice(record.unit.start, record.unit.stop)
         checksums = {}
-        for name in self.parameters:
-            stored = codecs.encode(record.rows[name], self.store_dtype)
+        for name, rows in record.rows.items():
+            stored = codecs.encode(rows, self.store_dtype)
             self._array(f"gradients/{node_name(name)}")[where] = stored
             checksums[name] = codecs.checksum(stored)
         valid = np.ones(len(record.unit), dtype=np.uint8)
         for sample in record.skipped:
             valid[sample - record.unit.start] = 0
+        norms = np.full((len(record.unit), len(self.parameters)), np.nan)
+        if len(self.waves) > 1:
+            valid, norms = self._of_other_waves(record.unit, wave, valid, norms)
+        columns = {name: column for column, name in enumerate(self.parameters)}
+        for name, values in record.squared_norms.items():
+            norms[:, columns[name]] = values
         self._array("samples/loss")[where] = record.losses
         self._array("samples/n_targets")[where] = record.n_targets
         self._array("samples/valid")[where] = valid
-        self._array("samples/squared_norm")[where] = record.squared_norms
-        self._mark(
-            f"rows-{record.unit.index:06d}",
-            {
-                "start": record.unit.start,
-                "stop": record.unit.stop,
-                "crc32c": checksums,
-                "skipped": {str(sample): reason for sample, reason in record.skipped.items()},
-            },
-        )
+        self._array("samples/squared_norm")[where] = norms
+        content = {
+            "start": record.unit.start,
+            "stop": record.unit.stop,
+            "crc32c": checksums,
+            "skipped": {str(sample): reason for sample, reason in record.skipped.items()},
+        }
+        if record.factors:
+            content["factors"] = list(record.factors)
+        self._entries.pop((wave, record.unit.index), None)
+        self._mark(f"{stage_of(wave)}-{record.unit.index:06d}", content)
+
+    def _of_other_waves(
+        self, unit: Unit, wave: int, valid: np.ndarray, norms: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Put what other waves have found beside this one's: norms of their parameters, and samples they skipped."""
+        where = slice(unit.start, unit.stop)
+        done = [w for w in range(len(self.waves)) if w != wave and unit.index in self.done_units(stage_of(w))]
+        try:
+            found = self._array("samples/squared_norm")[where]
+        except (ValueError, RuntimeError, OSError):  # damaged, and now written anew
+            found = norms
+        columns = {name: column for column, name in enumerate(self.parameters)}
+        for other in done:
+            places = [columns[name] for name in self.waves[other]]
+            norms[:, places] = found[:, places]
+            for sample in self.marker(unit, other)["skipped"]:
+                valid[int(sample) - unit.start] = 0
+        return valid, norms
 
     def write_mean_part(self, unit: Unit, sums: Mapping[str, np.ndarray], count: int) -> None:
         """Write the float64 sums of a unit's valid rows, then its marker (the mean pass)."""
@@ -148,24 +204,99 @@ class RunStore:
 
     # Reading rows (the interface that the Gram stage uses)
 
-    def chunk_columns(self, name: str) -> int:
-        """Return the columns of one stored chunk of a parameter."""
-        return self._array(f"gradients/{node_name(name)}").chunks[1]
+    def representation(self, name: str) -> str:
+        """Return how a parameter's gradients are held: 'dense' or 'factors'."""
+        return self.manifest.representation(name)
 
-    def columns(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return columns `start` to `stop` of all rows of a parameter, as stored: (N, stop - start) float32 or float64.
+    def chunk_columns(self, name: str) -> int:
+        """Return the columns of a parameter that are read together at no extra cost."""
+        if self.representation(name) == "dense":
+            return self._array(f"gradients/{node_name(name)}").chunks[1]
+        _, width = matrix_shape(self.shape(name))
+        return width * max(1, _FACTORED_SLAB // (8 * self.n_samples * width))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter."""
+        return next(tuple(item["shape"]) for item in self.manifest.parameters if item["name"] == name)
+
+    def columns(self, name: str, start: int, stop: int, rows: slice | None = None) -> np.ndarray:
+        """Return columns `start` to `stop` of a parameter's rows: (n, stop - start) float32 or float64.
+
+        Args:
+            name: of the parameter; whether it is held as rows or as factors makes no difference.
+            start: first column.
+            stop: one past the last column.
+            rows: consecutive samples; `None` means all N.
 
         Raises:
             CorruptRunError: a chunk fails its checksum.
+            RunError: the gradients were deleted after they were reduced.
         """
+        first, last, _ = (rows or slice(None)).indices(self.n_samples)
+        self._require_kept(name)
+        if self.representation(name) == "factors":
+            segments = self.segments(name)
+            shape = matrix_shape(self.shape(name))
+            return columns_of_segments(segments, shape, start, stop, first, last, self.numpy_row_dtype)
         try:
-            stored = self._array(f"gradients/{node_name(name)}")[: self.n_samples, start:stop]
+            stored = self._array(f"gradients/{node_name(name)}")[first:last, start:stop]
         except (ValueError, RuntimeError, OSError) as error:
             raise CorruptRunError(
                 f"{self.path}: a chunk of parameter {name} (columns {start} to {stop}) cannot be read: {error}. "
                 "Run `streamfisher verify` to find which samples are affected."
             ) from error
         return codecs.decode(stored, self.store_dtype)
+
+    def segments(self, name: str) -> list[Segment]:
+        """Return the factors of a parameter, in the order of the samples.
+
+        Raises:
+            CorruptRunError: a marker is damaged.
+            RunError: the gradients were deleted after they were reduced.
+        """
+        self._require_kept(name)
+        wave, found = self.wave_of(name), []
+        for unit in self.units:
+            found += segments_of(self._factor_folder(wave), name, unit.index, self.factor_entries(unit, wave))
+        return found
+
+    def factor_entries(self, unit: Unit, wave: int) -> list[dict[str, Any]]:
+        """Return what the marker of a unit says of its batches' factors; empty where it has none or is not done."""
+        if (wave, unit.index) not in self._entries:
+            if unit.index not in self.done_units(stage_of(wave)):
+                return []
+            self._entries[wave, unit.index] = self.marker(unit, wave).get("factors", [])
+        return self._entries[wave, unit.index]
+
+    def factor_checksums(self, unit: Unit, wave: int, name: str) -> list[tuple[FactorSide, int]]:
+        """Return every tensor that a parameter's factors are in, in one unit, with the checksum of its marker.
+
+        Raises:
+            CorruptRunError: the marker is damaged.
+        """
+        found = []
+        entries = self.marker(unit, wave).get("factors", [])
+        segments = iter(segments_of(self._factor_folder(wave), name, unit.index, entries))
+        for entry in entries:
+            for pair in entry["pairs"][name]:
+                segment = next(segments)
+                for key, side in zip(pair, (segment.left, segment.right), strict=True):
+                    found.append((side, entry["sides"][key]["crc32c"]))
+        return found
+
+    def bytes_of_rows(self, n_samples: int) -> int:
+        """Return what the gradients of so many samples take, uncompressed; factors as those of the first unit do."""
+        dense = sum(size for name, size in self.parameters.items() if self.representation(name) == "dense")
+        total = n_samples * dense * self.store_dtype.itemsize
+        for wave in range(len(self.waves)):
+            entries = self.factor_entries(self.units[0], wave)
+            total += int(sum(entry["bytes"] for entry in entries) * n_samples / len(self.units[0]))
+        return total
+
+    @property
+    def numpy_row_dtype(self) -> np.dtype:
+        """Return the dtype in which rows are formed, for numpy."""
+        return np.dtype("float64" if self.row_dtype == torch.float64 else "float32")
 
     def mean(self, name: str, start: int, stop: int) -> np.ndarray | None:
         """Return the mean gradient that was subtracted from the rows, float64; `None` where rows are uncentered."""
@@ -185,7 +316,7 @@ class RunStore:
     def write_fields(self, fields: Mapping[str, np.ndarray]) -> None:
         """Write what the data says of every sample, (N,) float64 each, for selecting samples later."""
         for name, values in fields.items():
-            self._write_array(f"fields/{node_name(name)}", values, ("sample",), {"field": name})
+            write_array(self.path, f"fields/{node_name(name)}", values, ("sample",), {"field": name})
 
     def fields(self) -> dict[str, np.ndarray]:
         """Return `{name: (N,) float64}`: per-sample facts to select by: the data's own scalars, `loss`, `n_targets`."""
@@ -201,13 +332,15 @@ class RunStore:
         Raises:
             RunError: the run is not fully collected; the message says how far it is.
         """
-        todo = self.todo()
-        if todo:
-            done = sum(len(unit) for unit in self.units) - sum(len(unit) for unit in todo)
-            raise RunError(
-                f"{self.path} is not finished: {done} of {self.n_samples} samples have gradients. "
-                "Run the command that made it again; it goes on where it stopped."
-            )
+        for wave in range(len(self.waves)):
+            todo = self.todo(stage_of(wave))
+            if todo:
+                done = self.n_samples - sum(len(unit) for unit in todo)
+                where = f" in wave {wave + 1} of {len(self.waves)}" if len(self.waves) > 1 else ""
+                raise RunError(
+                    f"{self.path} is not finished: {done} of {self.n_samples} samples have gradients{where}. "
+                    "Run the command that made it again; it goes on where it stopped."
+                )
 
     def read_unit(self, name: str, unit: Unit) -> np.ndarray:
         """Return one parameter's stored bits of a unit: (len(unit), P_k) in the stored dtype."""
@@ -217,13 +350,15 @@ class RunStore:
         """Return `loss`, `n_targets`, `valid` or `squared_norm` of the samples of a unit."""
         return self._array(f"samples/{what}")[unit.start : unit.stop]
 
-    def marker(self, unit: Unit) -> dict[str, Any]:
-        """Return the marker of a finished unit of rows."""
-        return read_json(self.path / "done" / f"rows-{unit.index:06d}.json")
+    def marker(self, unit: Unit, wave: int = 0) -> dict[str, Any]:
+        """Return the marker of a finished unit in one wave."""
+        return read_json(self.path / "done" / f"{stage_of(wave)}-{unit.index:06d}.json")
 
-    def forget_unit(self, unit: Unit) -> None:
-        """Remove the marker of a unit, so that the next run computes it again."""
-        (self.path / "done" / f"rows-{unit.index:06d}.json").unlink(missing_ok=True)
+    def forget_unit(self, unit: Unit, wave: int | None = None) -> None:
+        """Remove the markers of a unit, in one wave or in all, so that the next run computes it again."""
+        for index in range(len(self.waves)) if wave is None else (wave,):
+            (self.path / "done" / f"{stage_of(index)}-{unit.index:06d}.json").unlink(missing_ok=True)
+            self._entries.pop((index, unit.index), None)
 
     def per_sample(self, what: str) -> np.ndarray:
         """Return `loss`, `n_targets`, `valid` or `squared_norm` of all samples.
@@ -242,82 +377,58 @@ class RunStore:
     def skipped(self) -> dict[int, str]:
         """Return `{sample number: reason}` of the samples that do not count."""
         found: dict[int, str] = {}
-        for index in sorted(self.done_units()):
-            marker = read_json(self.path / "done" / f"rows-{index:06d}.json")
-            found |= {int(sample): reason for sample, reason in marker["skipped"].items()}
+        for wave in range(len(self.waves)):
+            for index in sorted(self.done_units(stage_of(wave))):
+                marker = self.marker(self.units[index], wave)
+                found = {int(sample): reason for sample, reason in marker["skipped"].items()} | found
         return found
 
-    # Grams
+    # Waves
 
-    def grams_done(self, settings: Mapping[str, Any]) -> set[str]:
-        """Return the parameters whose Gram exists for all samples and was made with `settings`."""
-        done = set()
-        for name in self.parameters:
-            path = self.path / "done" / f"gram-{node_name(name)}.json"
-            try:
-                marker = read_json(path) if path.is_file() else {}
-                if marker and marker["settings"] == dict(settings) and marker["n_samples"] == self.n_samples:
-                    done.add(name)
-            except (CorruptRunError, KeyError, TypeError):
-                continue  # a damaged marker is none: the Gram is built again
-        return done
+    def wave_of(self, name: str) -> int:
+        """Return the wave that captures a parameter."""
+        return next(index for index, names in enumerate(self.waves) if name in names)
 
-    def grams_of_fewer(self, settings: Mapping[str, Any]) -> dict[str, int]:
-        """Return the parameters whose Gram was made before the run grew, with how many of its rows are still those."""
-        found = {}
-        for name in self.parameters:
-            path = self.path / "done" / f"gram-{node_name(name)}.json"
-            try:
-                marker = read_json(path) if path.is_file() else {}
-                if marker and marker["settings"] == dict(settings) and marker["n_samples"] < self.n_samples:
-                    # A last unit that was not full has been computed again.
-                    found[name] = marker["n_samples"] // self.chunk_rows * self.chunk_rows
-            except (CorruptRunError, KeyError, TypeError):
-                continue  # built from scratch
-        return {name: rows for name, rows in found.items() if rows}
+    def is_deleted(self, name: str) -> bool:
+        """Return whether a parameter's gradients were deleted after they were reduced."""
+        return not is_kept(name, self.keep) and self._deleted_path(self.wave_of(name)).is_file()
 
-    def has_gram(self, name: str) -> bool:
-        """Return whether a parameter's Gram is marked as finished, whatever it was made with."""
-        return (self.path / "done" / f"gram-{node_name(name)}.json").is_file()
+    def delete_gradients(self, wave: int) -> None:
+        """Delete the gradients of a wave that are not to be kept; the marker comes first, so a kill ends it later."""
+        passing = [name for name in self.waves[wave] if not is_kept(name, self.keep)]
+        if not passing:
+            return
+        self._mark(f"deleted-{wave}", {"parameters": passing})
+        entries = [entry for unit in self.units for entry in self.factor_entries(unit, wave)]
+        keep = {key for entry in entries for key in self._kept_keys(entry)}
+        for name in passing:
+            self._arrays.pop(f"gradients/{node_name(name)}", None)
+            for chunks in (self.path / "gradients" / node_name(name)).glob("c*"):
+                shutil.rmtree(chunks, ignore_errors=True)
+        keys = {key for entry in entries for key in entry["sides"]}
+        delete_factors(self._factor_folder(wave), sorted(keys - keep))
 
-    def write_gram(
-        self, name: str, gram: np.ndarray, mean_products: np.ndarray | None, settings: Mapping[str, Any]
-    ) -> None:
-        """Write one parameter's Gram, (N, N) float64, then its marker."""
-        marker = self.path / "done" / f"gram-{node_name(name)}.json"
-        marker.unlink(missing_ok=True)
-        self._write_array(f"gram/{node_name(name)}", gram, ("sample", "sample_j"), {"parameter": name, **settings})
-        if mean_products is not None:
-            self._write_array(f"gram_mean/{node_name(name)}", mean_products, ("sample_and_mean",), {"parameter": name})
-        checksum = codecs.checksum(gram)
-        self._mark(marker.stem, {"settings": dict(settings), "n_samples": len(gram), "crc32c": checksum})
+    def want_gradients(self, wave: int) -> None:
+        """Take back that a wave's gradients were deleted, because they are collected again."""
+        self._deleted_path(wave).unlink(missing_ok=True)
 
-    def read_gram(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return one parameter's Gram (N, N) float64 and, for centered rows, its products with the mean (N + 1,).
+    def _kept_keys(self, entry: Mapping[str, Any]) -> set[str]:
+        return {
+            key for name, uses in entry["pairs"].items() if is_kept(name, self.keep) for pair in uses for key in pair
+        }
 
-        Raises:
-            CorruptRunError: it does not match the checksum it was written with.
-        """
-        marker = read_json(self.path / "done" / f"gram-{node_name(name)}.json")
-        try:
-            checksum = marker["crc32c"]
-            gram = zarr.open_array(self.path / "gram" / node_name(name), mode="r")[...]
-            products = None
-            if self.centered:
-                products = zarr.open_array(self.path / "gram_mean" / node_name(name), mode="r")[...]
-        except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
-            raise CorruptRunError(
-                f"{self.path}: the Gram of {name} cannot be read: {error}. `streamfisher gram --rebuild` remakes it."
-            ) from error
-        if codecs.checksum(gram) != checksum:
-            raise CorruptRunError(
-                f"{self.path}: the Gram of {name} is not what was written; `streamfisher gram --rebuild` remakes it."
+    def _deleted_path(self, wave: int) -> Path:
+        return self.path / "done" / f"deleted-{wave}.json"
+
+    def _factor_folder(self, wave: int) -> Path:
+        return self.path / "factors" / str(wave)
+
+    def _require_kept(self, name: str) -> None:
+        if self.is_deleted(name):
+            raise RunError(
+                f"{self.path}: the gradients of {name} were deleted after its Gram was built, to stay within the disk "
+                "budget. What needs rows needs a run with --keep-gradients all, or with a pattern that matches it."
             )
-        return gram, products
-
-    def forget_gram(self, name: str) -> None:
-        """Remove the marker of a Gram, so that it is built again."""
-        (self.path / "done" / f"gram-{node_name(name)}.json").unlink(missing_ok=True)
 
     def sweep(self) -> int:
         """Delete what interrupted writes left behind; only while holding the lock."""
@@ -338,22 +449,7 @@ class RunStore:
                 raise CorruptRunError(f"{self.path / path} is missing or damaged: {error}") from error
         return self._arrays[path]
 
-    def _write_array(
-        self, path: str, values: np.ndarray, dimensions: Sequence[str], attributes: Mapping[str, Any]
-    ) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", category=UserWarning)
-            array = zarr.create_array(
-                self.path,
-                name=path,
-                shape=values.shape,
-                chunks=tuple(min(size, _GRAM_CHUNK) for size in values.shape),
-                dtype="float64",
-                fill_value=float("nan"),
-                compressors=codecs.compressors("zstd", torch.float64),
-                dimension_names=tuple(dimensions),
-                attributes=dict(attributes),
-                config={"write_empty_chunks": True},
-                overwrite=True,
-            )
-        array[...] = values
+
+def stage_of(wave: int) -> str:
+    """Return the name of the stage of markers that a wave's units have."""
+    return "rows" if wave == 0 else f"rows.{wave}"

@@ -522,3 +522,19 @@ def test_a_pass_that_captures_only_the_top_stops_there():
         handle.remove()
     assert torch.equal(out["head.weight"], rows["head.weight"])
     assert not seen
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_probe_in_parts_finds_what_a_probe_at_once_finds(tied):
+    model, batch = double(Model(tied=tied)), batch_of()
+    loss = resolve_loss(model, batch)
+    with GradientEngine(model, loss, exclude=["norm.bias"]) as engine:
+        at_once = engine.probe(batch, memory=1 << 30).to_dict()
+        in_parts = engine.probe(batch, memory=1).to_dict()  # a parameter at a time
+    by_site = [sorted(found.pop("groups"), key=json.dumps) for found in (at_once, in_parts)]
+    assert len(by_site[1]) >= len(by_site[0])
+    assert at_once["parameters"].keys() == in_parts["parameters"].keys()
+    for name, expected in at_once["parameters"].items():
+        found = in_parts["parameters"][name]
+        assert (found["rule"], found["share"]) == (expected["rule"], pytest.approx(expected["share"], rel=1e-12))
+    assert in_parts["coverage_norm"] == pytest.approx(at_once["coverage_norm"], rel=1e-12)

@@ -1,0 +1,181 @@
+"""Factors of gradients on disk: each tensor of each batch once, positions of all samples one after the other.
+
+    factors/<wave>/<tensor>/<unit>-<batch>    (sum_i T_i, width) in the model's dtype, or (sum_i T_i,) int32 token ids
+
+Which tensors make up which parameter, and how many positions each sample has, is in the marker of the unit.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import torch
+import zarr
+
+from streamfisher.config import Codec, dtype_name, parse_dtype
+from streamfisher.errors import CorruptRunError
+from streamfisher.gradients.factors import BatchFactors
+from streamfisher.store import codecs
+from streamfisher.store.names import node_name
+
+_CHUNK_COLUMNS = 1024
+_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class FactorSide:
+    """One factor of a batch: an array that is read by columns."""
+
+    path: Path
+    shape: tuple[int, ...]  # (sum_i T_i, width), or (sum_i T_i,) for ids
+    dtype: torch.dtype | None  # of the values; None: ids
+
+    @property
+    def width(self) -> int:
+        """Return the values per position, 1 for ids."""
+        return self.shape[1] if len(self.shape) > 1 else 1
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return columns `start` to `stop` of all positions, float32 or float64; or all ids, int64.
+
+        Raises:
+            CorruptRunError: a chunk is missing or fails its checksum.
+        """
+        if self.shape[0] == 0:
+            return (
+                np.zeros((0, (self.width if stop is None else stop) - start)) if self.dtype else np.zeros(0, np.int64)
+            )
+        stored = self.read_stored(start, stop)
+        return stored.astype(np.int64) if self.dtype is None else codecs.decode(stored, self.dtype)
+
+    def read_stored(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the stored bits of columns `start` to `stop`, or of the ids.
+
+        Raises:
+            CorruptRunError: a chunk is missing or fails its checksum, or the array is of another shape.
+        """
+        try:
+            array = zarr.open_array(self.path, mode="r")
+            if array.shape != self.shape:
+                raise CorruptRunError(f"{self.path} has the shape {array.shape} where {self.shape} was written.")
+            return array[:, start:stop] if len(self.shape) > 1 else array[...]
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
+            if isinstance(error, CorruptRunError):
+                raise
+            raise CorruptRunError(
+                f"{self.path} cannot be read: {error}. `streamfisher verify` finds what is affected."
+            ) from error
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One use of a parameter by consecutive samples: `g_i = sum_t L_it^T R_it` over each sample's own positions."""
+
+    start: int  # first sample
+    lengths: tuple[int, ...]  # T_i of each sample
+    left: FactorSide
+    right: FactorSide
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Return where each sample's positions begin, and where the last ones end: (n + 1,) int64."""
+        return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+
+
+def write_factors(
+    folder: Path, unit: int, batch: int, start: int, packed: BatchFactors, codec: Codec
+) -> dict[str, Any]:
+    """Write a batch's factors into a wave's folder and return what the unit's marker must say of them.
+
+    Args:
+        folder: of the wave.
+        unit: index of the unit.
+        batch: of the batch in the unit.
+        start: the batch's first sample.
+        packed: on the CPU.
+        codec: of the values.
+    """
+    sides, size = {}, 0
+    for key, tensor in packed.tensors.items():
+        dtype = None if tensor.dim() == 1 else tensor.dtype
+        stored = tensor.to(torch.int32).numpy() if dtype is None else codecs.encode(tensor, dtype)
+        if stored.shape[0]:
+            _write(folder / node_name(key) / f"{unit:06d}-{batch:04d}", stored, dtype, codec)
+        size += stored.nbytes
+        sides[key] = {
+            "shape": list(stored.shape),
+            "dtype": None if dtype is None else dtype_name(dtype),
+            "lengths": list(packed.lengths[key]),
+            "crc32c": codecs.checksum(stored),
+        }
+    pairs = {name: [list(pair) for pair in uses] for name, uses in packed.pairs.items()}
+    return {"start": start, "bytes": size, "sides": sides, "pairs": pairs}
+
+
+def _write(path: Path, stored: np.ndarray, dtype: torch.dtype | None, codec: Codec) -> None:
+    columns = min(stored.shape[1], _CHUNK_COLUMNS) if stored.ndim > 1 else 1
+    rows = max(1, min(stored.shape[0], _CHUNK_BYTES // (columns * stored.itemsize)))
+    fill = codecs.fill_value(dtype) if dtype is not None else -1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=UserWarning)
+        array = zarr.create_array(
+            path,
+            shape=stored.shape,
+            chunks=(rows, columns)[: stored.ndim],
+            dtype=stored.dtype,
+            fill_value=fill,
+            compressors=codecs.compressors("zstd" if dtype is None else codec, dtype or torch.float32),
+            dimension_names=("position", "element")[: stored.ndim],
+            attributes={"logical_dtype": "token id" if dtype is None else dtype_name(dtype)},
+            config={"write_empty_chunks": True},
+            overwrite=True,
+        )
+    array[...] = stored
+
+
+def segments_of(folder: Path, name: str, unit: int, entries: Sequence[Mapping[str, Any]]) -> list[Segment]:
+    """Return the uses of a parameter in a unit, from what the unit's marker says.
+
+    Raises:
+        CorruptRunError: the marker does not know the parameter, or contradicts itself.
+    """
+    found = []
+    try:
+        for batch, entry in enumerate(entries):
+            for left, right in entry["pairs"][name]:
+                lengths = tuple(entry["sides"][left]["lengths"])
+                sides = []
+                for key in (left, right):
+                    side = entry["sides"][key]
+                    path = folder / node_name(key) / f"{unit:06d}-{batch:04d}"
+                    sides.append(FactorSide(path, tuple(side["shape"]), parse_dtype(side["dtype"], key)))
+                    if tuple(side["lengths"]) != lengths or side["shape"][0] != sum(lengths):
+                        raise CorruptRunError(f"the marker of unit {unit} contradicts itself about {key}.")
+                found.append(Segment(int(entry["start"]), lengths, *sides))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CorruptRunError(f"the marker of unit {unit} says nothing usable of the factors of {name}.") from error
+    return found
+
+
+def checksum_of(side: FactorSide) -> int:
+    """Return the CRC-32C of a tensor's stored bytes.
+
+    Raises:
+        CorruptRunError: it cannot be read.
+    """
+    return codecs.checksum(side.read_stored()) if side.shape[0] else google_crc32c.value(b"")
+
+
+def delete_factors(folder: Path, keys: Iterable[str]) -> None:
+    """Delete tensors of a wave, those that are not there included."""
+    for key in keys:
+        shutil.rmtree(folder / node_name(key), ignore_errors=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

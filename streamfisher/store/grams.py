@@ -1,0 +1,108 @@
+"""The Grams of a run: one for each Gram key, a parameter by default, or a group of them; each with its marker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from streamfisher.errors import CorruptRunError
+from streamfisher.store import codecs
+from streamfisher.store.arrays import write_array
+from streamfisher.store.durable import read_json, write_json
+from streamfisher.store.names import node_name
+
+
+class GramStore:
+    """What a `RunStore` does with Grams."""
+
+    path: Path
+    n_samples: int
+    chunk_rows: int
+    centered: bool
+    gram_members: dict[str, list[str]]  # Gram key -> the parameters it sums over
+
+    def grams_done(self, settings: Mapping[str, Any]) -> set[str]:
+        """Return the keys whose Gram exists for all samples and was made with `settings`."""
+        done = set()
+        for key in self.gram_members:
+            marker = self._gram_marker(key)
+            if marker and marker.get("settings") == dict(settings) and marker.get("n_samples") == self.n_samples:
+                done.add(key)
+        return done
+
+    def grams_of_fewer(self, settings: Mapping[str, Any]) -> dict[str, int]:
+        """Return the keys whose Gram was made before the run grew, with how many of its rows are still those."""
+        found = {}
+        for key in self.gram_members:
+            marker = self._gram_marker(key)
+            n_samples = marker.get("n_samples")
+            if marker.get("settings") == dict(settings) and isinstance(n_samples, int) and n_samples < self.n_samples:
+                # A last unit that was not full has been computed again.
+                found[key] = n_samples // self.chunk_rows * self.chunk_rows
+        return {key: rows for key, rows in found.items() if rows}
+
+    def has_gram(self, key: str) -> bool:
+        """Return whether a Gram is marked as finished, whatever it was made with."""
+        return self._marker_path(key).is_file()
+
+    def write_gram(
+        self, key: str, gram: np.ndarray, mean_products: np.ndarray | None, settings: Mapping[str, Any]
+    ) -> None:
+        """Write one Gram, (N, N) float64, then its marker."""
+        self.forget_gram(key)
+        node = node_name(key)
+        members = self.gram_members[key]
+        facts = {"parameter": key, **({"parameters": members} if members != [key] else {})}
+        write_array(self.path, f"gram/{node}", gram, ("sample", "sample_j"), {**facts, **settings})
+        if mean_products is not None:
+            write_array(self.path, f"gram_mean/{node}", mean_products, ("sample_and_mean",), facts)
+        content = {"settings": dict(settings), "n_samples": len(gram), "crc32c": codecs.checksum(gram)}
+        write_json(self._marker_path(key), content)
+
+    def read_gram(self, key: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return one Gram (N, N) float64 and, for centered rows, its products with the mean (N + 1,).
+
+        Raises:
+            CorruptRunError: it does not match the checksum it was written with.
+        """
+        marker = read_json(self._marker_path(key))
+        try:
+            checksum = marker["crc32c"]
+            gram = zarr.open_array(self.path / "gram" / node_name(key), mode="r")[...]
+            products = None
+            if self.centered:
+                products = zarr.open_array(self.path / "gram_mean" / node_name(key), mode="r")[...]
+        except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+            raise CorruptRunError(
+                f"{self.path}: the Gram of {key} cannot be read: {error}. `streamfisher gram --rebuild` remakes it."
+            ) from error
+        if codecs.checksum(gram) != checksum:
+            raise CorruptRunError(
+                f"{self.path}: the Gram of {key} is not what was written; `streamfisher gram --rebuild` remakes it."
+            )
+        return gram, products
+
+    def forget_gram(self, key: str) -> None:
+        """Remove the marker of a Gram, so that it is built again."""
+        self._marker_path(key).unlink(missing_ok=True)
+
+    def keys_of(self, parameters: Sequence[str]) -> list[str]:
+        """Return the Gram keys that any of these parameters is part of."""
+        wanted = set(parameters)
+        return [key for key, members in self.gram_members.items() if wanted.intersection(members)]
+
+    def _marker_path(self, key: str) -> Path:
+        return self.path / "done" / f"gram-{node_name(key)}.json"
+
+    def _gram_marker(self, key: str) -> dict[str, Any]:
+        """Return what the marker says; a damaged marker is none: the Gram is built again."""
+        path = self._marker_path(key)
+        try:
+            marker = read_json(path) if path.is_file() else {}
+        except CorruptRunError:
+            return {}
+        return marker if isinstance(marker, dict) else {}

@@ -1,0 +1,278 @@
+"""Gradients held as factors: the same numbers as rows, however they are reduced, read or kept."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import streamfisher as sf
+from streamfisher import factor_gram
+from streamfisher.blocks import assign_blocks, group_blocks
+from streamfisher.errors import ConfigError, CorruptRunError
+from streamfisher.products import NumpySum, TorchSum
+from streamfisher.verify import verify
+
+
+def llama(tied=False, seed=0):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=50,
+        tie_word_embeddings=tied,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def gpt2():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=32)
+    )
+
+
+def convolution():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3))
+
+
+def sequences(n=11, vocabulary=50):
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(3, 12, (n,), generator=generator)
+    return [{"input_ids": torch.randint(1, vocabulary, (int(length),), generator=generator)} for length in lengths]
+
+
+def images(n=11):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 1, 8, 8, generator=generator, dtype=torch.float64)
+    return {"input": x, "labels": torch.randint(0, 3, (n,), generator=generator)}
+
+
+MODELS = {
+    "llama": (llama, sequences),
+    "tied": (lambda: llama(tied=True), sequences),
+    "gpt2": (gpt2, sequences),
+    "convolution": (convolution, images),
+}
+
+
+def collected(path, model, samples, **options):
+    settings = {"chunk_size": 4, "batch_tokens": 25, "dtype_compute": "float64"} | options
+    return sf.collect(model.double(), samples, path, config=sf.SpectralConfig(**settings))
+
+
+def both(tmp_path, name, **options):
+    make, data = MODELS[name]
+    dense = collected(tmp_path / "dense.zarr", make(), data(), representation="dense", **options)
+    factored = collected(tmp_path / "factors.zarr", make(), data(), representation="factors", **options)
+    assert any(factored.store.representation(p) == "factors" for p in factored.parameters)
+    return dense, factored
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_spectra_from_factors_equal_those_from_rows(tmp_path, name):
+    dense, factored = both(tmp_path, name)
+    for structure in ("layer", "module", "parameter", "none"):
+        for center in (False, True):
+            expected, found = dense.spectrum(structure, center), factored.spectrum(structure, center)
+            for key, block in expected.blocks.items():
+                values = found.blocks[key].eigenvalues
+                assert np.abs(values - block.eigenvalues).max() <= 1e-12 * max(block.eigenvalues[0], 1e-300)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_columns_of_factors_are_columns_of_rows(tmp_path, name):
+    dense, factored = both(tmp_path, name)
+    for parameter, size in dense.parameters.items():
+        for start, stop in ((0, size), (size // 3, size // 3 + 5), (size - 1, size)):
+            for rows in (None, slice(2, 9)):
+                expected = dense.store.columns(parameter, start, stop, rows)
+                found = factored.store.columns(parameter, start, stop, rows)
+                np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13, err_msg=parameter)
+    expected, found = dense.store.per_sample("squared_norm"), factored.store.per_sample("squared_norm")
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-25)
+
+
+def test_the_shared_input_of_several_layers_is_stored_once(tmp_path):
+    _, factored = both(tmp_path, "llama")
+    entry = factored.store.factor_entries(factored.store.units[0], 0)[0]
+    right = {name: uses[0][1] for name, uses in entry["pairs"].items()}
+    attention, mlp = "model.layers.0.self_attn.{}_proj.weight", "model.layers.0.mlp.{}_proj.weight"
+    assert right[attention.format("q")] == right[attention.format("k")] == right[attention.format("v")]
+    assert right[mlp.format("gate")] == right[mlp.format("up")] != right[mlp.format("down")]
+    assert entry["sides"][f"{'model.embed_tokens.weight'}~L0"]["dtype"] is None
+
+
+def kernels(segments, shape, n, known=0, budget=1 << 30):
+    slabs = NumpySum(n, known)
+    factor_gram.add_slabs(segments, shape, n, slabs, dtype=np.dtype("float64"), budget=budget)
+    torch_slabs = TorchSum(n, known, torch.device("cpu"))
+    factor_gram.add_slabs(segments, shape, n, torch_slabs, dtype=np.dtype("float64"), budget=budget)
+    pairwise = factor_gram.pairwise_gram(segments, n, known=known, budget=budget)
+    found = {"slabs": slabs.result(), "torch slabs": torch_slabs.result(), "pairwise": pairwise}
+    if all(segment.left.dtype is None for segment in segments):
+        found["tokens"] = factor_gram.token_gram(segments, n, known=known, budget=budget)
+    return found
+
+
+@pytest.mark.parametrize("known", [0, 6])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_kernel_gives_the_gram_of_the_rows(tmp_path, name, known):
+    dense, factored = both(tmp_path, name)
+    n = dense.n_samples
+    for parameter, size in dense.parameters.items():
+        if factored.store.representation(parameter) == "dense":
+            continue
+        rows = dense.store.columns(parameter, 0, size)
+        expected = (rows @ rows.T)[known:]
+        shape = (factored.store.shape(parameter)[0], size // factored.store.shape(parameter)[0])
+        for kernel, found in kernels(factored.store.segments(parameter), shape, n, known).items():
+            np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12 * expected.max(), err_msg=kernel)
+
+
+def test_slabs_have_the_same_bits_within_any_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr(factor_gram, "RIGHT_COLUMNS", 8)
+    monkeypatch.setattr(factor_gram, "_SLAB_BYTES", 4096)
+    monkeypatch.setattr(factor_gram, "PANEL", 24)
+    _, factored = both(tmp_path, "llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    segments, shape, n = factored.store.segments(name), (24, 16), factored.n_samples
+    positions = sum(sum(segment.lengths) for segment in segments)
+    least, whole = factor_gram.slab_memory(positions, shape, n, 8)
+    assert least < whole
+    found = [kernels(segments, shape, n, budget=budget)["slabs"] for budget in (least, (least + whole) // 2, whole)]
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+    with pytest.raises(sf.errors.CapacityError, match=r"a slab of 11 rows formed from .* needs .* and the budget"):
+        kernels(segments, shape, n, budget=least - 1)
+
+
+def test_a_budget_that_holds_no_batch_reads_them_again(tmp_path):
+    _, factored = both(tmp_path, "llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    segments, n = factored.store.segments(name), factored.n_samples
+    held = factor_gram.pairwise_gram(segments, n, budget=1 << 30)
+    assert np.array_equal(held, factor_gram.pairwise_gram(segments, n, budget=1))
+
+
+def test_the_cheaper_kernel_is_chosen():
+    few, many = (
+        factor_gram.kernel_operations(64, (4096, 4096), 64),
+        factor_gram.kernel_operations(128 * 512, (4096, 4096), 128),
+    )
+    assert few[1] < few[0] / 50  # one position for each sample
+    assert many[0] < many[1]
+
+
+def test_auto_takes_the_smaller_and_leaves_small_tensors_as_rows(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 300), nn.Tanh(), nn.Linear(300, 300), nn.Tanh(), nn.Linear(300, 2))
+    generator = torch.Generator().manual_seed(0)
+    data = {"input": torch.randn(6, 3, generator=generator), "labels": torch.randn(6, 2, generator=generator)}
+    run = sf.collect(model, data, tmp_path / "run.zarr", config=sf.SpectralConfig())
+    assert [name for name in run.parameters if run.store.representation(name) == "factors"] == ["2.weight"]
+    dense = sf.collect(model, data, tmp_path / "d.zarr", config=sf.SpectralConfig(representation="dense"))
+    assert run.store.bytes_on_disk() < dense.store.bytes_on_disk() / 5
+    expected, found = dense.spectrum("none").global_.eigenvalues, run.spectrum("none").global_.eigenvalues
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_bf16_model_keeps_the_operands_of_autograd_exactly(tmp_path):
+    model = llama().bfloat16()
+    config = sf.SpectralConfig(representation="factors", chunk_size=4)
+    run = sf.collect(model, sequences(), tmp_path / "run.zarr", config=config)
+    segment = run.store.segments("model.layers.0.mlp.up_proj.weight")[0]
+    assert segment.left.dtype == segment.right.dtype == torch.bfloat16
+    dense = sf.collect(
+        llama().bfloat16(), sequences(), tmp_path / "d.zarr", config=sf.SpectralConfig(representation="dense")
+    )
+    expected, found = dense.spectrum("none").global_.eigenvalues, run.spectrum("none").global_.eigenvalues
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * expected[0])
+
+
+def test_a_skipped_sample_has_no_positions(tmp_path):
+    data = images()
+    data["input"][5] = float("nan")
+    options = {"chunk_size": 4, "on_nonfinite": "skip", "dtype_compute": "float64"}
+    runs = [
+        sf.collect(
+            convolution().double(), data, tmp_path / held, config=sf.SpectralConfig(representation=held, **options)
+        )
+        for held in ("dense", "factors")
+    ]
+    assert list(runs[1].store.skipped()) == [5]
+    assert all(segment.lengths[5 - segment.start] == 0 for segment in runs[1].store.segments("0.weight")[1:2])
+    expected, found = (run.spectrum("none").global_.eigenvalues for run in runs)
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_centered_rows_are_never_factors(tmp_path):
+    run = collected(tmp_path / "run.zarr", llama(), sequences(), store_centered=True)
+    assert all(run.store.representation(name) == "dense" for name in run.parameters)
+    with pytest.raises(ConfigError, match=r"representation='factors' .* store_centered=True use 'dense'"):
+        collected(tmp_path / "other.zarr", llama(), sequences(), store_centered=True, representation="factors")
+
+
+def test_a_grown_run_of_factors_equals_a_whole_one(tmp_path):
+    options = {"representation": "factors"}
+    collected(tmp_path / "run.zarr", llama(), sequences()[:6], **options).build_grams()
+    grown = collected(tmp_path / "run.zarr", llama(), sequences(), **options)
+    whole = collected(tmp_path / "whole.zarr", llama(), sequences(), **options)
+    for name in whole.parameters:
+        grown.build_grams()
+        whole.build_grams()
+        np.testing.assert_allclose(grown.gram(name), whole.gram(name), rtol=1e-11, atol=1e-13)
+
+
+def test_altered_factors_are_found_named_and_computed_again(tmp_path):
+    run = collected(tmp_path / "run.zarr", llama(), sequences(), representation="factors")
+    before = run.spectrum("none").global_.eigenvalues
+    side = run.store.segments("model.layers.0.mlp.up_proj.weight")[1].left
+    chunk = next(path for path in side.path.rglob("*") if path.is_file() and path.name != "zarr.json")
+    content = bytearray(chunk.read_bytes())
+    content[len(content) // 2] ^= 1
+    chunk.write_bytes(bytes(content))
+    for name in run.store.gram_members:
+        run.store.forget_gram(name)
+    with pytest.raises(CorruptRunError, match="cannot be read"):
+        sf.open_run(run.path).spectrum("none")
+    problems = verify(sf.open_run(run.path))
+    assert [(p.what, p.parameter, p.first_sample) for p in problems] == [
+        ("factors", "model.layers.0.mlp.up_proj.weight", segment_start(run, 1))
+    ]
+    again = collected(run.path, llama(), sequences(), representation="factors")
+    assert not verify(again)
+    assert np.array_equal(again.spectrum("none").global_.eigenvalues, before)
+
+
+def segment_start(run, index):
+    """Return the first sample of the unit that a segment of samples lies in."""
+    start = run.store.segments("model.layers.0.mlp.up_proj.weight")[index].start
+    return start // run.store.chunk_rows * run.store.chunk_rows
+
+
+def test_eigenvectors_and_exports_do_not_see_the_difference(tmp_path):
+    dense, factored = both(tmp_path, "llama")
+    expected = dense.eigenvectors("layer_0", 3, block_structure="layer")
+    found = factored.eigenvectors("layer_0", 3, block_structure="layer")
+    np.testing.assert_allclose(found.eigenvalues, expected.eigenvalues, rtol=1e-10)
+    for name, vectors in expected.tensors().items():
+        assert torch.allclose(found.tensors()[name], vectors, atol=1e-9)
+
+
+def test_coarser_grams_answer_what_they_can(tmp_path):
+    fine = collected(tmp_path / "fine.zarr", llama(), sequences(), representation="factors")
+    coarse = collected(tmp_path / "coarse.zarr", llama(), sequences(), representation="factors", gram_per="layer")
+    assert set(coarse.store.gram_members) == set(group_blocks(assign_blocks(coarse.parameters, "layer")))
+    for structure in ("layer", "none"):
+        expected, found = fine.spectrum(structure), coarse.spectrum(structure)
+        assert list(found.blocks) == list(expected.blocks)
+        for key, block in expected.blocks.items():
+            assert found.blocks[key].n_params == block.n_params
+            np.testing.assert_allclose(found.blocks[key].eigenvalues, block.eigenvalues, rtol=1e-9, atol=1e-13)
+    with pytest.raises(ConfigError, match=r"one Gram per layer.*Possible: layer, none"):
+        coarse.spectrum("module")
+    assert len(coarse.eigenvectors("layer_0", 2, block_structure="layer")) == 2

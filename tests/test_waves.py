@@ -1,0 +1,227 @@
+"""Waves: within a disk budget the parameters take turns, and the result is that of one pass."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from test_factors import llama, sequences
+
+import streamfisher as sf
+from streamfisher import reduction
+from streamfisher.errors import CapacityError, ConfigError, RunError, RunMismatchError
+from streamfisher.shapes import Factor, GradientShape
+from streamfisher.store import RunStore
+from streamfisher.verify import verify
+from streamfisher.waves import WaveLimits, WaveSizes, cut_waves
+
+GRAMS = 8 * 11**2 * 21  # bytes of the Grams of 11 samples of the tiny Llama
+
+
+def collected(path, *, model=None, samples=None, **options):
+    settings = {"chunk_size": 4, "batch_tokens": 25, "dtype_compute": "float64"} | options
+    model = llama() if model is None else model
+    samples = sequences() if samples is None else samples
+    return sf.collect(model.double(), samples, path, config=sf.SpectralConfig(**settings))
+
+
+@pytest.fixture(scope="module", params=["dense", "factors"])
+def whole(request, tmp_path_factory):
+    run = collected(tmp_path_factory.mktemp("whole") / "run.zarr", representation=request.param)
+    run.spectrum("layer")
+    return run
+
+
+def held_as(run):
+    return run.manifest.config["representation"]
+
+
+def budget(whole, share=0.4):
+    return GRAMS + int(share * whole.store.bytes_of_rows(11))
+
+
+def test_the_result_of_waves_is_that_of_one_pass(whole, tmp_path):
+    run = collected(tmp_path / "run.zarr", representation=held_as(whole), disk_budget=budget(whole))
+    assert len(run.store.waves) > 2
+    assert [name for names in run.store.waves for name in names] == list(run.parameters)
+    assert run.info()["complete"] and run.info()["grams_done"] == len(run.parameters)
+    assert run.info()["gradients_deleted"] == list(run.parameters)
+    for name in run.parameters:
+        assert np.array_equal(run.gram(name), whole.gram(name)), name
+    for what in ("loss", "n_targets", "valid", "squared_norm"):
+        assert np.array_equal(run.store.per_sample(what), whole.store.per_sample(what)), what
+    assert run.spectrum("module").to_dict()["global"] == whole.spectrum("module").to_dict()["global"]
+    assert not verify(run)
+
+
+def test_what_is_on_disk_stays_within_the_budget(whole, tmp_path, monkeypatch):
+    limit = budget(whole)
+    seen = []
+    delete = RunStore.delete_gradients
+
+    def watch(store, wave):
+        arrays = [p for folder in ("gradients", "factors", "gram") for p in (store.path / folder).rglob("c/**/*")]
+        seen.append(sum(path.stat().st_size for path in arrays if path.is_file()))
+        delete(store, wave)
+
+    monkeypatch.setattr(RunStore, "delete_gradients", watch)
+    # Raw, because a budget is kept whatever the codec makes of the numbers.
+    run = collected(tmp_path / "run.zarr", representation=held_as(whole), disk_budget=limit, codec="raw")
+    assert len(seen) == len(run.store.waves) and max(seen) <= limit + 4 * 4000  # a checksum ends every chunk
+    assert not (run.path / "factors").exists() or not any((run.path / "factors").rglob("c/*"))
+
+
+def test_gradients_that_match_a_pattern_are_kept(whole, tmp_path):
+    kept = "model.layers.0.*"
+    run = collected(
+        tmp_path / "run.zarr", representation=held_as(whole), keep_gradients=[kept], disk_budget=budget(whole, 0.7)
+    )
+    stays = [name for name in run.parameters if name.startswith("model.layers.0.")]
+    assert run.info()["gradients_deleted"] == [name for name in run.parameters if name not in stays]
+    for name in stays:
+        expected = whole.store.columns(name, 0, whole.parameters[name])
+        assert np.array_equal(run.store.columns(name, 0, run.parameters[name]), expected)
+    assert len(run.eigenvectors("layer_0", 2, block_structure="layer")) == 2
+    with pytest.raises(RunError, match=r"gradients of lm_head.weight were deleted .*--keep-gradients all"):
+        run.store.columns("lm_head.weight", 0, 5)
+    with pytest.raises(RunError, match="were deleted"):
+        run.eigenvectors("layer_1", 2, block_structure="layer")
+    assert not verify(run)
+
+
+def test_none_kept_in_one_wave(whole, tmp_path):
+    run = collected(tmp_path / "run.zarr", representation=held_as(whole), keep_gradients="none")
+    assert len(run.store.waves) == 1 and run.info()["gradients_deleted"] == list(run.parameters)
+    assert run.spectrum("layer").to_dict()["global"] == whole.spectrum("layer").to_dict()["global"]
+
+
+@pytest.mark.parametrize("at", [0, 1, 4, 6, 8])
+def test_stopped_anywhere_the_waves_go_on_to_the_same_bytes(whole, tmp_path, monkeypatch, at):
+    class StopError(Exception):
+        pass
+
+    options = {"representation": held_as(whole), "disk_budget": budget(whole)}
+    count = iter(range(100))
+    write, delete = RunStore.write_unit, RunStore.delete_gradients
+
+    def stopping(function):
+        def call(*arguments):
+            if next(count) == at:
+                raise StopError
+            return function(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunStore, "write_unit", stopping(write))
+        patch.setattr(RunStore, "delete_gradients", stopping(delete))
+        with pytest.raises(StopError):
+            collected(tmp_path / "run.zarr", **options)
+    run = collected(tmp_path / "run.zarr", **options)
+    assert all(np.array_equal(run.gram(name), whole.gram(name)) for name in run.parameters)
+    assert run.info()["gradients_deleted"] == list(run.parameters)
+
+
+def test_a_damaged_gram_costs_its_wave_and_no_other(whole, tmp_path, monkeypatch):
+    options = {"representation": held_as(whole), "disk_budget": budget(whole)}
+    run = collected(tmp_path / "run.zarr", **options)
+    key = run.store.waves[1][0]
+    chunk = next(path for path in (run.path / "gram" / key).rglob("c/*/*") if path.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-7])
+    assert [(problem.what, problem.parameter) for problem in verify(run)] == [("gram", key)]
+    passes = []
+    reopen = reduction.reopen_wave
+    collect_module = sys.modules["streamfisher.collect"]
+    monkeypatch.setattr(collect_module, "reopen_wave", lambda s, wave: (passes.append(wave), reopen(s, wave)))
+    again = collected(tmp_path / "run.zarr", **options)
+    assert passes == [1]
+    assert np.array_equal(again.gram(key), whole.gram(key)) and not verify(again)
+
+
+def test_a_run_whose_gradients_were_deleted_cannot_grow(whole, tmp_path):
+    options = {"representation": held_as(whole), "disk_budget": budget(whole)}
+    collected(tmp_path / "run.zarr", samples=sequences()[:8], **options)
+    with pytest.raises(RunMismatchError, match=r"deleted after .*only a run with --keep-gradients all can grow"):
+        collected(tmp_path / "run.zarr", **options)
+
+
+def test_an_unfinished_run_of_waves_says_how_far_it_is(whole, tmp_path):
+    run = collected(tmp_path / "run.zarr", representation=held_as(whole), disk_budget=budget(whole))
+    run.store.forget_unit(run.store.units[0], 1)
+    run.store.forget_gram(run.store.waves[1][0])
+    with pytest.raises(RunError, match=r"7 of 11 samples have gradients in wave 2 of"):
+        run.spectrum("layer")
+    with pytest.raises(RunError, match=r"is collected in .* waves and not finished"):
+        run.spectrum("layer", partial=True)
+
+
+def test_a_sample_skipped_in_one_wave_counts_in_none(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).double()
+    data = {"input": torch.randn(9, 3, dtype=torch.float64), "labels": torch.randn(9, 2, dtype=torch.float64)}
+    data["input"][4] = torch.tensor([1e200, 1e200, 1e200])  # overflows in the lower layer's gradient only
+    options = {"on_nonfinite": "skip", "chunk_size": 4, "dtype_compute": "float64", "loss": "regression"}
+    with torch.no_grad():
+        model[0].weight *= 1e-200
+    one, waves = (
+        sf.collect(model, data, tmp_path / f"{limit}.zarr", config=sf.SpectralConfig(disk_budget=limit, **options))
+        for limit in (10**9, 8 * 81 * 4 + 8 * 9 * 16)
+    )
+    assert len(waves.store.waves) > 1
+    assert list(one.store.skipped()) == list(waves.store.skipped()) == [4]
+    np.testing.assert_allclose(
+        waves.spectrum("none").global_.eigenvalues, one.spectrum("none").global_.eigenvalues, rtol=1e-12
+    )
+
+
+def test_budgets_that_are_too_small_say_what_would_do(tmp_path):
+    with pytest.raises(CapacityError, match=r"21 Grams of 11 samples take .*--disk-budget is .*--gram-per layer"):
+        collected(tmp_path / "run.zarr", disk_budget=GRAMS // 2)
+    with pytest.raises(CapacityError, match=r"embed_tokens.weight alone need .* on disk, and --disk-budget leaves"):
+        collected(tmp_path / "run.zarr", representation="dense", disk_budget=GRAMS + 1000)
+    with pytest.raises(CapacityError, match=r"one sample of 11 tokens needs about .*--max-length"):
+        collected(tmp_path / "run.zarr", memory_budget="5kB")
+    with pytest.raises(ConfigError, match="disk_budget='much' is not a size"):
+        sf.SpectralConfig(disk_budget="much")
+    with pytest.raises(ConfigError, match=r"store_centered=True takes one pass .* the run takes"):
+        collected(tmp_path / "run.zarr", store_centered=True, disk_budget=GRAMS + 500_000)
+    assert not (tmp_path / "run.zarr" / "manifest.json").exists()
+
+
+def test_a_memory_budget_makes_batches_smaller(tmp_path):
+    free = collected(tmp_path / "free.zarr", batch_tokens=4096)
+    tight = collected(tmp_path / "tight.zarr", batch_tokens=4096, memory_budget="1MB")
+    assert free.store.batch_tokens == 4096 and 11 <= tight.store.batch_tokens < 100
+    expected, found = free.spectrum("none").global_.eigenvalues, tight.spectrum("none").global_.eigenvalues
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12 * expected[0])
+    again = collected(tmp_path / "tight.zarr", batch_tokens=4096)  # without the budget, the run keeps its batches
+    assert again.store.batch_tokens == tight.store.batch_tokens
+
+
+def shape(name, m, n, positions=4.0, key=None):
+    sides = (Factor(f"{name}~L0", m, 4), Factor(key or f"{name}~R0", n, 4))
+    return GradientShape(name, (m, n), torch.float32, (sides,), (positions,))
+
+
+def sizes(shapes, **chosen):
+    held = {s.name: chosen.get(s.name, "factors") for s in shapes}
+    return WaveSizes(shapes, held, n_samples=10, unit_rows=5, batch_samples=2, row_itemsize=4, stored_itemsize=2)
+
+
+def test_sizes_count_a_shared_input_once():
+    found = sizes([shape("q", 8, 6, key="x"), shape("k", 8, 6, key="x")]).of(["q", "k"])
+    assert found.factors == 10 * 4 * 4 * (8 + 8 + 6) and found.rows == 0
+    assert found.memory == 2 * 2 * 4 * 4 * (8 + 8 + 6)
+    dense = sizes([shape("q", 8, 6)], q="dense").of(["q"])
+    assert (dense.rows, dense.memory) == (10 * 48 * 2, 5 * 48 * 4)
+
+
+def test_waves_are_as_few_as_fit_in_the_order_of_the_model():
+    shapes = [shape(name, 8, 8) for name in "abcde"]
+    one = sizes(shapes).of(["a"]).disk
+    waves = cut_waves(sizes(shapes), WaveLimits(disk=2 * one, memory=1 << 30))
+    assert [wave.parameters for wave in waves] == [("a", "b"), ("c", "d"), ("e",)]
+    waves = cut_waves(sizes(shapes), WaveLimits(disk=3 * one, memory=1 << 30), keep=["b", "d"])
+    assert [wave.parameters for wave in waves] == [("a", "b"), ("c", "d"), ("e",)]
+    memory = sizes(shapes).of(["a"]).memory
+    assert len(cut_waves(sizes(shapes), WaveLimits(disk=1 << 40, memory=memory))) == 5
