@@ -32,6 +32,7 @@ class RunPlan:
     blocks: tuple[BlockBytes, ...]
     ways: tuple[Way, ...]
     chosen: Way
+    least: Mapping[str, float]  # the smallest disk and memory budgets, in bytes, with which waves would do
     settings: Mapping[str, Any]  # of the config, as far as they decide
 
     def problems(self) -> list[str]:
@@ -64,6 +65,7 @@ class RunPlan:
             "chosen": self.chosen.name,
             "fits": self.chosen.fits,
             "problems": self.problems(),
+            "bytes_least": dict(self.least),
         }
 
 
@@ -108,6 +110,7 @@ def plan_run(
         blocks=planner.block_bytes(),
         ways=tuple(ways),
         chosen=chosen,
+        least=planner.least(),
         settings={
             "representation": config.representation,
             "gram_per": config.gram_per,

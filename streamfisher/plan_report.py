@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from streamfisher.config import format_bytes
 from streamfisher.plan import RunPlan
+from streamfisher.shortfalls import round_up
 from streamfisher.ways import BlockBytes, Stage, Way
 
 
@@ -33,6 +34,8 @@ def plan_table(plan: RunPlan) -> str:
     else:
         lines.append("It does not fit:")
         lines += [f"  - {problem}" for problem in plan.problems()]
+        disk, memory = (round_up(plan.least[what]) for what in ("disk", "memory"))
+        lines.append(f"The least with which waves would do: --disk-budget {disk} --memory-budget {memory}.")
     return "\n".join(lines)
 
 

@@ -35,7 +35,7 @@ class Shortfalls:
         if least > self.machine.memory:
             problems.append(
                 f"the reduction of {self.n_samples} samples needs at least {format_bytes(least)} of memory and the "
-                f"budget is {format_bytes(self.machine.memory)}; give --memory-budget {_round_up(least)}, or take "
+                f"budget is {format_bytes(self.machine.memory)}; give --memory-budget {round_up(least)}, or take "
                 "fewer samples."
             )
         solve = 24.0 * self.n_samples**2
@@ -54,7 +54,7 @@ class Shortfalls:
         grams = ", or keep fewer Grams (--gram-per layer)" if self.gram_bytes > 0.5 * self.machine.disk else ""
         return [
             f"up to {format_bytes(needed)} on disk and the budget is {format_bytes(self.machine.disk)}: give "
-            f"--disk-budget {_round_up(needed)}{halves}, take fewer samples{grams}."
+            f"--disk-budget {round_up(needed)}{halves}, take fewer samples{grams}."
         ]
 
     def of_memory(self, needed: float) -> list[str]:
@@ -63,7 +63,7 @@ class Shortfalls:
             return []
         return [
             f"collecting needs {format_bytes(needed)} of memory beside the model and the budget is "
-            f"{format_bytes(self.machine.memory)}: give --memory-budget {_round_up(needed)}, lower --chunk-size "
+            f"{format_bytes(self.machine.memory)}: give --memory-budget {round_up(needed)}, lower --chunk-size "
             f"{self.config.chunk_size} or --batch-tokens {self.config.batch_tokens}."
         ]
 
@@ -97,7 +97,7 @@ def or_any(limit: int | None) -> float:
     return float(limit) if limit is not None else 2.0**62
 
 
-def _round_up(size: float) -> str:
+def round_up(size: float) -> str:
     """Return a size as it is written on a command line, rounded up."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if size >= scale:

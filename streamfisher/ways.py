@@ -32,7 +32,7 @@ from streamfisher.representation import choose_representation, sample_bytes
 from streamfisher.samples import make_batches, make_units
 from streamfisher.shortfalls import Machine, Shortfalls, or_any
 from streamfisher.store.layout import PANEL, chunk_columns
-from streamfisher.waves import WaveLimits, WaveSizes, cut_waves
+from streamfisher.waves import WaveLimits, WaveSizes, cut_waves, is_kept
 
 #: Forward and backward hold temporary tensors of about half of what autograd saves.
 TEMPORARY = 1.5
@@ -348,6 +348,18 @@ class WayPlanner:
         seconds += (chunks + arrays) * self.rates.chunk_seconds + self.n_grams * self.rates.array_seconds
         seconds += self.gram_bytes / self.rates.write
         return Stage("reduce", forming + products, size, self.gram_bytes, self._reduction_memory(), seconds)
+
+    def least(self) -> dict[str, float]:
+        """Return the smallest budgets with which the run could be done in waves: one parameter in each, if need be."""
+        sizes = self.sizes(self.held(self.config.representation))
+        alone = [sizes.of([name]) for name in self.shapes]
+        kept = [name for name in self.shapes if is_kept(name, self.config.keep_gradients or ())]
+        disk = sizes.of(kept).disk + max((one.disk for one in alone if one.parameters[0] not in kept), default=0)
+        memory = self.host_per_token * self.padded + max(one.memory for one in alone)
+        return {
+            "disk": disk + self.gram_bytes + self._sample_bytes(),
+            "memory": max(memory, self._least_reduction(), 24.0 * self.n**2),
+        }
 
     def _least_reduction(self) -> float:
         """Return the least bytes in which one worker can reduce."""
