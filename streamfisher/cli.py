@@ -27,6 +27,7 @@ from streamfisher.options import (
     add_product_options,
     read_run_options,
 )
+from streamfisher.plan_commands import add_plan_command
 from streamfisher.sample_options import add_selection_options, check_target, selection_options
 from streamfisher.signals import die_with_launcher, stopping_at_once
 
@@ -121,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", default=None, help=".html, .png, .svg or .pdf (default: report.html and spectrum.png in the run)"
     )
 
+    add_plan_command(lambda name, function, text: _command(commands, name, function, text))
     add_commands(lambda name, function, text: _command(commands, name, function, text))
     _add_run(_command(commands, "info", _info, "what a run holds and how far it is"))
     verify = _command(commands, "verify", _verify, "read everything and compare checksums")

@@ -302,7 +302,7 @@ def parse_bytes(value: int | str, field: str = "size") -> int:
 
 def format_bytes(size: float) -> str:
     """Return `'1.50 GB'` for 1.5e9: powers of ten, three significant digits."""
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    for unit, scale in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= scale:
             return f"{size / scale:.3g} {unit}"
     return f"{size:.0f} B"
