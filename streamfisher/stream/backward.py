@@ -15,7 +15,7 @@ from streamfisher.gradients.groups import Group
 from streamfisher.gradients.report import ProbeReport
 from streamfisher.losses import PerSampleLoss
 from streamfisher.model_call import batch_size
-from streamfisher.stream.boundaries import MISSING, Boundaries
+from streamfisher.stream.boundaries import MISSING
 from streamfisher.stream.forward import Batches, ForwardStream
 from streamfisher.stream.replay import Boundary, Replay, grad_name, replay_batch, shell_loss, span_loss
 from streamfisher.stream.routing import Names, Span
@@ -25,6 +25,8 @@ from streamfisher.stream.trace import Key
 from streamfisher.stream.weights import AROUND
 
 ReplayLoss = Any  # `(module, batch) -> (B,)`
+
+LOSSES, TARGETS = "losses", "targets"  # names among the boundaries: of the run's own, which `tail` finds
 
 
 class CurrentLoss:
@@ -56,6 +58,7 @@ class OpenSegment:
         self.stack, self.shell, self.boundaries = forward.stack, forward.shell, forward.boundaries
         self.position = self.stack.segments.index(segment)
         self.current = CurrentLoss()
+        self._last: Mapping[str, Any] = {}  # the batch of the last replay
         with contextlib.ExitStack() as stack:
             if segment.calls:
                 stack.enter_context(forward.weights.held(*segment.modules))
@@ -104,11 +107,21 @@ class OpenSegment:
         factors = {self.inside[name]: pairs for name, pairs in result.factors.items()}
         return BatchGradients(result.losses, result.n_targets, factors)
 
+    def guard(self, out: Mapping[str, Tensor], factors: Mapping[str, Any]) -> dict[str, float]:
+        """Compare the sums of the rows of the last replay with the segment's ordinary gradient."""
+        own = {public: name for name, public in self.inside.items()}
+        rows = {own[name]: values for name, values in out.items() if name in own}
+        pairs = {own[name]: values for name, values in factors.items() if name in own}
+        found = self.engine.guard(self._last, rows, pairs) if rows or pairs else {}
+        return {self.inside[name]: value for name, value in found.items() if name in self.inside}
+
     def _tail(self, index: int, batch: Mapping[str, Any], rows: Any, wanted: Any) -> tuple[BatchGradients, Replay]:
         loss, notes = shell_loss(self.shell, self.stack, self.forward.loss, through=True, armed=True)
         result = self._run(loss, self.forward.shell_batch(index, batch, [self.stack.n_calls]), rows, wanted)
-        losses, targets = notes[0].losses, self.forward.loss.n_targets(batch)
-        return BatchGradients(losses.detach().double().cpu(), targets.cpu(), result.factors), notes[0]
+        losses, targets = notes[0].losses.detach().double().cpu(), self.forward.loss.n_targets(batch).cpu()
+        self.boundaries.put(index, LOSSES, losses)
+        self.boundaries.put(index, TARGETS, targets)
+        return BatchGradients(losses, targets, result.factors), notes[0]
 
     def _head(self, index: int, batch: Mapping[str, Any], rows: Any, wanted: Any) -> tuple[BatchGradients, Replay]:
         stack = self.stack
@@ -171,7 +184,7 @@ class OpenSegment:
                 result = _pass_on(self.module, loss, batch)
             if not names:
                 return result
-        self.current.loss = loss
+        self.current.loss, self._last = loss, batch
         return self.engine.rows(batch, rows, wanted)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from streamfisher.model_call import batch_size
 from streamfisher.losses import PerSampleLoss
+from streamfisher.model_call import batch_size
 from streamfisher.stream.boundaries import MISSING, Boundaries
 from streamfisher.stream.replay import Boundary, replay_batch, shell_loss, value_name
 from streamfisher.stream.segments import Segment, Stack

@@ -8,7 +8,7 @@ its outputs; that gives the rows of its parameters and the gradient that the seg
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ from streamfisher.gradients.report import ProbeReport
 from streamfisher.gradients.state import as_it_was, without_fast_paths, without_parameter_hooks
 from streamfisher.losses import PerSampleLoss
 from streamfisher.offload import working_device
-from streamfisher.stream.backward import DamagedGradient, OpenSegment, grad_at, passed, segment_loss
+from streamfisher.shapes import GradientShape
+from streamfisher.stream.backward import LOSSES, TARGETS, DamagedGradient, OpenSegment, grad_at, passed, segment_loss
 from streamfisher.stream.boundaries import Boundaries
 from streamfisher.stream.forward import Batches, ForwardStream
 from streamfisher.stream.replay import grad_name, value_name
@@ -55,7 +56,7 @@ class LayerStream:
         weights: where a segment's weights come from; `None`: they are in memory.
         boundaries: where boundary tensors are kept; `None`: in memory.
         keep_every: of the hidden states between layers, only every so-many-th is kept, and the rest made again.
-        largest_probe: the most parameters whose rule is sought at once, which takes some 5 gradients of them in memory.
+        memory: bytes for the gradients that the probe compares; `None`: a quarter of what is free.
 
     Raises:
         ModelError: nothing can be captured.
@@ -74,7 +75,7 @@ class LayerStream:
         weights: Resident | None = None,
         boundaries: Boundaries | None = None,
         keep_every: int = 1,
-        largest_probe: int | None = None,
+        memory: int | None = None,
     ) -> None:
         if loss.sequential:
             raise StreamError("the model returns only a scalar loss, taken one sample at a time; use --stream none.")
@@ -83,9 +84,11 @@ class LayerStream:
         self.shell = Shell(model)
         self.weights = weights or Resident()
         self.boundaries = boundaries or Boundaries()
-        self.keep_every, self.largest_probe = keep_every, largest_probe
+        self.keep_every, self.memory = keep_every, memory
         self.device = working_device(model, *next(iter(self.selection.tensors.items())))
         self.report: ProbeReport | None = None
+        self.shapes: list[GradientShape] = []  # what each parameter's gradient is made of, after a study that probed
+        self.activations = 0.0  # bytes that a segment's backward pass takes for each padded token
         self._parts: tuple[Stack, Names, ForwardStream] | None = None
         self._undo: contextlib.ExitStack | None = None
         self._open: OpenSegment | None = None
@@ -131,16 +134,22 @@ class LayerStream:
         """
         if self._undo is None:
             raise CaptureError("Use the LayerStream in a with statement, which restores the model at its end.")
-        study = Study(
-            self.shell, self.selection, self.loss, self.weights, self._make_engine, self.device, self.largest_probe
-        )
+        study = Study(self.shell, self.selection, self.loss, self.weights, self._make_engine, self.device, self.memory)
         stack, names, found = study.run(batch, probe=report is None)
+        self.shapes = [study.shapes[name] for name in names.names if name in study.shapes]
+        self.activations = study.activations
         self.report = found or report
         forward = ForwardStream(
             self.shell, stack, self.loss, self.weights, self.boundaries, self.device, self.keep_every
         )
         self._parts = stack, names, forward
         return self.report
+
+    def use_boundaries(self, boundaries: Boundaries) -> None:
+        """Keep boundaries there from now on."""
+        self.boundaries = boundaries
+        if self._parts is not None:
+            self._parts[2].boundaries = boundaries
 
     def forward(self, batches: Batches) -> None:
         """Fill the boundaries of all batches, layer by layer; what is there already is not made again."""
@@ -187,7 +196,22 @@ class LayerStream:
             self._renew(index, batches, segment)
             return self._open.gradients(index, batches, out, factored)
 
-    def finish(self, segment: Segment, batches: Batches) -> None:
+    def guard(self, segment: Segment, out: Mapping[str, Tensor], factors: Mapping[str, Any]) -> dict[str, float]:
+        """Compare the sum of the rows that `gradients` took last with the segment's ordinary gradient.
+
+        Args:
+            segment: the one at work.
+            out: rows of its parameters.
+            factors: of its parameters.
+
+        Returns:
+            Parameter -> relative difference, see `GradientEngine.guard`.
+        """
+        if self._open is None or self._open.segment != segment:
+            raise CaptureError(f"segment {segment.name} was not begun.")
+        return self._open.guard(out, factors)
+
+    def finish(self, segment: Segment, batches: Iterable[int]) -> None:
         """Forget what no segment below needs: all batches are through this one, and their rows are safe."""
         stack = self._studied[0]
         position = self.segments.index(segment)
@@ -196,12 +220,16 @@ class LayerStream:
         values = {key for s in below for key in s.inputs} | read
         fresh = {key for k in stack.trace.glue for key in stack.trace.fresh(k)}
         grads = {key for s in below for key in (*s.inputs, *s.outputs)} | fresh
+        if position + 1 == len(self.segments):
+            values, grads = set(), set()
         for index in batches:
             latest: dict[str, int] = {}  # name of a gradient -> the last segment that added to it
             for at in range(position, -1, -1):
                 for name in str(self.boundaries.get(index, passed(at))).split():
                     latest.setdefault(name, at)
-            needed = {value_name(key) for key in values} | {passed(at) for at in range(position + 1)}
+            needed = (
+                {value_name(key) for key in values} | {passed(at) for at in range(position + 1)} | {LOSSES, TARGETS}
+            )
             needed |= {grad_at(key, latest[grad_name(key)]) for key in grads if grad_name(key) in latest}
             self.boundaries.keep_only(index, needed)
         self._close_segment()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from streamfisher.errors import CaptureError, StreamError
+from streamfisher.errors import NonFiniteError, StreamError, StreamfisherError
 from streamfisher.gradients.engine import GradientEngine
 from streamfisher.gradients.parameters import Selection
 from streamfisher.gradients.report import ProbeReport
 from streamfisher.losses import PerSampleLoss
 from streamfisher.model_call import batch_size
+from streamfisher.samples import padded_tokens
+from streamfisher.shapes import GradientShape
 from streamfisher.stream.replay import Boundary, replay_batch, shell_loss, span_loss
 from streamfisher.stream.routing import (
     Names,
@@ -46,7 +49,7 @@ class Study:
         weights: of the model.
         make_engine: makes the engine that probes a segment.
         device: where the model runs.
-        largest_probe: the most parameters that are probed at once.
+        memory: bytes for the gradients that a probe compares; `None`: a quarter of what is free.
     """
 
     def __init__(
@@ -57,10 +60,13 @@ class Study:
         weights: Resident,
         make_engine: EngineMaker,
         device: torch.device,
-        largest_probe: int | None = None,
+        memory: int | None = None,
     ) -> None:
         self.shell, self.selection, self.loss, self.weights = shell, selection, loss, weights
-        self.make_engine, self.device, self.largest_probe = make_engine, device, largest_probe
+        self.make_engine, self.device, self.memory = make_engine, device, memory
+        self.shapes: dict[str, GradientShape] = {}  # what each parameter's gradient is made of, once it was probed
+        self.activations = 0.0  # the most bytes that a segment's backward pass takes for each padded token
+        self._tokens = 1
 
     def run(self, batch: Mapping[str, Any], *, probe: bool = True) -> tuple[Stack, Names, ProbeReport | None]:
         """Return the model's segments, its parameters' names, and the routing.
@@ -75,14 +81,20 @@ class Study:
             CaptureError: a parameter disagrees with plain autograd on every path.
         """
         batch = few_samples({k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+        self._tokens = padded_tokens(batch)
         reports: list[ProbeReport] = []
         trace, names = self._trace(batch, reports if probe else None)
+        if not bool(torch.isfinite(trace.losses).all()):
+            raise NonFiniteError(
+                "the loss of one of the first samples is not finite. Look for NaN in the data and in the model's "
+                "parameters, or use a wider --dtype."
+            )
         with self.shell, self.weights.held(AROUND):
             free = {id(p): name for name, p in self.shell.model.named_parameters() if name in names.owners}
             segments, middle = cut_segments(trace, self.shell.model, names.names, names.owners)
             stack = self._checked(Stack(trace, segments, middle, _sorted_reads(trace)), batch)
             if probe and free:
-                reports += self._probe_around(stack, batch, list(free.values()))
+                reports.append(self._probe_around(stack, batch, list(free.values())))
         return stack, names, joined(reports, self.selection, names.names) if probe else None
 
     def _trace(self, batch: Mapping[str, Any], reports: list[ProbeReport] | None) -> tuple[Trace, Names]:
@@ -138,34 +150,31 @@ class Study:
             "or the loss is random. Make it deterministic in eval mode."
         )
 
-    def _probe_around(self, stack: Stack, batch: Mapping[str, Any], free: Sequence[str]) -> list[ProbeReport]:
+    def _probe_around(self, stack: Stack, batch: Mapping[str, Any], free: Sequence[str]) -> ProbeReport:
         trace, n_samples = stack.trace, batch_size(batch)
         keys = [key for k in trace.glue for key in trace.fresh(k) if key in trace.carrying]
         boundary = Boundary(trace.values, random_gradients(trace, keys, n_samples, _SEED, self.device))
         outs = sorted(key for key in trace.values if key[0] == "out")
         replayed = replay_batch(stack, outs, boundary, n_samples, self.device, batch)
         loss, _ = shell_loss(self.shell, stack, self.loss, through=True, terms=trace.glue, offset=True)
-        return self.probed(self.shell.model, loss, free, replayed)
+        report, shapes = self.probed(self.shell.model, loss, free, replayed)
+        self.shapes |= {shape.name: shape for shape in shapes}
+        return report
 
-    def probed(self, module: nn.Module, loss: Any, names: Sequence[str], batch: Mapping[str, Any]) -> list[ProbeReport]:
-        """Probe parameters in parts whose rows fit the memory."""
-        sizes = {name: parameter.numel() for name, parameter in module.named_parameters()}
-        parts: list[list[str]] = [[]]
-        for name in names:
-            grown = sum(sizes[n] for n in parts[-1]) + sizes[name]
-            if parts[-1] and self.largest_probe is not None and grown > self.largest_probe:
-                parts.append([])
-            parts[-1].append(name)
-        reports = []
-        for part in parts:
-            with self.make_engine(module, loss, part) as engine:
-                try:
-                    reports.append(engine.probe(batch))
-                except CaptureError:
-                    raise
-                except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                    raise _cannot_replay(part, error) from error
-        return reports
+    def probed(
+        self, module: nn.Module, loss: Any, names: Sequence[str], batch: Mapping[str, Any]
+    ) -> tuple[ProbeReport, list[GradientShape]]:
+        """Probe a segment, and look at what its gradients are made of."""
+        with self.make_engine(module, loss, names) as engine:
+            try:
+                report = engine.probe(batch, self.memory)
+            except StreamfisherError:
+                raise
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise _cannot_replay(names, error) from error
+            shapes, activations = engine.shapes(batch)
+        self.activations = max(self.activations, activations * padded_tokens(batch) / self._tokens)
+        return report, shapes
 
 
 class _LayerProbes:
@@ -173,7 +182,7 @@ class _LayerProbes:
 
     def __init__(self, study: Study, names: Names, n_samples: int, reports: list[ProbeReport] | None) -> None:
         self.study, self.names, self.n_samples, self.reports = study, names, n_samples, reports
-        self.known: dict[tuple, list[ProbeReport]] = {}
+        self.known: dict[tuple, tuple[ProbeReport, list[GradientShape]]] = {}
         self.done: set[str] = set()
 
     def visit(self, trace: Trace, k: int) -> None:
@@ -195,7 +204,9 @@ class _LayerProbes:
             loss, _ = span_loss(layers, stack, segment, armed=False, offset=True)
             batch = replay_batch(stack, segment.inputs, boundary, self.n_samples, study.device)
             self.known[kind] = study.probed(span, loss, list(inside), batch)
-        self.reports += [renamed(report, span, inside) for report in self.known[kind]]
+        report, shapes = self.known[kind]
+        self.reports.append(renamed(report, span, inside))
+        study.shapes |= {inside[s.name]: dataclasses.replace(s, name=inside[s.name]) for s in shapes}
 
 
 def few_samples(batch: Mapping[str, Any]) -> dict[str, Any]:

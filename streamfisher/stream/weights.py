@@ -250,8 +250,8 @@ def _stored_names(model: nn.Module, files: Mapping[str, Path], folder: Path) -> 
         if stored is None:
             raise ModelError(
                 f"{folder} has no tensor {name!r} for the parameter of shape {tuple(parameter.shape)} of "
-                f"{type(model).__name__}; it has {len(files)} others. Save the model again with save_pretrained, or "
-                "load it whole with --stream none."
+                f"{type(model).__name__}; it has {len(files)} others. If an older version of the library named them, save "
+                "the model again with save_pretrained(folder, save_original_format=False), or use --stream none."
             )
         found[name] = stored
         shapes.setdefault(files[stored], []).append((name, stored, tuple(parameter.shape)))
