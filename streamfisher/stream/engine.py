@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,17 @@ class UnitBatches(Mapping[int, dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._ranges)
+
+    def only(self, units: Sequence[Unit]) -> UnitBatches:
+        """Return the batches of some of the units."""
+        part = UnitBatches(self.found, (), 1, self.model)
+        within = [(unit.start, unit.stop) for unit in units]
+        part._ranges = {
+            number: where
+            for number, where in self._ranges.items()
+            if any(start <= where.start < stop for start, stop in within)
+        }
+        return part
 
     def share(self, index: int, count: int) -> UnitBatches:
         """Return every `count`-th batch from `index` on."""
@@ -152,12 +163,21 @@ class StreamEngine:
 
     def apply_routes(self, report: ProbeReport, batch: Mapping[str, Any]) -> None:
         """Reuse the routing of an earlier probe; the model is traced if it was not."""
+        if list(report.parameters) != list(self.parameters):
+            raise CaptureError("The stored routing is for other parameters.")
         if self.stream.report is None:
             self.stream.study(batch, report)
+        self.stream.report = report
 
-    def keep_boundaries(self, folder: Path) -> None:
-        """Keep boundaries in this folder, where other processes, and later ones, find them."""
+    def keep_boundaries(self, folder: Path, after_batch: Callable[[], None] = lambda: None) -> None:
+        """Keep boundaries in this folder, where other processes, and later ones, find them.
+
+        Args:
+            folder: made when it is needed.
+            after_batch: called whenever a batch went through a segment outside of `rows`.
+        """
         self.stream.use_boundaries(Boundaries(folder, durable=True))
+        self.stream.forward_stream.after_batch = after_batch
 
     def begin_wave(self, names: Collection[str], batches: UnitBatches) -> None:
         """Make ready for the pass of a wave: everything it needs of these batches is there afterwards."""
@@ -172,6 +192,10 @@ class StreamEngine:
     def finish_wave(self, names: Collection[str], batches: Collection[int]) -> None:
         """Forget what no later wave needs."""
         self.stream.finish(self._segment_of(names), batches)
+
+    def same_segment(self, names: Collection[str], others: Collection[str]) -> bool:
+        """Return whether two waves are parts of one segment."""
+        return self._segment_of(names) == self._segment_of(others)
 
     def allocate(self, n_rows: int, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """Return buffers `(n_rows, P_k)` in `row_dtype`, to be reused for every batch."""
@@ -209,6 +233,6 @@ class StreamEngine:
             if set(names) <= set(segment.parameters):
                 return segment
         raise StreamError(
-            f"the run's waves are not segments of this model ({', '.join(list(names)[:3])}, ... lie in several). Resume "
-            "it with --stream none."
+            f"the run's waves are not segments of this model: {', '.join(list(names)[:3])}, ... lie in several. "
+            "Resume it with --stream none."
         )

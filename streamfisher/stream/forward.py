@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class ForwardStream:
     ) -> None:
         self.shell, self.stack, self.loss, self.weights = shell, stack, loss, weights
         self.boundaries, self.device, self.keep_every = boundaries, device, keep_every
+        self.after_batch: Callable[[], None] = lambda: None  # called when a batch went through a segment
         self.n_layer_passes = 0  # batches times segments run forward, repeated ones included
         self._wanted = stack.kept()
         self._read = set().union(*stack.reads.values())
@@ -79,6 +80,7 @@ class ForwardStream:
                     self.weights.prefetch(*layers[following].modules)
                 for index in sorted(todo[event]):
                     self._through(index, batches[index], layers[position])
+                    self.after_batch()
             if everything:
                 self._thin(position, sorted(todo[event]))
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import accelerate
+import psutil
 import safetensors
 import torch
 from torch import nn
 
+from streamfisher.config import SpectralConfig
 from streamfisher.errors import ModelError, require
 from streamfisher.models import auto_class, check_pretrained
 from streamfisher.stream.weights import Checkpoint, tensor_files
@@ -52,6 +54,30 @@ def load_skeleton(
     model.tie_weights()
     _read_buffers(model, files)
     return model.eval(), Checkpoint(model, folder, device)
+
+
+def skeleton_is_needed(spec: str, config: SpectralConfig) -> bool:
+    """Return whether a model's weights are to be read layer by layer.
+
+    With `stream='layers'` where the folder's weights would take more than half of the memory that is free (or of
+    `memory_budget`); the same with 'auto'. What fits is loaded whole: reading it again and again would cost time only.
+    """
+    if config.stream == "none" or not Path(spec).is_dir() or not (Path(spec) / "config.json").is_file():
+        return False
+    limit = config.memory_budget or psutil.virtual_memory().available // 2
+    return weight_bytes(Path(spec), config.dtype_model) > limit
+
+
+def weight_bytes(folder: Path, dtype: torch.dtype | None) -> int:
+    """Return the bytes of all weights of a checkpoint once they are in memory."""
+    files = set(tensor_files(folder).values())
+    stored = sum(file.stat().st_size for file in files)
+    if dtype is None:
+        return stored
+    with safetensors.safe_open(next(iter(files)), framework="pt") as tensors:
+        name = next(iter(tensors.keys()))
+        itemsize = tensors.get_slice(name)[:1].element_size() if tensors.get_slice(name).get_shape() else 4
+    return stored * dtype.itemsize // itemsize
 
 
 def _read_buffers(model: nn.Module, files: dict[str, Path]) -> None:

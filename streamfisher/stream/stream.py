@@ -24,7 +24,7 @@ from streamfisher.losses import PerSampleLoss
 from streamfisher.offload import working_device
 from streamfisher.shapes import GradientShape
 from streamfisher.stream.backward import LOSSES, TARGETS, DamagedGradient, OpenSegment, grad_at, passed, segment_loss
-from streamfisher.stream.boundaries import Boundaries
+from streamfisher.stream.boundaries import MISSING, Boundaries
 from streamfisher.stream.forward import Batches, ForwardStream
 from streamfisher.stream.replay import grad_name, value_name
 from streamfisher.stream.routing import Names, patterns
@@ -158,11 +158,10 @@ class LayerStream:
     def begin(self, segment: Segment, batches: Batches) -> None:
         """Make what a segment needs on these batches and what a stopped run, or thinning, left missing."""
         position = self.segments.index(segment)
-        late = {index: batches[index] for index in batches if not self._is_passed(index, position - 1)}
+        late = [index for index in batches if not self._is_passed(index, position - 1)]
         if late:
-            self._descend(late, position)
-        if segment.calls:
-            self.forward_stream.run(batches, segment.inputs)
+            self._descend({index: batches[index] for index in late}, position)
+        self._make_inputs(segment, batches)
         following = self.segments[position + 1 : position + 2]
         self._open_segment(segment)
         if following and following[0].calls:
@@ -225,11 +224,10 @@ class LayerStream:
         for index in batches:
             latest: dict[str, int] = {}  # name of a gradient -> the last segment that added to it
             for at in range(position, -1, -1):
-                for name in str(self.boundaries.get(index, passed(at))).split():
+                recorded = self.boundaries.get(index, passed(at))
+                for name in () if recorded is MISSING else recorded.split():
                     latest.setdefault(name, at)
-            needed = (
-                {value_name(key) for key in values} | {passed(at) for at in range(position + 1)} | {LOSSES, TARGETS}
-            )
+            needed = {LOSSES, TARGETS, *(value_name(key) for key in values), *map(passed, range(position + 1))}
             needed |= {grad_at(key, latest[grad_name(key)]) for key in grads if grad_name(key) in latest}
             self.boundaries.keep_only(index, needed)
         self._close_segment()
@@ -240,14 +238,22 @@ class LayerStream:
         for at in range(min(start.values()), position):
             members = {index: batches[index] for index in batches if start[index] <= at}
             segment = self.segments[at]
-            if segment.calls:
-                self.forward_stream.run(members, segment.inputs)
-            else:
-                self.forward_stream.run(members, self._studied[0].reads.get(self._studied[0].n_calls, ()))
+            self._make_inputs(segment, members)
             self._open_segment(segment)
             for index in members:
-                self.gradients(segment, index, batches, {})
+                self.gradients(segment, index, members, {})
+                self.forward_stream.after_batch()
             self._close_segment()
+
+    def _make_inputs(self, segment: Segment, batches: Batches) -> None:
+        stack = self._studied[0]
+        if segment.name == "tail":
+            self.forward_stream.run(batches)
+        elif segment.calls:
+            self.forward_stream.run(batches, segment.inputs)
+        else:
+            calls = [*stack.trace.glue, *([stack.n_calls] if stack.tied else [])]
+            self.forward_stream.run(batches, [key for k in calls for key in stack.reads.get(k, ())])
 
     def _renew(self, index: int, batches: Batches, segment: Segment) -> None:
         """Make the gradients of one batch again, from the top down to a segment."""

@@ -250,7 +250,7 @@ def _stored_names(model: nn.Module, files: Mapping[str, Path], folder: Path) -> 
         if stored is None:
             raise ModelError(
                 f"{folder} has no tensor {name!r} for the parameter of shape {tuple(parameter.shape)} of "
-                f"{type(model).__name__}; it has {len(files)} others. If an older version of the library named them, save "
+                f"{type(model).__name__}; it has {len(files)} others. If they have the names of an older version, save "
                 "the model again with save_pretrained(folder, save_original_format=False), or use --stream none."
             )
         found[name] = stored
