@@ -22,6 +22,7 @@ from streamfisher.errors import ConfigError
 
 StorageMode = Literal["full", "chunked", "streaming"]
 SampleUnit = Literal["sequence", "token", "example"]
+Stream = Literal["none", "layers", "auto"]
 Codec = Literal["blosc-lz4", "zstd", "raw"]
 OnNonfinite = Literal["raise", "skip"]
 Labels = Literal["data", "model"]
@@ -132,6 +133,7 @@ class SpectralConfig:
     n_workers: int | None = None  # Dask workers; None: one per core
     memory_budget: int | str | None = None  # bytes or '2GB', beside the model; None: half of what is free
     disk_budget: int | str | None = None  # bytes or '200GB' for the run; None: what is free, with a margin
+    stream: Stream = "none"  # 'layers': one layer at a time, for a model that does not fit; 'auto': where it does not
     rank_timeout: int = 1800  # seconds without a sign of progress after which ranks stop waiting for each other
     use_deterministic: bool = False  # full determinism, CUDA included; the global state is restored
 
@@ -159,6 +161,7 @@ class SpectralConfig:
         self._check_choice("on_nonfinite", get_args(OnNonfinite))
         self._check_choice("storage_mode", get_args(StorageMode))
         self._check_choice("codec", get_args(Codec))
+        self._check_choice("stream", get_args(Stream))
         self._check_choice("representation", get_args(HeldAs))
         self._check_choice("gram_per", get_args(GramPer))
         self._check_choice("solver", get_args(Solver))

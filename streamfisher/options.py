@@ -267,6 +267,11 @@ def add_collection_options(parser: argparse.ArgumentParser) -> None:
         "--fsdp", action="store_true", default=None, help="spread the weights over the ranks (FSDP2)"
     )
     gradients.add_argument("--device", default=None, help="auto (default), cpu, cuda, cuda:1")
+    gradients.add_argument(
+        "--stream",
+        default=None,
+        help="layers: one layer at a time, for models larger than the memory; none (default); auto",
+    )
     gradients.add_argument("--trust-remote-code", action="store_true", default=None, help="run code of a checkpoint")
     store = parser.add_argument_group("store")
     store.add_argument("--store-dtype", dest="dtype_store", default=None, help="of rows on disk; bfloat16 halves them")
