@@ -318,10 +318,12 @@ def _info(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from streamfisher import open_run
     from streamfisher.errors import CorruptRunError
-    from streamfisher.verify import verify
+    from streamfisher.verify import Problem, verify, verify_manifest
 
-    run = open_run(arguments.run)
-    problems = verify(run, repair=not arguments.dry_run, progress=not arguments.quiet)
+    problems: list[Problem] = verify_manifest(Path(arguments.run), repair=not arguments.dry_run)
+    if not (problems and arguments.dry_run):
+        run = open_run(arguments.run)
+        problems += verify(run, repair=not arguments.dry_run, progress=not arguments.quiet)
     if arguments.json:
         print(json.dumps([vars(problem) for problem in problems]))
     else:
@@ -374,6 +376,8 @@ def _analyse(
     say = sys.stderr if arguments.json else sys.stdout
     if target is not None:
         print(f"Eigenvalues and metrics: {write_spectra(spectra, target)}", file=say)
+        if write:
+            run.store.mark_result(target)
     if write and importlib.util.find_spec("matplotlib"):
         print(f"Picture: {picture(spectra, run.path / 'spectrum.png')}", file=say)
     elif write:

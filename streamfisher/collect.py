@@ -42,6 +42,7 @@ from streamfisher.store import (
     grow_run,
     model_manifest,
     resume_differences,
+    stage_of,
     units_left,
     versions,
 )
@@ -153,10 +154,11 @@ def _waves(
     products = SpectralConfig.from_dict(store.manifest.config).gram_options(config)
     for wave in range(len(store.waves)):
         passing = len(store.waves) > 1 or "*" not in store.keep
-        reduced = ranks.share(f"whether wave {wave} is reduced", passing and is_reduced(store, wave, products))
+        whole = passing and is_reduced(store, wave, products) and not store.todo(stage_of(wave))
+        reduced = ranks.share(f"whether wave {wave} is reduced", whole)
         if not reduced:
             if ranks.is_main:
-                reopen_wave(store, wave)
+                reopen_wave(store, wave, products)
             ranks.wait("for the wave")
             if stream is not None:
                 stream.begin(wave)

@@ -19,11 +19,15 @@ def is_reduced(store: RunStore, wave: int, config: SpectralConfig) -> bool:
     return done.issuperset(store.keys_of(store.waves[wave]))
 
 
-def reopen_wave(store: RunStore, wave: int) -> None:
-    """Let a wave be collected again whose gradients were deleted and whose Grams are damaged or of another kind."""
+def reopen_wave(store: RunStore, wave: int, config: SpectralConfig) -> None:
+    """Let a wave be collected again whose gradients were deleted and whose Grams are damaged or of another kind.
+
+    Where only markers of some units are lost, those units are, and the Grams stay.
+    """
     if any(store.is_deleted(name) for name in store.waves[wave]):
-        for unit in store.units:
-            store.forget_unit(unit, wave)
+        if not is_reduced(store, wave, config):
+            for unit in store.units:
+                store.forget_unit(unit, wave)
         store.want_gradients(wave)
 
 

@@ -14,7 +14,7 @@ from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK, write_array
 from streamfisher.store.durable import read_json, write_json
-from streamfisher.store.integrity import check_layout, require_inside
+from streamfisher.store.integrity import check_layout, chunk_digest, require_inside
 from streamfisher.store.moments import MomentStore
 from streamfisher.store.names import node_name
 from streamfisher.store.parts import GramParts
@@ -59,6 +59,7 @@ class GramStore(GramParts, MomentStore):
         if mean_products is not None:
             self.write_mean_products(key, mean_products)
         content = {"settings": dict(settings), "n_samples": len(gram), "crc32c": codecs.checksum(gram)}
+        content["files"] = chunk_digest(self.path / "gram" / node)
         if mean_products is not None:
             content["mean_crc32c"] = codecs.checksum(mean_products)
         write_json(self._marker_path(key), content)
@@ -76,6 +77,7 @@ class GramStore(GramParts, MomentStore):
             gram = self._read_sum(f"gram/{node_name(key)}", (n, n), tiled=tiled)
             products = self._read_sum(f"gram_mean/{node_name(key)}", (n + 1,)) if self.centered else None
             known = products is None or marker.get("mean_crc32c") in (None, codecs.checksum(products))
+            known = known and marker.get("files") in (None, chunk_digest(self.path / "gram" / node_name(key)))
         except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
             raise unreadable(
                 error,
