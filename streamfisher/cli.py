@@ -27,6 +27,7 @@ from streamfisher.options import (
     add_product_options,
     read_run_options,
 )
+from streamfisher.plan_commands import add_plan_command
 from streamfisher.runlog import RunLog
 from streamfisher.sample_options import add_selection_options, check_target, selection_options
 from streamfisher.signals import die_with_launcher, stopping_at_once
@@ -122,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", default=None, help=".html, .png, .svg or .pdf (default: report.html and spectrum.png in the run)"
     )
 
+    add_plan_command(lambda name, function, text: _command(commands, name, function, text))
     add_commands(lambda name, function, text: _command(commands, name, function, text))
     info = _command(commands, "info", _info, "what a run holds and how far it is")
     _add_run(info)
@@ -196,10 +198,10 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     """Load model and data and collect; return the run on the main process and `None` on the others."""
     from streamfisher import collect
     from streamfisher.data import load_samples
-    from streamfisher.models import load_model, pick_device
-    from streamfisher.placement import read_device_map
+    from streamfisher.models import pick_device
     from streamfisher.ranks import start_ranks
     from streamfisher.store.layout import check_free
+    from streamfisher.stream.skeleton import load_skeleton, skeleton_is_needed
 
     config = options.config
     if not (Path(options.out) / "manifest.json").is_file():
@@ -207,15 +209,13 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
     device = state.device if config.device == "auto" else pick_device(config.device)
     source = load_samples(options.data, tokenize=options.tokenizer(), field=options.field, max_length=config.max_length)
-    model = load_model(
-        options.model,
-        dtype=config.dtype_model,
-        device=device,
-        trust_remote_code=options.trust_remote_code,
-        device_map=None if options.device_map is None else read_device_map(options.device_map),
-        offload_folder=options.offload_folder or f"{options.out}.offload",
-        sharded=options.fsdp,
-    )
+    weights = None
+    if skeleton_is_needed(options.model, config) and not options.fsdp and options.device_map is None:
+        model, weights = load_skeleton(
+            options.model, dtype=config.dtype_model, device=device, trust_remote_code=options.trust_remote_code
+        )
+    else:
+        model = _loaded(options, config, device)
     run = collect(
         model,
         source,
@@ -224,11 +224,28 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
         n_samples=options.samples,
         description=options.description(),
         progress=not arguments.quiet,
+        weights=weights,
     )
     main_process = state.is_main_process
     if state.num_processes > 1:
         state.destroy_process_group()
     return run if main_process else None
+
+
+def _loaded(options: RunOptions, config: Any, device: Any) -> Any:
+    """Load the whole model."""
+    from streamfisher.models import load_model
+    from streamfisher.placement import read_device_map
+
+    return load_model(
+        options.model,
+        dtype=config.dtype_model,
+        device=device,
+        trust_remote_code=options.trust_remote_code,
+        device_map=None if options.device_map is None else read_device_map(options.device_map),
+        offload_folder=options.offload_folder or f"{options.out}.offload",
+        sharded=options.fsdp,
+    )
 
 
 def _gram(arguments: argparse.Namespace) -> int:

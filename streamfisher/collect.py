@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ from streamfisher.store import (
     versions,
 )
 from streamfisher.store.layout import check_free, chunk_columns
+from streamfisher.stream.collecting import StreamedRun, check_streamable, first_samples
+from streamfisher.stream.engine import StreamEngine
+from streamfisher.stream.weights import Resident
 from streamfisher.survey import Survey, probe_batch, survey, to_model
 
 
@@ -60,6 +64,7 @@ def collect(
     n_samples: int | None = None,
     description: str | Mapping[str, Any] | None = None,
     progress: bool = False,
+    weights: Resident | None = None,
 ) -> Run:
     """Write the gradient of every sample with respect to every selected parameter; resume where a run was stopped.
 
@@ -75,6 +80,7 @@ def collect(
         n_samples: how many samples to use, from the first; `None` means all.
         description: what the samples are, in words or as options, for the manifest.
         progress: show bars.
+        weights: what `load_skeleton` returned beside the model, where weights are read layer by layer.
 
     Returns:
         The open run, complete.
@@ -92,6 +98,9 @@ def collect(
         CapacityError: there is no room on the disk, or no memory for one chunk of rows.
     """
     config = config or SpectralConfig()
+    streamed = config.stream == "layers" or (config.stream == "auto" and weights is not None)
+    if streamed:
+        check_streamable(model, config)
     path = Path(path)
     state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}  # quantised weights keep theirs
@@ -105,7 +114,8 @@ def collect(
     ):
         found = survey(model, samples, config, loss, n_samples)
         reshard(model)
-        with make_engine(model, found, config) as engine, contextlib.ExitStack() as locks:
+        make = partial(stream_engine, weights=weights) if streamed else make_engine
+        with make(model, found, config) as engine, contextlib.ExitStack() as locks:
             manifest = make_manifest(model, engine, found, config, description)
             ranks.agree(manifest.facts() | {"folder": str(path.absolute())})
             if ranks.is_main:
@@ -119,18 +129,30 @@ def collect(
             store.fsync = config.fsync
             facts = {"samples": store.n_samples, "ranks": ranks.count, "waves": len(store.waves)}
             locks.enter_context(RunLog(path, "collect", ranks.index, device=str(state.device), **facts))
-            engine.apply_routes(ProbeReport.from_dict(store.manifest.probe))
+            report = ProbeReport.from_dict(store.manifest.probe)
+            if streamed:
+                engine.apply_routes(report, first_samples(found, model))
+            else:
+                engine.apply_routes(report)
             if ranks.is_main:
                 store.sweep()
                 store.write_fields(found.fields)
             if config.store_centered:
                 mean_pass(store, engine, found, config, ranks, progress=progress)
-            _waves(store, engine, found, config, ranks, progress=progress)
+            stream = StreamedRun(engine, store, found, ranks) if streamed else None
+            _waves(store, engine, found, config, ranks, stream, progress=progress)
     return Run(path)
 
 
 def _waves(
-    store: RunStore, engine: GradientEngine, found: Survey, config: SpectralConfig, ranks: Ranks, *, progress: bool
+    store: RunStore,
+    engine: GradientEngine | StreamEngine,
+    found: Survey,
+    config: SpectralConfig,
+    ranks: Ranks,
+    stream: StreamedRun | None,
+    *,
+    progress: bool,
 ) -> None:
     """Collect every wave; where its gradients are not all kept, reduce it before the next one begins."""
     products = SpectralConfig.from_dict(store.manifest.config).gram_options(config)
@@ -142,9 +164,15 @@ def _waves(
             if ranks.is_main:
                 reopen_wave(store, wave, products)
             ranks.wait("for the wave")
+            if stream is not None:
+                stream.begin(wave)
             row_pass(store, engine, found, config, ranks, wave=wave, progress=progress)
         if passing:
             reduce_wave(store, wave, products, ranks, progress=progress)
+        if stream is not None and not reduced:
+            stream.finish(wave)
+    if stream is not None:
+        stream.close()
 
 
 def make_engine(model: nn.Module, found: Survey, config: SpectralConfig) -> GradientEngine:
@@ -159,11 +187,24 @@ def make_engine(model: nn.Module, found: Survey, config: SpectralConfig) -> Grad
     )
 
 
+def stream_engine(model: nn.Module, found: Survey, config: SpectralConfig, weights: Resident | None) -> StreamEngine:
+    """Return the engine that takes a model one segment at a time; a context manager."""
+    return StreamEngine(
+        model,
+        found.loss,
+        include=config.include,
+        exclude=config.exclude,
+        dtype_compute=config.dtype_compute,
+        deterministic=config.use_deterministic,
+        weights=weights,
+    )
+
+
 def _create_or_resume(
     path: Path,
     manifest: Manifest,
     model: nn.Module,
-    engine: GradientEngine,
+    engine: GradientEngine | StreamEngine,
     found: Survey,
     config: SpectralConfig,
     ranks: Ranks,
@@ -192,6 +233,7 @@ def _create_or_resume(
         if len(found.samples) > store.n_samples:
             if progress:
                 tqdm.write(f"{path} grows from {store.n_samples} to {len(found.samples)} samples")
+            store.fsync = config.fsync
             grow_run(store, manifest)
         return
     check_free(path)
@@ -199,7 +241,13 @@ def _create_or_resume(
     if progress:
         tqdm.write(report.summary())
     provided = provisions.provide(
-        shapes, found.lengths, config, path, row_dtype=engine.row_dtype, activations=activations
+        shapes,
+        found.lengths,
+        config,
+        path,
+        row_dtype=engine.row_dtype,
+        activations=activations,
+        segments=engine.waves() if isinstance(engine, StreamEngine) else None,
     )
     if progress and len(provided.waves) > 1:
         tqdm.write(_announced(provided))
@@ -218,10 +266,13 @@ def _announced(provided: Provisions) -> str:
 
 
 def _probe(
-    model: nn.Module, engine: GradientEngine, found: Survey, memory: int | None
+    model: nn.Module, engine: GradientEngine | StreamEngine, found: Survey, memory: int | None
 ) -> tuple[ProbeReport, list[GradientShape], float]:
     """Probe the engine and measure its gradients; with sharded weights all ranks do, on the same samples."""
-    batch = to_model(probe_batch(found, model, engine.tensors.values()), model)
+    if isinstance(engine, StreamEngine):
+        batch = first_samples(found, model)
+    else:
+        batch = to_model(probe_batch(found, model, engine.tensors.values()), model)
     if memory is not None:
         memory //= 2
     elif is_sharded(model):
@@ -231,7 +282,7 @@ def _probe(
 
 def make_manifest(
     model: nn.Module,
-    engine: GradientEngine,
+    engine: GradientEngine | StreamEngine,
     found: Survey,
     config: SpectralConfig,
     description: str | Mapping[str, Any] | None,

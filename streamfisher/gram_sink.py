@@ -10,6 +10,7 @@ import numpy as np
 from streamfisher import gram as grams
 from streamfisher import runlog
 from streamfisher.errors import CorruptRunError
+from streamfisher.moment import moment_of
 from streamfisher.store import RunStore
 
 
@@ -44,6 +45,7 @@ class GramSink:
         difference = self._difference(finished) if self.compare else None
         self.store.write_gram(name, finished.gram, finished.mean_products, self.settings)
         runlog.event("gram", stage="grams", gram=name, samples=len(finished.gram))
+        keep_moment(self.store, name, self.subsampled)
         return name, difference
 
     def _difference(self, finished: grams.ParameterGram) -> float | None:
@@ -57,3 +59,10 @@ class GramSink:
         norm = float(np.linalg.norm(finished.gram))
         distance = float(np.linalg.norm(finished.gram - old))
         return distance / norm if norm else distance
+
+
+def keep_moment(store: RunStore, key: str, subsampled: frozenset[str]) -> None:
+    """Write the second moment of a parameter that has fewer elements than there are samples, and a Gram of its own."""
+    if store.gram_members[key] == [key] and key not in subsampled and store.parameters[key] < store.n_samples:
+        valid = store.per_sample("valid") == 1
+        store.write_moment(key, moment_of(store, key, store.parameters[key], valid))

@@ -182,7 +182,7 @@ def _load_pretrained(
 
     try:
         config = transformers.AutoConfig.from_pretrained(spec, trust_remote_code=trust_remote_code)
-        kind = _auto_class(transformers, config)
+        kind = auto_class(transformers, config)
         options = {"config": config, "dtype": dtype or "auto", "use_safetensors": True}
         options["trust_remote_code"] = trust_remote_code
         if sharded_on is not None:
@@ -197,7 +197,7 @@ def _load_pretrained(
         raise ModelError(f"MODEL {spec} cannot be loaded: {_first_line(error)}") from error
 
 
-def _auto_class(transformers: Any, config: Any) -> Any:
+def auto_class(transformers: Any, config: Any) -> Any:
     """Return the class the checkpoint was saved from, so that no head is made up or lost."""
     for name in getattr(config, "architectures", None) or []:
         kind = getattr(transformers, name, None)

@@ -70,7 +70,7 @@ def verify(run: Run, *, repair: bool = True, progress: bool = False) -> list[Pro
     damaged_grams = []
     for key in filter(store.has_gram, store.gram_members):
         try:
-            store.read_gram(key)
+            store.check_gram(key)
         except CorruptRunError as error:
             problems.append(Problem("gram", key, None, None, str(error)))
             damaged_grams.append(key)

@@ -88,6 +88,7 @@ BAD = {
     "dtype_eigensolve": ["float16", None],
     "eps": [-1e-9, 1, 2.0, "small", True, float("nan")],
     "top_k_eigenvalues": [0, None, 2.5],
+    "solver": ["lanczos", None, True],
     "regularization": [-1e-8, None, "none", float("inf"), float("nan")],
     "eigensolve_device": ["gpu", None],
     "storage_mode": ["disk", None],
@@ -100,6 +101,11 @@ BAD = {
     "memory_budget": ["lots", 0, -5],
     "use_deterministic": ["yes", 1],
     "fsync": ["yes", 1],
+    "gram_per": ["tensor", None],
+    "stream": ["blocks", 1],
+    "representation": ["sparse", None],
+    "keep_gradients": [3],
+    "disk_budget": ["lots", 0],
 }
 
 

@@ -61,6 +61,13 @@ def sync_filesystem(folder: Path) -> None:
         os.close(file)
 
 
+def write_marker(path: Path, content: Any, *, fsync: bool) -> None:
+    """Write a marker; with `fsync`, once everything that it stands for is on the disk."""
+    if fsync:
+        sync_filesystem(path.parent)
+    write_json(path, content)
+
+
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file of a run, without its seal.
 

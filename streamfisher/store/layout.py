@@ -12,12 +12,14 @@ from streamfisher.config import parse_dtype
 from streamfisher.errors import CorruptRunError, RunError
 from streamfisher.samples import make_units
 from streamfisher.store import codecs
-from streamfisher.store.durable import sync_filesystem, write_json
+from streamfisher.store.durable import write_json, write_marker
 from streamfisher.store.manifest import Manifest
 from streamfisher.store.names import node_name
 
 #: Columns of one product of the Gram; chunk widths are multiples of it.
 PANEL = 4096
+#: Rows and columns of one tile of a Gram that is too large for memory; a multiple of the chunks of stored Grams.
+TILE = 2048
 #: What a damaged manifest is restored from.
 MANIFEST_COPY = "manifest.copy.json"
 _CHUNK_BYTES = 4 << 20
@@ -72,10 +74,8 @@ def create_run(path: Path, manifest: Manifest) -> None:
     if layout["centered"]:
         _create_mean_arrays(root, manifest)
     root.require_group("gram")
-    if manifest.config.get("fsync"):
-        sync_filesystem(path)
     write_json(path / MANIFEST_COPY, manifest.to_dict())
-    write_json(path / "manifest.json", manifest.to_dict())
+    write_marker(path / "manifest.json", manifest.to_dict(), fsync=bool(manifest.config.get("fsync")))
 
 
 def check_free(path: Path) -> None:
@@ -87,7 +87,7 @@ def check_free(path: Path) -> None:
     if path.is_file():
         raise RunError(f"{path} is a file; --out names a folder that does not exist yet, or a run.")
     if path.is_dir() and any(path.iterdir()):
-        ours = {"zarr.json", "gradients", "samples", "mean", "mean_parts", "gram", "gram_mean", "done"}
+        ours = {"zarr.json", "gradients", "samples", "mean", "mean_parts", "gram", "gram_mean", "moment", "done"}
         ours |= {MANIFEST_COPY, "factors", "fields", "lock", "lock.ranks", "log.jsonl"}
         entries = (entry.name for entry in path.iterdir() if not entry.name.endswith(".partial"))
         foreign = sorted(name for name in entries if name not in ours)

@@ -13,6 +13,7 @@
       mean_parts/<parameter>   (units, P_k) float64 sums of the mean pass
       gram/<key>               (N, N)     float64, of the rows as stored; a key is a parameter, or a group of them
       gram_mean/<key>          (N + 1,)   float64, rows times the mean, and the mean's square (centered rows only)
+      moment/<parameter>       (P_k + 1, P_k) float64, G^T G and, last, the sum of the rows, where P_k < N
       done/*.json              what is finished, with checksums
 
 Nothing counts as written until its marker exists; a chunk that is missing reads as NaN.
@@ -38,7 +39,7 @@ from streamfisher.gradients.factors import BatchFactors, matrix_shape
 from streamfisher.samples import Unit, make_units
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK, write_array
-from streamfisher.store.durable import read_json, sweep_partials, sync_filesystem, write_json
+from streamfisher.store.durable import read_json, sweep_partials, write_json, write_marker
 from streamfisher.store.factored_rows import columns_of_segments
 from streamfisher.store.factors import FactorSide, Segment, check_factors, delete_factors, segments_of, write_factors
 from streamfisher.store.grams import GramStore
@@ -663,9 +664,7 @@ class RunStore(GramStore):
         return found
 
     def _mark(self, name: str, content: Mapping[str, Any]) -> None:
-        if self.fsync:
-            sync_filesystem(self.path)
-        write_json(self.path / "done" / f"{name}.json", dict(content))
+        write_marker(self.path / "done" / f"{name}.json", dict(content), fsync=self.fsync)
 
     def _array(self, path: str) -> zarr.Array:
         if path not in self._arrays:

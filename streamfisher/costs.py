@@ -1,0 +1,92 @@
+"""What a spectrum costs in floating-point operations: pure functions of shapes and numbers of samples.
+
+N samples of T positions; a parameter of shape (m, n) has P = m n elements. A multiplication and an addition count as
+two operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from streamfisher.model_trace import BlockCost
+from streamfisher.shapes import GradientShape
+
+#: Pairwise products are formed in float64, which costs twice as much as the float32 products of slabs.
+_PAIRWISE_COST = 2.0
+
+
+@dataclass(frozen=True)
+class ProductCost:
+    """The Gram of one parameter, by the cheapest kernel, in operations that count as float32 ones."""
+
+    kernel: Literal["slabs", "pairwise", "tokens"]
+    forming: float  # operations that make rows of factors
+    product: float  # operations of the symmetric product
+
+    @property
+    def total(self) -> float:
+        """Return the sum."""
+        return self.forming + self.product
+
+
+def capture_flops(shapes: Collection[GradientShape], held: Mapping[str, str]) -> float:
+    """Return the operations that form one sample's rows while the backward pass runs: `2 T P` for each product."""
+    return sum(
+        2.0 * positions * shape.numel
+        for shape in shapes
+        if held[shape.name] == "dense"
+        for (left, _), positions in zip(shape.pairs, shape.positions, strict=True)
+        if left.width > 1
+    )
+
+
+def product_cost(shape: GradientShape, held: str, n_samples: int) -> ProductCost:
+    """Return what the Gram of a parameter costs.
+
+    Rows: `N^2 P`, a symmetric product. Of factors, rows are formed first (slabs, `2 N T P`), or all positions are
+    multiplied with all (pairwise, `(N T)^2 (m + n)`), or, for an embedding, those of the same token (at most
+    `N^2 T n`).
+    """
+    rows = float(n_samples) ** 2 * shape.numel
+    if held == "dense":
+        return ProductCost("slabs", 0.0, rows)
+    positions = n_samples * sum(shape.positions)
+    width = shape.pairs[0][1].width
+    if all(left.width == 1 for left, _ in shape.pairs):
+        return ProductCost("tokens", 0.0, positions * n_samples * width)
+    slabs = ProductCost("slabs", 2.0 * positions * shape.numel, rows)
+    pairwise = ProductCost("pairwise", 0.0, _PAIRWISE_COST * positions**2 * (shape.numel / width + width))
+    return min(slabs, pairwise, key=lambda cost: cost.total)
+
+
+def eigensolve_flops(n_samples: int) -> float:
+    """Return `(4/3) N^3`, the reduction to tridiagonal form; the eigenvalues of that cost little more."""
+    return 4.0 / 3.0 * float(n_samples) ** 3
+
+
+def pass_flops(blocks: Sequence[BlockCost], names: Collection[str]) -> float:
+    """Return the operations of one sample's pass that captures `names`: forward, and backward to the lowest of them.
+
+    Parameters are frozen, so backward forms input gradients only and costs as much as the forward of what it crosses.
+    """
+    wanted = set(names)
+    lowest = next((i for i, block in enumerate(blocks) if wanted.intersection(block.parameters)), len(blocks))
+    return sum(block.forward_flops for block in blocks) + sum(block.forward_flops for block in blocks[lowest:])
+
+
+def streamed_flops(blocks: Sequence[BlockCost], every: int) -> float:
+    """Return the operations of one sample when layers are streamed: forward, then forward and backward of each layer.
+
+    Args:
+        blocks: in the order in which they are called.
+        every: only every so-maniest boundary is kept; the layers in between are run forward once more.
+    """
+    forward = sum(block.forward_flops for block in blocks)
+    return forward * (3.0 + (every - 1) / every)
+
+
+def plain_flops(blocks: Sequence[BlockCost]) -> float:
+    """Return the operations of one sample's plain forward and backward with weight gradients: three forwards."""
+    return 3.0 * sum(block.forward_flops for block in blocks)

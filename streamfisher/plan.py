@@ -1,0 +1,123 @@
+"""What a run will take, before anything runs: the ways in which it can be done side by side, and the one to be taken.
+
+A plan is an estimate: bytes follow from shapes, time from operations and rates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from streamfisher.config import SpectralConfig, dtype_name
+from streamfisher.model_trace import ModelTrace
+from streamfisher.rates import Rates
+from streamfisher.shortfalls import Machine
+from streamfisher.ways import BlockBytes, Way, WayPlanner
+
+__all__ = ["Machine", "RunPlan", "plan_run"]
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The ways of one run side by side, and the one that would be taken."""
+
+    trace: ModelTrace
+    n_samples: int
+    mean_length: float
+    n_grams: int
+    gram_bytes: float
+    machine: Machine
+    rates: Rates
+    blocks: tuple[BlockBytes, ...]
+    ways: tuple[Way, ...]
+    chosen: Way
+    least: Mapping[str, float]  # the smallest disk and memory budgets, in bytes, with which waves would do
+    settings: Mapping[str, Any]  # of the config, as far as they decide
+
+    def problems(self) -> list[str]:
+        """Return what keeps the chosen way from fitting, a sentence each; empty if it fits."""
+        return list(self.chosen.problems)
+
+    def table(self) -> str:
+        """Return the plan as text."""
+        from streamfisher.plan_report import plan_table
+
+        return plan_table(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "model": self.trace.name,
+            "n_params": self.trace.n_params,
+            "bytes_weights": self.trace.weight_bytes,
+            "n_samples": self.n_samples,
+            "mean_length": self.mean_length,
+            "forward_flops_per_sample": self.trace.forward_flops,
+            "activation_bytes_per_sample": self.trace.activation_bytes,
+            "n_grams": self.n_grams,
+            "bytes_grams": self.gram_bytes,
+            "settings": dict(self.settings),
+            "machine": vars(self.machine),
+            "rates": vars(self.rates),
+            "blocks": [vars(block) for block in self.blocks],
+            "ways": [way.to_dict() for way in self.ways],
+            "chosen": self.chosen.name,
+            "fits": self.chosen.fits,
+            "problems": self.problems(),
+            "bytes_least": dict(self.least),
+        }
+
+
+def plan_run(
+    trace: ModelTrace,
+    lengths: Sequence[int],
+    config: SpectralConfig,
+    *,
+    machine: Machine,
+    rates: Rates,
+    structures: int = 1,
+    stream: bool | None = None,
+) -> RunPlan:
+    """Plan a run.
+
+    Args:
+        trace: of the model, at the mean length of the samples.
+        lengths: tokens of each sample.
+        config: of the run.
+        machine: what there is to work with.
+        rates: of that machine.
+        structures: how many block structures are solved.
+        stream: stream layers; `None` means only where waves do not fit.
+    """
+    planner = WayPlanner(trace, lengths, config, machine, rates, structures)
+    ways = [
+        planner.stored("dense, one pass", "dense", budgets=False),
+        planner.stored("one pass", config.representation, budgets=False),
+        planner.stored("waves", config.representation, budgets=True),
+        planner.streamed(),
+    ]
+    ordinary = ways[2]
+    chosen = ways[3] if stream or (stream is None and not ordinary.fits and ways[3].fits) else ordinary
+    return RunPlan(
+        trace=trace,
+        n_samples=len(lengths),
+        mean_length=sum(lengths) / len(lengths),
+        n_grams=planner.n_grams,
+        gram_bytes=planner.gram_bytes,
+        machine=machine,
+        rates=rates,
+        blocks=planner.block_bytes(),
+        ways=tuple(ways),
+        chosen=chosen,
+        least=planner.least(),
+        settings={
+            "representation": config.representation,
+            "gram_per": config.gram_per,
+            "chunk_size": config.chunk_size,
+            "batch_tokens": config.batch_tokens,
+            "dtype_store": dtype_name(planner.store_dtype),
+            "dtype_gram": dtype_name(config.dtype_gram),
+            "codec": config.codec,
+        },
+    )

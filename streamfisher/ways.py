@@ -1,0 +1,381 @@
+"""The ways of doing a run, each with its bytes, passes, memory and time.
+
+dense, one pass     every row on disk at once, as rows
+one pass            every gradient on disk at once, rows or factors, whichever are smaller
+waves               what the disk and memory budgets allow at a time, one pass for each
+stream layers       boundaries of all samples are kept, and one layer after the other is replayed and reduced
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from streamfisher.blocks import assign_blocks
+from streamfisher.config import SpectralConfig
+from streamfisher.costs import (
+    capture_flops,
+    eigensolve_flops,
+    pass_flops,
+    plain_flops,
+    product_cost,
+    streamed_flops,
+)
+from streamfisher.errors import CapacityError
+from streamfisher.granularity import gram_keys
+from streamfisher.model_trace import ModelTrace
+from streamfisher.rates import Rates
+from streamfisher.representation import choose_representation, sample_bytes
+from streamfisher.samples import make_batches, make_units
+from streamfisher.shortfalls import Machine, Shortfalls, or_any
+from streamfisher.store.layout import PANEL, chunk_columns
+from streamfisher.waves import WaveLimits, WaveSizes, cut_waves, is_kept
+
+#: Forward and backward hold temporary tensors of about half of what autograd saves.
+TEMPORARY = 1.5
+#: Of a memory budget, at most this share is for the activations of a batch, or for boundaries of streamed layers.
+_SHARE = 0.5
+#: Plain passes over three samples that the probe's comparisons cost.
+_PROBE_PASSES = 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run."""
+
+    name: str  # 'collect', 'reduce' or 'solve'
+    flops: float
+    read: float  # bytes
+    written: float  # bytes
+    memory: float  # host bytes at its peak, beside the model's weights
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to do a run."""
+
+    name: str
+    waves: int
+    passes: float  # over the data, in units of one plain forward and backward with weight gradients
+    gradients: float  # bytes of all gradients that are written in all, uncompressed
+    disk: float  # bytes on disk at its fullest, Grams included
+    weights: float  # bytes of weights that are resident at a time
+    stages: tuple[Stage, ...]
+    problems: tuple[str, ...]  # what does not fit, and what would make it fit
+    representation: Mapping[str, str] = field(default_factory=dict)
+    boundaries: float = 0.0  # bytes of hidden states between layers, where they are streamed
+    every: int = 1  # only every so-maniest boundary is kept
+
+    @property
+    def seconds(self) -> float:
+        """Return the time of all stages, one after the other."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def memory(self) -> float:
+        """Return the highest peak of all stages, beside the model's weights."""
+        return max(stage.memory for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        """Return whether nothing stands in its way."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "name": self.name,
+            "fits": self.fits,
+            "problems": list(self.problems),
+            "waves": self.waves,
+            "passes": self.passes,
+            "bytes_gradients": self.gradients,
+            "bytes_disk": self.disk,
+            "bytes_weights_resident": self.weights,
+            "bytes_boundaries": self.boundaries,
+            "boundary_every": self.every,
+            "seconds": self.seconds,
+            "stages": [vars(stage) for stage in self.stages],
+        }
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """One block of parameters and the bytes of its gradients over all samples."""
+
+    name: str
+    n_params: int
+    dense: float
+    factors: float  # of the parameters that have any; the others as rows
+    stored: float  # as the run holds them
+
+
+class WayPlanner:
+    """The numbers that all ways share."""
+
+    def __init__(
+        self,
+        trace: ModelTrace,
+        lengths: Sequence[int],
+        config: SpectralConfig,
+        machine: Machine,
+        rates: Rates,
+        structures: int,
+    ):
+        self.trace, self.config, self.machine, self.rates = trace, config, machine, rates
+        self.lengths = list(lengths)
+        self.n = len(lengths)
+        self.structures = structures
+        self.shapes = {shape.name: shape for shape in trace.shapes}
+        double = any(shape.dtype == torch.float64 for shape in trace.shapes)
+        row_dtype = torch.float64 if double else config.dtype_compute
+        self.store_dtype = config.dtype_store or row_dtype
+        self.row_itemsize = torch.finfo(row_dtype).bits // 8
+        self.stored_itemsize = torch.finfo(self.store_dtype).bits // 8
+        self.n_grams = len(gram_keys(self.shapes, config.gram_per))
+        self.gram_bytes = 8.0 * self.n**2 * self.n_grams
+        self.units = make_units(self.n, config.chunk_size)
+        on_host = machine.devices == 0
+        self.per_token = TEMPORARY * trace.activation_bytes / trace.tokens  # of activations
+        self.host_per_token = self.per_token if on_host else 0.0
+        self.batch_tokens = self._batch_tokens()
+        self.shortfalls = Shortfalls(machine, config, self.n, self.gram_bytes, trace.weight_bytes)
+        self.batches = [
+            len(batch)
+            for unit in self.units
+            for batch in make_batches(self.lengths[unit.start : unit.stop], self.batch_tokens)
+        ]
+
+    def _batch_tokens(self) -> int:
+        """Return the padded tokens of one backward pass: as set, or as many as memory allows, at least one sample."""
+        limit = self.machine.memory if self.machine.devices == 0 else self.machine.device_memory
+        longest = max(self.lengths)
+        if limit is None or self.per_token <= 0:
+            return self.config.batch_tokens
+        free = _SHARE * limit
+        if self.machine.devices:
+            free = max(limit * self.machine.devices - self.trace.weight_bytes, 0) * _SHARE / self.machine.devices
+        return max(longest, min(self.config.batch_tokens, int(free / self.per_token)))
+
+    @property
+    def padded(self) -> int:
+        """Return the tokens of the largest batch."""
+        return max(self.batch_tokens, max(self.lengths)) if max(self.batches) > 1 else max(self.lengths)
+
+    def sizes(self, chosen: Mapping[str, str]) -> WaveSizes:
+        """Return the sizes of groups of parameters that are held so."""
+        return WaveSizes(
+            self.trace.shapes,
+            chosen,
+            n_samples=self.n,
+            unit_rows=min(self.config.chunk_size, self.n),
+            batch_samples=max(self.batches),
+            row_itemsize=self.row_itemsize,
+            stored_itemsize=self.stored_itemsize,
+        )
+
+    def held(self, representation: str) -> dict[str, str]:
+        """Return how each parameter is held."""
+        return choose_representation(
+            self.trace.shapes,
+            representation,
+            row_itemsize=self.stored_itemsize,
+            centered=self.config.store_centered,
+        )
+
+    def block_bytes(self) -> tuple[BlockBytes, ...]:
+        """Return the blocks of the layer structure and what their gradients take."""
+        chosen = self.held(self.config.representation)
+        factored = {s.name: "factors" if s.pairs else "dense" for s in self.trace.shapes}
+        members: dict[str, list[str]] = {}
+        for name, key in assign_blocks(self.shapes, "layer").items():
+            members.setdefault(key, []).append(name)
+        found = []
+        for key, names in members.items():
+            shapes = [self.shapes[name] for name in names]
+            rows = float(sum(shape.numel for shape in shapes) * self.stored_itemsize)
+            factors = sum(sample_bytes(shapes, factored, self.stored_itemsize))
+            stored = sum(sample_bytes(shapes, chosen, self.stored_itemsize))
+            n = self.n
+            found.append(BlockBytes(key, sum(shape.numel for shape in shapes), n * rows, n * factors, n * stored))
+        return tuple(found)
+
+    def stored(self, name: str, representation: str, *, budgets: bool) -> Way:
+        """Return a way that keeps gradients on disk: at once, or in waves where budgets are to be met."""
+        chosen = self.held(representation)
+        sizes = self.sizes(chosen)
+        problems = self.shortfalls.of_reduction(self._least_reduction()) + self.shortfalls.of_weights()
+        names = list(self.shapes)
+        cut = [sizes.of(names)]
+        hopeless = False
+        if budgets:
+            limits = WaveLimits(
+                disk=int(or_any(self.machine.disk) - self.gram_bytes),
+                memory=int(or_any(self.machine.memory) - self.host_per_token * self.padded),
+            )
+            try:
+                cut = cut_waves(sizes, limits, self.config.keep_gradients or ())
+            except CapacityError as error:
+                problems.append(str(error))
+                hopeless = True
+        waves = [list(wave.parameters) for wave in cut]
+        keep = "*" in (self.config.keep_gradients or ())
+        total = sum(wave.disk for wave in cut)
+        disk = self.gram_bytes + (total if keep else max(wave.disk for wave in cut)) + self._sample_bytes()
+        memory = self.host_per_token * self.padded + max(wave.memory for wave in cut)
+        if not hopeless:  # else the numbers are those of a single wave, which nobody would try
+            problems += self.shortfalls.of_disk(disk, self.stored_itemsize) + self.shortfalls.of_memory(memory)
+        passes = sum(pass_flops(self.trace.blocks, wave) for wave in waves)
+        collect = self._collect(passes + capture_flops(self.trace.shapes, chosen), total, memory, chosen, len(waves))
+        return Way(
+            name=name,
+            waves=len(waves),
+            passes=passes / plain_flops(self.trace.blocks),
+            gradients=float(total),
+            disk=disk,
+            weights=float(self.trace.weight_bytes),
+            stages=(collect, self._reduce(total, chosen), self._solve()),
+            problems=tuple(dict.fromkeys(problems)),
+            representation=chosen,
+        )
+
+    def streamed(self) -> Way:
+        """Return the way that replays one layer at a time."""
+        chosen = self.held(self.config.representation)
+        sizes = self.sizes(chosen)
+        segments = [block for block in self.trace.blocks if block.parameters]
+        parts = [sizes.of(block.parameters) for block in segments]
+        largest, total = max(part.disk for part in parts), sum(part.disk for part in parts)
+        edges = [block.boundary_bytes for block in self.trace.blocks if block.boundary_bytes]
+        problems = self.shortfalls.of_reduction(self._least_reduction())
+        if not edges:
+            problems.append(f"{self.trace.name} is not a stack of layers that call one another: use waves.")
+        every, boundaries, on_disk = self._boundaries(edges, largest)
+        resident = self._resident_weights()
+        loads = 0.0 if resident >= self.trace.weight_bytes else 2.0 * self.trace.weight_bytes
+        activations = self.per_token * self.padded / max(len(segments) - 1, 1)
+        memory = max(part.memory for part in parts) + (0.0 if self.machine.devices else activations)
+        memory += 0.0 if on_disk else boundaries
+        disk = self.gram_bytes + largest + (boundaries if on_disk else 0.0) + self._sample_bytes()
+        problems += self.shortfalls.of_disk(disk, self.stored_itemsize) + self.shortfalls.of_memory(memory)
+        segment = 2.0 * max(block.weight_bytes for block in self.trace.blocks)
+        problems += self.shortfalls.of_segments(segment, activations)
+        passes = streamed_flops(self.trace.blocks, every)
+        flops = passes + capture_flops(self.trace.shapes, chosen)
+        collect = self._collect(flops, total, memory, chosen, 1)
+        moved = (2.0 * boundaries if on_disk else 0.0) + loads
+        extra = (boundaries / self.rates.write + (boundaries + loads) / self.rates.read) if moved else 0.0
+        collect = Stage(
+            "collect",
+            collect.flops,
+            collect.read + (boundaries if on_disk else 0.0) + loads,
+            collect.written + (boundaries if on_disk else 0.0),
+            memory,
+            collect.seconds + extra,
+        )
+        return Way(
+            name="stream layers",
+            waves=len(segments),
+            passes=passes / plain_flops(self.trace.blocks),
+            gradients=float(total),
+            disk=disk,
+            weights=resident,
+            stages=(collect, self._reduce(total, chosen), self._solve()),
+            problems=tuple(dict.fromkeys(problems)),
+            representation=chosen,
+            boundaries=boundaries,
+            every=every,
+        )
+
+    def _boundaries(self, edges: Sequence[float], largest: float) -> tuple[int, float, bool]:
+        """Return which boundaries are kept, their bytes with the gradient that goes down, and whether on disk."""
+        if not edges:
+            return 1, 0.0, False
+        memory = or_any(self.machine.memory) * _SHARE
+        disk = or_any(self.machine.disk) - self.gram_bytes - largest
+
+        def size(every: int) -> float:
+            return self.n * (sum(edges[::every]) + max(edges))
+
+        for every in range(1, len(edges) + 1):
+            for limit, on_disk in ((memory, False), (disk, True)):
+                if size(every) <= limit:
+                    return every, size(every), on_disk
+        return len(edges), size(len(edges)), True
+
+    def _resident_weights(self) -> float:
+        """Return the bytes of weights in memory: all where they fit, else two layers'."""
+        machine = self.machine
+        room = machine.memory if not machine.devices else (machine.device_memory or 0) * machine.devices
+        if room is None or self.trace.weight_bytes <= room * _SHARE:
+            return float(self.trace.weight_bytes)
+        return 2.0 * max(block.weight_bytes for block in self.trace.blocks)
+
+    def _collect(self, flops: float, size: float, memory: float, chosen: Mapping[str, str], waves: int) -> Stage:
+        """Return the stage that takes gradients and writes them; `flops` of one sample, `size` in bytes."""
+        guards = 0
+        if self.config.guard_every:
+            guards = waves * -(-len(self.units) // self.config.guard_every) * self.batches[0]
+        plain = plain_flops(self.trace.blocks) * (guards + 3 * _PROBE_PASSES)
+        total = self.n * flops + plain
+        chunks, arrays = self._pieces(chosen)
+        seconds = total / self.rates.passes + size / self.rates.write
+        seconds += chunks * self.rates.chunk_seconds + arrays * self.rates.array_seconds
+        return Stage("collect", total, 0.0, size, memory, seconds)
+
+    def _pieces(self, chosen: Mapping[str, str]) -> tuple[int, int]:
+        """Return the chunks of rows, and the arrays of factors: each tensor of each batch is one."""
+        chunks = len(self.units) * 4
+        keys = set()
+        for shape in self.trace.shapes:
+            if chosen[shape.name] == "dense":
+                width = chunk_columns(shape.numel, self.n, self.config.chunk_size, self.stored_itemsize)
+                chunks += len(self.units) * -(-shape.numel // width)
+            else:
+                keys |= {side.key for pair in shape.pairs for side in pair}
+        return chunks, len(self.batches) * len(keys) + sum(held == "dense" for held in chosen.values())
+
+    def _reduce(self, size: float, chosen: Mapping[str, str]) -> Stage:
+        """Return the stage that forms rows of factors where needed, and multiplies."""
+        costs = [product_cost(shape, chosen[shape.name], self.n) for shape in self.trace.shapes]
+        forming, products = sum(cost.forming for cost in costs), sum(cost.product for cost in costs)
+        chunks, arrays = self._pieces(chosen)
+        seconds = forming / self.rates.forming + products / self.rates.products + size / self.rates.read
+        seconds += (chunks + arrays) * self.rates.chunk_seconds + self.n_grams * self.rates.array_seconds
+        seconds += self.gram_bytes / self.rates.write
+        return Stage("reduce", forming + products, size, self.gram_bytes, self._reduction_memory(), seconds)
+
+    def least(self) -> dict[str, float]:
+        """Return the smallest budgets with which the run could be done in waves: one parameter in each, if need be."""
+        sizes = self.sizes(self.held(self.config.representation))
+        alone = [sizes.of([name]) for name in self.shapes]
+        kept = [name for name in self.shapes if is_kept(name, self.config.keep_gradients or ())]
+        disk = sizes.of(kept).disk + max((one.disk for one in alone if one.parameters[0] not in kept), default=0)
+        memory = self.host_per_token * self.padded + max(one.memory for one in alone)
+        return {
+            "disk": disk + self.gram_bytes + self._sample_bytes(),
+            "memory": max(memory, self._least_reduction(), 24.0 * self.n**2),
+        }
+
+    def _least_reduction(self) -> float:
+        """Return the least bytes in which one worker can reduce."""
+        return 24.0 * self.n**2 + 20.0 * self.n * PANEL
+
+    def _reduction_memory(self) -> float:
+        workers = self.config.n_workers or torch.get_num_threads()
+        wanted = workers * self._least_reduction() * 2
+        return min(wanted, max(or_any(self.machine.memory), self._least_reduction()))
+
+    def _solve(self) -> Stage:
+        blocks = len(set(assign_blocks(self.shapes, self.config.block_structure).values())) * self.structures
+        flops = blocks * eigensolve_flops(self.n)
+        seconds = flops / self.rates.solve + self.structures * self.gram_bytes / self.rates.read
+        return Stage("solve", flops, self.structures * self.gram_bytes, 0.0, 3.0 * 8.0 * self.n**2, seconds)
+
+    def _sample_bytes(self) -> float:
+        """Return the bytes of what is kept of each sample: loss, targets, validity, a norm for each parameter."""
+        return self.n * (8.0 + 8.0 + 1.0 + 8.0 * len(self.shapes))

@@ -1,0 +1,327 @@
+"""Plans: shapes from a config alone, bytes as a run writes them, and refusals that say what would do."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import cli
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import streamfisher as sf
+from streamfisher.config import parse_bytes
+from streamfisher.costs import capture_flops, pass_flops, plain_flops, product_cost
+from streamfisher.demo import demo_samples, load_demo_model
+from streamfisher.errors import ModelError
+from streamfisher.gradients import GradientEngine
+from streamfisher.losses import resolve_loss
+from streamfisher.model_trace import ModelTrace
+from streamfisher.plan import Machine, RunPlan, plan_run
+from streamfisher.rates import Rates, measure
+from streamfisher.shapes import Factor, GradientShape
+from streamfisher.skeletons import build_skeleton
+from streamfisher.tracing import trace_model
+
+SHAPES = Path(__file__).parents[1] / "examples" / "plan"
+FAST = Rates(passes=1e12, products=1e12, forming=1e12, solve=1e10, write=1e9, read=1e9)
+
+
+def tiny_llama(layers: int = 2, *, hidden: int = 256) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+def ids(tokens: int, n_samples: int = 1, vocabulary: int = 256) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    return {"input_ids": torch.randint(0, vocabulary, (n_samples, tokens), generator=generator)}
+
+
+@cache
+def trace_of(model: str) -> ModelTrace:
+    """One of the example configs at 512 tokens."""
+    return trace_model(build_skeleton(str(SHAPES / model)), ids(512), causal=True)
+
+
+def planned(model: str, **changes) -> RunPlan:
+    """A plan of one of the example configs at 1,024 samples of 512 tokens."""
+    options = {"memory": 2 * 10**12, "disk": 30 * 10**12, "devices": 8, "device_memory": 80 * 10**9} | changes
+    n_samples = options.pop("n_samples", 1024)
+    stream = options.pop("stream", None)
+    config = options.pop("config", sf.SpectralConfig())
+    return plan_run(trace_of(model), [512] * n_samples, config, machine=Machine(**options), rates=FAST, stream=stream)
+
+
+@pytest.mark.parametrize(
+    ("model", "published"),
+    [
+        ("llama-2-7b", 6_738_415_616),
+        ("llama-3-70b", 70_553_706_496),
+        ("llama-3.1-405b", 405_853_388_800),
+        ("mixtral-8x7b", 46_702_792_704),
+    ],
+)
+def test_example_configs_have_the_published_number_of_parameters_and_take_no_memory(model, published):
+    skeleton = build_skeleton(str(SHAPES / model))
+    assert sum(tensor.numel() for tensor in skeleton.parameters()) == published
+    assert all(tensor.is_meta and tensor.dtype == torch.bfloat16 for tensor in skeleton.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2 with a tied head", "demo"])
+def test_traced_shapes_are_those_that_a_batch_of_gradients_shows(kind):
+    if kind == "llama":
+        model = tiny_llama()
+    elif kind == "demo":
+        model = load_demo_model()
+    else:
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=2, n_positions=32)).eval()
+    batch = ids(16, 3)
+    traced = trace_model(model, ids(16), causal=True).shapes
+    with GradientEngine(model, resolve_loss(model, batch, None)) as engine:
+        engine.probe(batch)
+        measured = engine.shapes(batch)[0]
+    assert [shape.name for shape in traced] == [shape.name for shape in measured]
+    for ours, theirs in zip(traced, measured, strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        sides = [[(side.width, side.itemsize) for pair in shape.pairs for side in pair] for shape in (ours, theirs)]
+        assert sorted(sides[0]) == sorted(sides[1]), ours.name
+        assert sorted(ours.positions) == sorted(theirs.positions), ours.name
+    keys = [
+        len({side.key for shape in shapes for pair in shape.pairs for side in pair}) for shapes in (traced, measured)
+    ]
+    assert keys[0] == pytest.approx(keys[1], abs=1)
+
+
+def test_a_config_alone_is_traced_as_the_model_itself_is():
+    model = tiny_llama()
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM._from_config(model.config, dtype=torch.float32).eval()
+    real, meta = (trace_model(m, ids(16), causal=True) for m in (model, skeleton))
+    assert real.shapes == meta.shapes
+    assert real.blocks == meta.blocks
+    assert real.activation_bytes == meta.activation_bytes
+
+
+def test_forward_operations_are_those_of_the_matrix_products_and_of_attention():
+    model, tokens = tiny_llama(), 32
+    trace = trace_model(model, ids(tokens), causal=True)
+    matrices = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name)
+    attention = 2 * 4 * tokens**2 * model.config.hidden_size  # two layers, Q K^T and its product with V
+    assert trace.forward_flops == 2 * tokens * matrices + attention
+    assert [block.name for block in trace.blocks] == ["embedding", "layer_0", "layer_1", "other", "output"]
+    assert trace.blocks[1].boundary_bytes == tokens * model.config.hidden_size * 4
+
+
+def test_every_expert_of_a_fused_layer_counts_as_a_parameter_and_only_the_routed_ones_as_operations():
+    trace = trace_model(build_skeleton(str(SHAPES / "mixtral-8x7b")), ids(64), causal=True)
+    assert trace.n_params == 46_702_792_704
+    routed = 64 * 2 * 2 * 3 * 4096 * 14336  # two experts of three matrices for each token
+    layer = next(block for block in trace.blocks if block.name == "layer_0")
+    assert routed < layer.forward_flops < 1.2 * routed
+    assert not next(shape for shape in trace.shapes if "experts" in shape.name).pairs
+
+
+def test_layers_of_encoder_and_decoder_with_the_same_number_are_told_apart():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    with torch.device("meta"):
+        model = T5ForConditionalGeneration._from_config(config).eval()
+    names = [block.name for block in trace_model(model, ids(8, vocabulary=64)).blocks]
+    assert [name for name in names if "layer" in name] == [
+        "encoder_layer_0", "encoder_layer_1", "decoder_layer_0", "decoder_layer_1"
+    ]  # fmt: skip
+
+
+def test_a_wave_of_the_upper_layers_costs_no_backward_through_the_lower_ones():
+    blocks = trace_model(tiny_llama(layers=8), ids(32), causal=True).blocks
+    forward = sum(block.forward_flops for block in blocks)
+    assert pass_flops(blocks, ["model.embed_tokens.weight"]) == pytest.approx(2 * forward)
+    top = pass_flops(blocks, ["lm_head.weight"])
+    assert top == pytest.approx(forward + blocks[-1].forward_flops)
+    middle = pass_flops(blocks, ["model.layers.4.mlp.up_proj.weight"])
+    assert top < middle < 2 * forward
+    assert plain_flops(blocks) == pytest.approx(3 * forward)
+
+
+def a_shape(positions: float, *, m: int = 1000, n: int = 2000, by_id: bool = False) -> GradientShape:
+    left = Factor("L", 1 if by_id else m, 4)
+    return GradientShape("w", (m, n), torch.float32, ((left, Factor("R", n, 4)),), (positions,))
+
+
+def test_products_take_the_cheapest_kernel():
+    assert product_cost(a_shape(1), "factors", 512).kernel == "pairwise"
+    long = product_cost(a_shape(512), "factors", 512)
+    assert (long.kernel, long.forming, long.product) == ("slabs", 2 * 512 * 512 * 2e6, 512**2 * 2e6)
+    assert product_cost(a_shape(512), "dense", 512).forming == 0
+    assert product_cost(a_shape(512, by_id=True), "factors", 512).kernel == "tokens"
+    assert capture_flops([a_shape(10)], {"w": "dense"}) == 2 * 10 * 2e6
+    assert capture_flops([a_shape(10)], {"w": "factors"}) == 0
+
+
+def test_a_7b_model_on_one_node_fits_in_one_wave_of_factors_and_not_as_rows():
+    plan = planned("llama-2-7b", disk=3 * 10**12)
+    dense, once, waves, streamed = plan.ways
+    assert dense.gradients == pytest.approx(4 * 1024 * 6_738_415_616)
+    assert once.gradients == pytest.approx(1024 * 511 * 4.2e6, rel=0.03)  # 4.2 MB for each token
+    assert not dense.fits
+    assert waves.fits and waves.waves == 1 and plan.chosen is waves
+    assert streamed.disk < 0.1 * once.disk
+
+
+def test_less_disk_takes_more_waves_and_more_passes_and_never_more_than_the_budget():
+    seen = []
+    for disk in (3000, 1000, 300, 100):
+        way = planned("llama-2-7b", disk=disk * 10**9).chosen
+        assert way.fits and way.disk <= disk * 10**9
+        seen.append((way.waves, way.passes))
+    assert seen == sorted(seen) and len(set(seen)) == 4
+    assert 0.33 * seen[-1][0] < seen[-1][1] < 0.67 * seen[-1][0]
+
+
+def test_a_model_larger_than_the_device_streams_its_layers():
+    plan = planned("llama-3-70b", devices=1)
+    assert "do not fit 1 device" in plan.ways[2].problems[0] and "--stream layers" in plan.ways[2].problems[0]
+    assert plan.chosen.name == "stream layers" and plan.chosen.fits
+    assert plan.chosen.weights == 2 * max(block.weight_bytes for block in plan.trace.blocks)
+    hidden = 1024 * 512 * 8192 * 2
+    assert plan.chosen.boundaries == pytest.approx(82 * hidden, rel=0.02)  # after the embedding, 80 layers, a gradient
+
+
+def test_boundaries_that_do_not_fit_are_recomputed_at_a_price():
+    wide = planned("llama-3-70b", devices=1).chosen
+    tight = planned("llama-3-70b", devices=1, memory=10**11, disk=3 * 10**11, config=sf.SpectralConfig(chunk_size=8))
+    assert tight.chosen.name == "stream layers" and tight.chosen.every > 1
+    assert wide.passes == pytest.approx(1.0)
+    assert 1.0 < tight.chosen.passes < 4 / 3
+    assert tight.chosen.boundaries < wide.boundaries
+
+
+@pytest.mark.parametrize("changes", [{"disk": 10**9}, {"memory": 2 * 10**7}])
+def test_what_does_not_fit_says_what_would(changes):
+    plan = planned("llama-2-7b", **changes, stream=False)
+    assert plan.problems() and not plan.chosen.fits
+    sentence = plan.table().splitlines()[-1]
+    found = re.fullmatch(r"The least .*: --disk-budget (\S+) --memory-budget (\S+)\.", sentence)
+    least = {"disk": parse_bytes(found[1]), "memory": parse_bytes(found[2])}
+    assert planned("llama-2-7b", **least, stream=False).chosen.fits
+    for what, size in least.items():
+        assert not planned("llama-2-7b", **least | {what: int(0.9 * size)}, stream=False).chosen.fits
+
+
+def logical_bytes(run: Path, *groups: str) -> int:
+    """The uncompressed bytes of all arrays in some folders of a run."""
+    total = 0
+    for group in groups:
+        for meta in (run / group).rglob("zarr.json"):
+            facts = json.loads(meta.read_text())
+            if facts["node_type"] == "array":
+                size = 1
+                for length in facts["shape"]:
+                    size *= length
+                kind = str(facts["data_type"])
+                total += size * (1 if kind == "bool" else int(re.search(r"\d+$", kind)[0]) // 8)
+    return total
+
+
+@pytest.mark.parametrize("representation", ["auto", "dense", "factors"])
+@pytest.mark.parametrize("kind", ["llama", "demo"])
+def test_bytes_are_within_two_percent_of_what_a_run_writes(tmp_path, kind, representation):
+    n, tokens = 24, 24
+    model = tiny_llama() if kind == "llama" else load_demo_model()
+    samples = ids(tokens, n) if kind == "llama" else demo_samples(n)
+    tokens = tokens if kind == "llama" else 128
+    config = sf.SpectralConfig(chunk_size=8, batch_tokens=256, representation=representation)
+    trace = trace_model(model, ids(tokens), causal=True)
+    plan = plan_run(trace, [tokens] * n, config, machine=Machine(), rates=FAST)
+    run = sf.collect(model, samples, tmp_path / "run.zarr", config=config)
+    run.spectrum("layer")
+    assert plan.chosen.representation == run.store.manifest.layout["representation"]
+    written = logical_bytes(run.path, "gradients", "factors")
+    assert plan.chosen.gradients == pytest.approx(written, rel=0.02)
+    assert plan.gram_bytes == logical_bytes(run.path, "gram")
+    everything = logical_bytes(run.path, "gradients", "factors", "gram", "samples")
+    assert plan.chosen.disk == pytest.approx(everything, rel=0.02)
+
+
+def test_a_plan_cuts_the_waves_that_the_run_cuts(tmp_path):
+    n, tokens = 16, 24
+    model, samples = tiny_llama(), ids(tokens, n)
+    whole = plan_run(
+        trace_model(model, ids(tokens), causal=True), [tokens] * n, sf.SpectralConfig(), machine=Machine(), rates=FAST
+    )
+    budget = int(whole.gram_bytes + 0.4 * whole.chosen.gradients)
+    config = sf.SpectralConfig(chunk_size=8, disk_budget=budget)
+    plan = plan_run(
+        trace_model(model, ids(tokens), causal=True), [tokens] * n, config, machine=Machine(disk=budget), rates=FAST
+    )
+    run = sf.collect(model, samples, tmp_path / "run.zarr", config=config)
+    assert plan.chosen.waves == len(run.store.manifest.layout["waves"]) > 1
+
+
+def test_rates_are_measured_and_any_of_them_may_be_given():
+    trace = trace_model(tiny_llama(), ids(16), causal=True)
+    rates = measure(64, layer=trace.layer)
+    assert "model.layers.0" in rates.source
+    assert all(value > 0 for name, value in vars(rates).items() if name != "source")
+    given = rates.given(passes=1e15, write=None)
+    assert (given.passes, given.write) == (1e15, rates.write)
+    assert given.source.endswith("given: passes")
+
+
+GIVEN = ("--flops", "400e12", "--solve-flops", "1e11", "--disk", "10GB/s")
+
+
+def test_the_command_prints_a_table_or_json(capsys):
+    line = ("plan", str(SHAPES / "llama-2-7b"), "--samples", "1024", "--max-length", "512", *GIVEN)
+    room = ("--memory-budget", "2TB", "--disk-budget", "30TB")
+    assert cli(*line, *room) == 0
+    table = capsys.readouterr().out
+    assert "6,738,415,616 parameters in 291 tensors" in table
+    assert "layer_0 ... layer_31, each of 32" in table and "It fits." in table
+    assert cli(*line, *room, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"] and plan["chosen"] == "waves" and plan["bytes_grams"] == 8 * 1024**2 * 291
+    assert [way["name"] for way in plan["ways"]] == ["dense, one pass", "one pass", "waves", "stream layers"]
+    assert cli(*line, "--memory-budget", "2TB", "--disk-budget", "1GB") == 5
+    assert "It does not fit:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--samples", "64"], "without DATA, say how many samples of how many tokens"),
+        (["--max-length", "64"], "without DATA, say how many samples of how many tokens"),
+        (["--samples", "64", "--max-length", "64", "--devices", "2"], "say how much memory each has"),
+        (["--samples", "64", "--max-length", "64", "--disk", "fast"], "--disk='fast' is not a size"),
+        (["--samples", "64", "--max-length", "64", "--flops", "-1"], "--flops -1 must be a number of operations"),
+        (["--samples", "64", "--max-length", "64", "--include", "nothing.*"], "'nothing.*' matches no trainable"),
+    ],
+)
+def test_bad_input_to_plan_is_refused_with_a_sentence(arguments, message, capsys):
+    assert cli("plan", SHAPES / "llama-2-7b", *arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_a_model_that_looks_at_values_is_refused_with_the_reason():
+    class Picky(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.linear(x) if float(x.sum()) > 0 else x
+
+    with pytest.raises(ModelError, match="Picky cannot be planned from its shapes alone"):
+        trace_model(Picky(), {"x": torch.ones(1, 4)})
