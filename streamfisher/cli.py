@@ -64,7 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         print(f"streamfisher: error: {error}. What is finished is kept; --debug shows where.", file=sys.stderr)
-        return CapacityError.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else StreamfisherError.exit_code
+        return (
+            CapacityError.exit_code
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+            else StreamfisherError.exit_code
+        )
     except (MemoryError, RuntimeError) as error:
         if arguments.debug or not no_memory(error):
             raise

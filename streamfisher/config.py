@@ -276,7 +276,7 @@ def read_mapping(path: str | Path, option: str) -> dict[Any, Any]:
             values = json.loads(text)
         else:
             raise ConfigError(f"{option} {path}: unknown kind {path.suffix!r}; use .toml, .yaml or .json.")
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{option} {path} cannot be parsed: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{option} {path} must hold a mapping, not {type(values).__name__}.")

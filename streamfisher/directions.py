@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Eigenvectors:
     def tensors(self) -> dict[str, Tensor]:
         """Return `{parameter name: (k, *shape of the parameter)}`, all in memory."""
         return {
-            name: torch.from_numpy(self._zarr(name)[...]).reshape(-1, *shape) for name, shape in self.shapes.items()
+            name: torch.from_numpy(self._read(name, ...)).reshape(-1, *shape) for name, shape in self.shapes.items()
         }
 
     def direction(self, index: int) -> dict[str, Tensor]:
@@ -57,11 +57,11 @@ class Eigenvectors:
         if not -len(self) <= index < len(self):
             raise DataError(f"there is no eigenvector {index}; {len(self)} are stored, 0 to {len(self) - 1}.")
         index %= len(self)
-        return {name: torch.from_numpy(self._zarr(name)[index]).reshape(shape) for name, shape in self.shapes.items()}
+        return {name: torch.from_numpy(self._read(name, index)).reshape(shape) for name, shape in self.shapes.items()}
 
     def projections(self) -> np.ndarray:
         """Return `<g_i, v_j>` of every stored (uncentered) gradient, (N, k) float64; NaN for skipped samples."""
-        return zarr.open_array(self.path / "projections", mode="r")[...]
+        return _readable(self.path, lambda: zarr.open_array(self.path / "projections", mode="r")[...])
 
     def project(self, gradients: Mapping[str, Tensor | np.ndarray]) -> np.ndarray:
         """Return `<g_i, v_j>` of new gradients, (m, k) float64.
@@ -88,7 +88,7 @@ class Eigenvectors:
             part = np.zeros((len(flat), len(self)))
             for start in range(0, columns, array.chunks[1]):
                 stop = min(start + array.chunks[1], columns)
-                part += flat[:, start:stop] @ array[:, start:stop].astype(np.float64).T
+                part += flat[:, start:stop] @ self._read(name, (slice(None), slice(start, stop))).astype(np.float64).T
             if total is not None and len(part) != len(total):
                 raise DataError(f"gradients of {name} have {len(part)} samples and those before it {len(total)}.")
             total = part if total is None else total + part
@@ -115,8 +115,25 @@ class Eigenvectors:
             "orthonormality_error": self.orthonormality_error,
         }
 
+    def _read(self, name: str, which: Any) -> np.ndarray:
+        """Return part of the vectors over one parameter.
+
+        Raises:
+            CorruptRunError: they cannot be read.
+        """
+        return _readable(self.path, lambda: self._zarr(name)[which])
+
     def _zarr(self, name: str) -> zarr.Array:
         return zarr.open_array(self.path / "vectors" / node_name(name), mode="r")
+
+
+def _readable(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
+    try:
+        return read()
+    except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+        raise unreadable(
+            error, f"{path} cannot be read ({error}); `streamfisher verify` clears it, to be made again."
+        ) from error
 
 
 def folder_name(block: str, center: bool) -> str:

@@ -80,8 +80,8 @@ class _Job:
     def is_done(self, what: str) -> bool:
         return (self.marks / f"{what}.json").is_file()
 
-    def mark(self, what: str, content: Any) -> None:
-        write_marker(self.marks / f"{what}.json", content, fsync=self.store.fsync)
+    def mark(self, what: str, content: dict[str, Any]) -> None:
+        write_marker(self.marks / f"{what}.json", {**content, "marker": what}, fsync=self.store.fsync)
 
     def marker(self, what: str) -> Any:
         return read_json(self.marks / f"{what}.json")

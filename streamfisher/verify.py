@@ -21,6 +21,7 @@ from streamfisher.store.factors import checksum_of
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.layout import MANIFEST_COPY
 from streamfisher.store.metadata import restore_manifest, restore_metadata, wrong_metadata
+from streamfisher.store.names import node_name
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,18 @@ def _check_eigenvectors(run: Run) -> list[tuple[str, Problem]]:
         folder = run.path / "eigenvectors" / marks.name
         try:
             finished = read_json(marks / "finished.json") if (marks / "finished.json").is_file() else {}
-            read_json(marks / "identity.json")
+            identity = read_json(marks / "identity.json")
             for marker in marks.glob("*.json"):
-                read_json(marker)
+                if marker.stem != "identity" and read_json(marker).get("marker", marker.stem) != marker.stem:
+                    raise CorruptRunError(f"{marker} is another marker.")
+            if "parameters" not in identity or "marker" in identity:
+                raise CorruptRunError(f"{marks / 'identity.json'} is another marker.")
+            names = ["solved", *(f"parameter-{node_name(name)}" for name in identity["parameters"])] if finished else []
+            for name in names:
+                read_json(marks / f"{name}.json")
             right = finished.get("files") in (None, chunk_digest(folder))
             detail = "not what was written"
-        except CorruptRunError as error:
+        except (CorruptRunError, AttributeError, TypeError) as error:
             right, detail = False, str(error)
         if right and finished:
             try:

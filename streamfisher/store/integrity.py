@@ -63,22 +63,30 @@ def require_inside(run: Path, path: Path) -> None:
         raise CorruptRunError(f"{path} is a link that leads out of the run; nothing is read or written there.")
 
 
-def check_layout(array: Any, path: Path, shape: tuple[int, ...], chunks: tuple[int, ...] | None, dtype: Any) -> None:
+def check_layout(
+    array: Any, path: Path, shape: tuple[int, ...], chunks: tuple[int, ...] | None, dtype: Any, *, longer: bool = False
+) -> None:
     """Refuse an array whose metadata are not those that the manifest leads to.
 
     Args:
         array: opened.
         path: of it, for the message.
-        shape: what it must have; the first axis may be longer, as that of a run that is being grown.
+        shape: what it must have.
         chunks: what it must have; `None` means any.
         dtype: what it must have.
+        longer: the first axis may be longer, as that of a run that is being grown; what is beyond is never read.
 
     Raises:
         CorruptRunError: they differ, or its chunks are too large to be read.
     """
+    same = tuple(array.shape) == tuple(shape)
     long_enough = len(array.shape) == len(shape) and array.shape[0] >= shape[0] and array.shape[1:] == shape[1:]
     expected = array.chunks if chunks is None else chunks
-    if not long_enough or tuple(array.chunks) != tuple(expected) or array.dtype != np.dtype(dtype):
+    if (
+        not (same or (longer and long_enough))
+        or tuple(array.chunks) != tuple(expected)
+        or array.dtype != np.dtype(dtype)
+    ):
         raise CorruptRunError(
             f"{path} has the shape {array.shape}, chunks {array.chunks} and dtype {array.dtype}, where {shape}, "
             f"{expected} and {np.dtype(dtype)} were written. `streamfisher verify` restores its metadata."
