@@ -33,3 +33,11 @@ def test_faults_at_every_stage_cost_nothing_but_what_was_in_flight(tmp_path):
     stages, kinds = Counter(case["stage"] for case in cases), Counter(case["kind"] for case in cases)
     assert len(stages) >= 7 and len(kinds) >= 10, (stages, kinds)
     assert sum(case["ended"] != "exit 0" for case in cases) > 15, "most faults stop the command that they strike"
+
+
+@pytest.mark.slow
+def test_damage_is_refused_or_harmless_and_repaired(tmp_path):
+    cases = campaign(tmp_path, "corruption", 16, 5)
+    assert len(cases) == 16 and all(case["wrong"] == [] for case in cases)
+    assert len({case["kind"] for case in cases}) >= 4 and len({case["operation"] for case in cases}) >= 4
+    assert sum(case["named"] for case in cases) >= 8
