@@ -17,7 +17,7 @@ from streamfisher import __version__
 from streamfisher.analysis_commands import add_commands
 from streamfisher.cluster import check_scheduler, dask_client
 from streamfisher.config import format_bytes
-from streamfisher.errors import CapacityError, StreamfisherError
+from streamfisher.errors import CapacityError, StreamfisherError, no_memory
 from streamfisher.options import (
     RunOptions,
     add_analysis_options,
@@ -64,6 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"streamfisher: error: {error}. What is finished is kept; --debug shows where.", file=sys.stderr)
         return CapacityError.exit_code if error.errno in (errno.ENOSPC, errno.EDQUOT) else StreamfisherError.exit_code
+    except (MemoryError, RuntimeError) as error:
+        if arguments.debug or not no_memory(error):
+            raise
+        print(
+            f"streamfisher: error: no memory is left ({str(error).splitlines()[0] if str(error) else 'MemoryError'}). "
+            "What is finished is kept. Take a smaller --chunk-size, --batch-tokens or --memory-budget, or one rank "
+            "less on this host; --debug shows where.",
+            file=sys.stderr,
+        )
+        return CapacityError.exit_code
     except KeyboardInterrupt:
         print("streamfisher: interrupted. The same command goes on where it stopped.", file=sys.stderr)
         return 130
@@ -180,14 +190,11 @@ def _collect(arguments: argparse.Namespace) -> int:
 
 def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     """Load model and data and collect; return the run on the main process and `None` on the others."""
-    import torch
-
     from streamfisher import collect
     from streamfisher.data import load_samples
     from streamfisher.models import load_model, pick_device
     from streamfisher.placement import read_device_map
     from streamfisher.ranks import start_ranks
-    from streamfisher.sharding import shard
     from streamfisher.store.layout import check_free
 
     config = options.config
@@ -203,9 +210,8 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
         trust_remote_code=options.trust_remote_code,
         device_map=None if options.device_map is None else read_device_map(options.device_map),
         offload_folder=options.offload_folder or f"{options.out}.offload",
+        sharded=options.fsdp,
     )
-    if options.fsdp:
-        model = shard(model, torch.device(device))
     run = collect(
         model,
         source,

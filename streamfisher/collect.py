@@ -24,6 +24,7 @@ from streamfisher.config import SpectralConfig, dtype_name, format_bytes
 from streamfisher.determinism import deterministic
 from streamfisher.errors import RunMismatchError
 from streamfisher.gradients import GradientEngine, ProbeReport
+from streamfisher.gradients.state import without_packing
 from streamfisher.passes import mean_pass, row_pass
 from streamfisher.provisions import Provisions
 from streamfisher.ranks import Ranks, start_ranks
@@ -91,12 +92,14 @@ def collect(
     config = config or SpectralConfig()
     path = Path(path)
     state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
-    if config.dtype_model is not None and any(p.dtype != config.dtype_model for p in model.parameters()):
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}  # quantised weights keep theirs
+    if config.dtype_model is not None and dtypes - {config.dtype_model}:
         model = copy.deepcopy(model).to(config.dtype_model)
     with (
         finishing_first() as stop,
         Ranks(state, timeout=config.rank_timeout, stop=stop) as ranks,
         deterministic(config.use_deterministic, config.seed),
+        without_packing(model),  # from the first pass on
     ):
         found = survey(model, samples, config, loss, n_samples)
         reshard(model)
@@ -166,7 +169,7 @@ def _create_or_resume(
     if is_sharded(model):
         ranks.share("whether the run exists", resuming)
     if resuming:
-        locks.enter_context(RunLock(path, ranks.processes))
+        locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
         store = RunStore(path)
         found_differences = resume_differences(store.manifest, manifest, found.samples.digest)
         if found_differences:
@@ -195,7 +198,7 @@ def _create_or_resume(
     if progress and len(provided.waves) > 1:
         tqdm.write(_announced(provided))
     path.mkdir(parents=True, exist_ok=True)
-    locks.enter_context(RunLock(path, ranks.processes))
+    locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
     layout = manifest.layout | provided.layout()
     RunStore.create(path, dataclasses.replace(manifest, probe=report.to_dict(), layout=layout))
 

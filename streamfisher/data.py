@@ -114,7 +114,8 @@ def _arrays(path: Path, length: int) -> Any:
         loaded = np.load(path, allow_pickle=False)
         arrays = dict(loaded) if path.suffix == ".npz" else {"input_ids": loaded}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"DATA {path} cannot be read as numpy arrays: {error}") from error
+        reason = "it holds Python objects, or is not of that format" if "pickle" in str(error) else str(error)
+        raise DataError(f"DATA {path} cannot be read as numpy arrays of numbers: {reason}.") from error
     if not arrays or any(array.size == 0 for array in arrays.values()):
         raise DataError(f"DATA {path} holds no samples.")
     for key, array in arrays.items():

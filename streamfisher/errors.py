@@ -83,6 +83,21 @@ class MissingExtraError(StreamfisherError, ImportError):
     """An optional package is not installed; the message gives the command that installs it."""
 
 
+def no_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory, on the host or on a device, is used up."""
+    signs = ("can't allocate memory", "can't start new thread", "out of memory", "bad_alloc")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and any(sign in str(error) for sign in signs)
+    )
+
+
+def unreadable(error: Exception, message: str) -> StreamfisherError:
+    """Return the error to raise where stored data could not be read: damage, unless there was no memory to read it."""
+    if no_memory(error):
+        return CapacityError(f"no memory is left ({error}). What is finished is kept; give less work at a time.")
+    return CorruptRunError(message)
+
+
 def require(package: str, extra: str, purpose: str) -> None:
     """Raise a clear error when an optional package is missing.
 

@@ -28,6 +28,7 @@ from streamfisher.model_call import (
 )
 from streamfisher.predictive import draw_labels, sample_seed
 from streamfisher.samples import IGNORED_LABEL
+from streamfisher.sharding import class_of
 
 __all__ = ["PerSampleLoss", "resolve_loss", "draw_labels", "sample_seed"]
 
@@ -188,7 +189,7 @@ def resolve_loss(
 
 def _choose(model: nn.Module, batch: Mapping[str, Any], seq2seq: bool) -> tuple[str, str]:
     """Return the name of the loss and the reason for choosing it."""
-    class_name = type(base_model(model)).__name__
+    class_name = class_of(base_model(model)).__name__
     labels = batch.get("labels")
     logits, has_scalar = try_forward(model, batch)
     if logits is None:

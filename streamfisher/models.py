@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamfisher.errors import ConfigError, ModelError, require
+from streamfisher.checkpoint import load_sharded, load_weights
+from streamfisher.errors import ConfigError, ModelError, StreamfisherError, require
 from streamfisher.placement import DeviceMap, check_device_map, place
+from streamfisher.sharding import shard
 
 
 def load_model(
@@ -25,8 +27,9 @@ def load_model(
     trust_remote_code: bool = False,
     device_map: DeviceMap | None = None,
     offload_folder: str | Path = "offload",
+    sharded: bool = False,
 ) -> nn.Module:
-    """Return a model in eval mode on `device`, or spread by `device_map`.
+    """Return a model in eval mode on `device`, or spread by `device_map`, or sharded over all ranks.
 
     Args:
         spec: a Hugging Face folder or id, or `package.module:callable` that returns an `nn.Module` when called without
@@ -36,12 +39,17 @@ def load_model(
         trust_remote_code: run code that comes with a Hugging Face checkpoint.
         device_map: a strategy of Accelerate, or module names and devices, instead of `device`.
         offload_folder: for weights that the map puts on disk.
+        sharded: by FSDP2. Each rank then reads its part of a checkpoint only; what a callable returns is made whole on
+            every rank first.
 
     Raises:
-        ConfigError: the device map does not fit the model.
+        ConfigError: the device map does not fit the model; or it is to be sharded over one rank, or by a map as well.
         ModelError: the model cannot be found or loaded, or the callable returns something else.
         MissingExtraError: transformers is needed and not installed.
     """
+    device = torch.device(device)
+    if sharded and device_map is not None:
+        raise ConfigError("--fsdp spreads the weights over ranks and --device-map over devices; use one of them.")
     if ":" in spec and not Path(spec).exists():
         model = call(spec, "MODEL")
         if not isinstance(model, nn.Module):
@@ -49,14 +57,16 @@ def load_model(
                 f"MODEL {spec} returned a {type(model).__name__}, not a torch.nn.Module; it must return the model."
             )
     else:
-        placed = {"device_map": device_map, "offload_folder": str(offload_folder)} if device_map is not None else {}
-        model = _load_pretrained(spec, dtype, trust_remote_code, placed)
-        if placed:
-            return model.eval()
+        where = {"device_map": {"": str(device)}}
+        if device_map is not None:
+            where = {"device_map": device_map, "offload_folder": str(offload_folder)}
+        return _load_pretrained(spec, dtype, trust_remote_code, where, device if sharded else None).eval()
     if dtype is not None:
         model = model.to(dtype)
     if device_map is not None:
         return place(model, device_map, offload_folder).eval()
+    if sharded:
+        return shard(model, device).eval()
     return model.to(device).eval()
 
 
@@ -160,7 +170,11 @@ def _needs_arguments(function: Any) -> bool:
 
 
 def _load_pretrained(
-    spec: str, dtype: torch.dtype | None, trust_remote_code: bool, placed: Mapping[str, Any]
+    spec: str,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    where: Mapping[str, Any],
+    sharded_on: torch.device | None,
 ) -> nn.Module:
     check_pretrained(spec)
     require("transformers", "hf", f"load the model {spec}")
@@ -169,15 +183,17 @@ def _load_pretrained(
     try:
         config = transformers.AutoConfig.from_pretrained(spec, trust_remote_code=trust_remote_code)
         kind = auto_class(transformers, config)
-        if isinstance(placed.get("device_map"), dict):
+        options = {"config": config, "dtype": dtype or "auto", "use_safetensors": True}
+        options["trust_remote_code"] = trust_remote_code
+        if sharded_on is not None:
+            return load_sharded(kind, spec, options, sharded_on)
+        if isinstance(where["device_map"], dict) and "offload_folder" in where:  # the user's own
             with torch.device("meta"):
-                check_device_map(kind._from_config(config), placed["device_map"])
-        return kind.from_pretrained(
-            spec, dtype=dtype or "auto", use_safetensors=True, trust_remote_code=trust_remote_code, **placed
-        )
-    except ConfigError:
+                check_device_map(kind._from_config(config), where["device_map"])
+        return load_weights(kind, spec, {**options, **where})
+    except StreamfisherError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(f"MODEL {spec} cannot be loaded: {_first_line(error)}") from error
 
 

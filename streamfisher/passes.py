@@ -14,6 +14,7 @@ from streamfisher.config import SpectralConfig
 from streamfisher.gradients import GradientEngine
 from streamfisher.progress import Progress
 from streamfisher.ranks import Ranks
+from streamfisher.sharded_guard import SharedGuard
 from streamfisher.sharding import idle_batches, is_sharded
 from streamfisher.store import RunStore, UnitRecord, stage_of
 from streamfisher.survey import Survey
@@ -37,9 +38,17 @@ def row_pass(
     captured = wave_capture(store, wave)
     mean = {name: store.mean(name, 0, columns) for name, columns in store.parameters.items()} if store.centered else {}
     batch_tokens = store.batch_tokens
+    guard = SharedGuard(engine, found, config, claims.units, ranks, captured.names, batch_tokens) if together else None
     with _bar(claims, store, progress) as bar:
         records = gradient_units(
-            engine, found, claims, config, captured=captured, batch_tokens=batch_tokens, after_batch=ranks.alive
+            engine,
+            found,
+            claims,
+            config,
+            captured=captured,
+            batch_tokens=batch_tokens,
+            after_batch=ranks.alive,
+            shared_guard=guard,
         )
         for record in records:
             if mean:
@@ -47,9 +56,9 @@ def row_pass(
             rows = {name: values.cpu() for name, values in record.rows.items()}
             store.write_unit(dataclasses.replace(record, rows=rows, wave=wave))
             bar.done(record.unit, int(record.n_targets.sum()), _bytes_of(record, rows, store))
-        if together:
+        if guard is not None:
             idle = idle_batches(claims.units, found.lengths, batch_tokens, ranks.index, ranks.count)
-            idle_passes(engine, found, config, captured, idle)
+            idle_passes(engine, found, config, captured, idle, guard)
         ranks.wait("for the other ranks' gradients")
 
 
@@ -63,17 +72,25 @@ def mean_pass(
     claims = Claims(ranks, "mean", store.todo("mean"), store.units, together=together)
     captured = Captured(list(store.parameters))
     batch_tokens = store.batch_tokens
+    guard = SharedGuard(engine, found, config, claims.units, ranks, captured.names, batch_tokens) if together else None
     with _bar(claims, store, progress) as bar:
         records = gradient_units(
-            engine, found, claims, config, captured=captured, batch_tokens=batch_tokens, after_batch=ranks.alive
+            engine,
+            found,
+            claims,
+            config,
+            captured=captured,
+            batch_tokens=batch_tokens,
+            after_batch=ranks.alive,
+            shared_guard=guard,
         )
         for record in records:
             sums = {name: rows.sum(dim=0, dtype=torch.float64).cpu().numpy() for name, rows in record.rows.items()}
             store.write_mean_part(record.unit, sums, len(record.unit) - len(record.skipped))
             bar.done(record.unit, int(record.n_targets.sum()), 8 * sum(store.parameters.values()))
-        if together:
+        if guard is not None:
             idle = idle_batches(claims.units, found.lengths, batch_tokens, ranks.index, ranks.count)
-            idle_passes(engine, found, config, captured, idle)
+            idle_passes(engine, found, config, captured, idle, guard)
         ranks.wait("for the other ranks' part of the mean")
     if ranks.is_main:
         store.finish_mean()

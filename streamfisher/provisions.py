@@ -14,15 +14,18 @@ import torch
 from streamfisher.config import SpectralConfig, format_bytes
 from streamfisher.errors import CapacityError, ConfigError
 from streamfisher.granularity import gram_keys
-from streamfisher.representation import choose_representation
+from streamfisher.representation import choose_representation, sample_bytes
 from streamfisher.samples import make_batches, make_units
 from streamfisher.shapes import GradientShape
-from streamfisher.waves import WaveLimits, WaveSize, WaveSizes, cut_waves
+from streamfisher.waves import FACTOR_COPIES, WaveLimits, WaveSize, WaveSizes, cut_waves
 
 #: Kept free on the disk besides what the run needs.
 DISK_MARGIN = 64 << 20
-#: Of a memory budget, at most this share is for the activations of a batch.
+#: Of a memory budget, at most these shares are for the activations of a batch, and for them and its factors.
 _ACTIVATION_SHARE = 0.5
+_BATCH_SHARE = 0.8
+#: Batches are not made smaller than this for the sake of factors; then there are more waves instead.
+_LEAST_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def provide(
         shapes, config.representation, row_itemsize=stored_itemsize, centered=config.store_centered
     )
     memory = config.memory_budget or psutil.virtual_memory().available // 2
-    batch_tokens = _fit_batches(config, max(lengths), activations, memory)
+    _, factors = sample_bytes(shapes, chosen, 1)
+    batch_tokens = _fit_batches(config, lengths, activations, factors, memory)
     sizes = WaveSizes(
         shapes,
         chosen,
@@ -122,19 +126,26 @@ def provide(
     return Provisions(dict(chosen), waves, gram_keys(names, config.gram_per, cut), list(keep), batch_tokens, gram_bytes)
 
 
-def _fit_batches(config: SpectralConfig, longest: int, activations: float, memory: int) -> int:
-    """Return how many padded tokens a backward pass may take: the config's, or fewer where the budget asks for it."""
+def _fit_batches(
+    config: SpectralConfig, lengths: Sequence[int], activations: float, factors: float, memory: int
+) -> int:
+    """Return how many padded tokens a backward pass may take: the config's, or fewer where the budget asks for it.
+
+    Smaller batches come before more waves: down to `_LEAST_TOKENS` they cost little, and a wave costs a pass.
+    """
+    longest = max(lengths)
     if config.memory_budget is None or activations <= 0:
         return config.batch_tokens
-    fits = int(_ACTIVATION_SHARE * memory / activations)
-    if fits < longest:
+    if activations * longest > _ACTIVATION_SHARE * memory:
         needed = int(longest * activations / _ACTIVATION_SHARE)
         raise CapacityError(
             f"one sample of {longest} tokens needs about {format_bytes(longest * activations)} for its activations and "
             f"--memory-budget {format_bytes(memory)} leaves {format_bytes(_ACTIVATION_SHARE * memory)} for them. Give "
             f"at least {format_bytes(needed)}, or cut the samples with --max-length."
         )
-    return min(config.batch_tokens, fits)
+    each = activations + FACTOR_COPIES * factors * len(lengths) / sum(lengths)
+    fits = min(int(_ACTIVATION_SHARE * memory / activations), max(int(_BATCH_SHARE * memory / each), _LEAST_TOKENS))
+    return min(config.batch_tokens, max(fits, longest))
 
 
 def _samples_of_a_batch(lengths: Sequence[int], chunk_size: int, batch_tokens: int) -> float:

@@ -110,6 +110,10 @@ class Ranks:
         """Say that this rank got on: the time that others wait starts anew."""
         self.add("progress", 1)
 
+    def fail(self, message: str) -> None:
+        """Let every rank, this one too, stop after its unit with this message."""
+        self._tell("failed", message)
+
     def check(self) -> None:
         """Stop here if a rank failed or was asked to stop.
 

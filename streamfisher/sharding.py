@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -40,22 +41,30 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def check_ranks() -> None:
+    """Refuse to shard over one rank.
+
+    Raises:
+        ConfigError: there is one rank only.
+    """
+    if not dist.is_initialized() or dist.get_world_size() < 2:
+        raise ConfigError("--fsdp spreads the weights over ranks and needs at least 2; start with accelerate launch.")
+
+
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
     """Shard a model over all ranks by FSDP2, each of its repeated blocks by itself.
 
     Args:
-        model: with the same weights on every rank.
+        model: with the same weights on every rank, or without values.
         device: of this rank.
 
     Raises:
         ConfigError: there is one rank only.
     """
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    if not dist.is_initialized() or dist.get_world_size() < 2:
-        raise ConfigError("--fsdp spreads the weights over ranks and needs at least 2; start with accelerate launch.")
+    check_ranks()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)

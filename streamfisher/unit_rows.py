@@ -12,17 +12,14 @@ import torch
 from torch import Tensor
 
 from streamfisher.config import SpectralConfig
-from streamfisher.errors import CaptureError, DataError, LossError, NonFiniteError
+from streamfisher.errors import DataError, LossError, NonFiniteError
 from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.factors import BatchFactors, FactorPair, pack, squared_norms
 from streamfisher.losses import draw_labels, sample_seed
 from streamfisher.samples import Unit, collate, make_batches
-from streamfisher.sharding import is_sharded
+from streamfisher.sharded_guard import SharedGuard, check_sums, guarded_names, only
 from streamfisher.store import UnitRecord
 from streamfisher.survey import Survey, to_model
-
-#: The guard compares as many parameters at a time as have this share of the memory budget in an ordinary gradient.
-_GUARDED_BYTES = 256 << 20
 
 #: Takes the factors of a batch on the CPU: (unit, index of the batch in it, its first sample, factors) -> what is to be
 #: remembered of them in the unit's marker.
@@ -52,6 +49,7 @@ def gradient_units(
     captured: Captured | None = None,
     batch_tokens: int | None = None,
     after_batch: Callable[[], None] = lambda: None,
+    shared_guard: SharedGuard | None = None,
 ) -> Iterator[UnitRecord]:
     """Yield the gradients of each unit. The rows are views of one buffer that the next unit overwrites.
 
@@ -63,12 +61,12 @@ def gradient_units(
         captured: which parameters, and how; `None` means rows of all.
         batch_tokens: padded tokens of one backward pass; `None` means the config's.
         after_batch: called after each backward pass.
+        shared_guard: where weights are sharded; `None` without it, and the guard is each rank's own.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite and `config.on_nonfinite == 'raise'`; names the sample.
     """
     captured = captured or Captured(list(engine.parameters))
-    guarded = config.guard_every and not is_sharded(engine.model)  # its gradient would be that of all ranks' batches
     buffer: dict[str, Tensor] = {}
     for unit in units:
         buffer = buffer or engine.allocate(min(config.chunk_size, len(found.samples)), captured.dense)
@@ -88,9 +86,11 @@ def gradient_units(
                     seeds = [sample_seed(config.seed, unit.start + offset) for offset in batch_range]
                     batch = draw_labels(engine.model, batch, found.loss, seeds)
                 result = engine.rows(batch, rows, captured.factored)
-            if where.start == 0 and guarded and unit.index % config.guard_every == 0:
-                some = _in_turn(engine, captured.names, unit.index // config.guard_every)
-                _guard(engine, batch, _only(rows, some), _only(result.factors, some), unit)
+            if shared_guard is not None:
+                shared_guard.step(rows, result.factors)
+            elif where.start == 0 and config.guard_every and unit.index % config.guard_every == 0:
+                names = guarded_names(engine, captured.names, unit.index // config.guard_every)
+                check_sums(engine, engine.guard(batch, only(rows, names), only(result.factors, names)), unit)
             after_batch()
             losses[where], targets[where] = result.losses.numpy(), result.n_targets.numpy()
             for name, values in batch_norms(rows, result.factors, len(batch_range)).items():
@@ -118,24 +118,6 @@ def gradient_units(
         yield UnitRecord(unit, rows, losses, targets, norms, skipped, markers)
 
 
-def _in_turn(engine: GradientEngine, names: Sequence[str], turn: int) -> list[str]:
-    """Return the parameters that the guard compares this time: all, or those whose turn it is where they are large."""
-    parts: list[list[str]] = [[]]
-    size = 0
-    for name in names:
-        bytes_of = 8 * engine.parameters[name].numel
-        if parts[-1] and size + bytes_of > _GUARDED_BYTES:
-            parts.append([])
-            size = 0
-        parts[-1].append(name)
-        size += bytes_of
-    return parts[turn % len(parts)]
-
-
-def _only(values: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name in names}
-
-
 def _on_cpu(factors: Mapping[str, Sequence[FactorPair]]) -> dict[str, list[FactorPair]]:
     """Return factors in host memory, a tensor that several pairs share copied once."""
     copies: dict[int, Tensor] = {}
@@ -146,14 +128,22 @@ def _on_cpu(factors: Mapping[str, Sequence[FactorPair]]) -> dict[str, list[Facto
     return {name: [FactorPair(take(pair.left), take(pair.right)) for pair in pairs] for name, pairs in factors.items()}
 
 
-def idle_passes(engine: GradientEngine, found: Survey, config: SpectralConfig, captured: Captured, count: int) -> None:
+def idle_passes(
+    engine: GradientEngine,
+    found: Survey,
+    config: SpectralConfig,
+    captured: Captured,
+    count: int,
+    shared_guard: SharedGuard,
+) -> None:
     """Take part in `count` passes of sharded weights without a batch of this rank: sample 0, whose rows are dropped."""
     rows = engine.allocate(1, captured.dense) if count else {}
     for _ in range(count):
         batch = to_model(collate([found.samples[0]]), engine.model)
         if config.labels == "model":
             batch = draw_labels(engine.model, batch, found.loss, [sample_seed(config.seed, 0)])
-        engine.rows(batch, rows, captured.factored)
+        result = engine.rows(batch, rows, captured.factored)
+        shared_guard.step(rows, result.factors)
 
 
 @contextlib.contextmanager
@@ -164,30 +154,9 @@ def _naming_samples(first: int, last: int) -> Iterator[None]:
     except (LossError, IndexError) as error:
         bad = [first + offset for offset in getattr(error, "samples", [])]
         which = f"sample {bad[0]}" if bad else f"samples {first} to {last}"
-        raise DataError(f"{which}: {error}. Token ids and labels must lie in the model's vocabulary.") from error
-
-
-def _guard(
-    engine: GradientEngine,
-    batch: dict[str, Tensor],
-    rows: dict[str, Tensor],
-    factors: dict[str, Sequence[FactorPair]],
-    unit: Unit,
-) -> None:
-    """Check on a batch that each parameter's rows sum to its ordinary gradient.
-
-    Raises:
-        CaptureError: they do not: something in the data takes a path through the model that the probe did not see.
-    """
-    wrong = {name: error for name, error in engine.guard(batch, rows, factors).items() if error > engine.tolerance}
-    if wrong:
-        name = max(wrong, key=wrong.__getitem__)
-        raise CaptureError(
-            f"the gradient rows of {name} do not sum to its ordinary gradient on samples from {unit.start} on: "
-            f"relative difference {wrong[name]:.1e}, tolerance {engine.tolerance:.0e}; {len(wrong)} parameters in all. "
-            "The model treats these samples otherwise than the probed ones. Leave the parameter out with --exclude, or "
-            "report the model."
-        )
+        raise DataError(
+            f"{which}: {str(error).rstrip('.')}. Token ids and labels must lie in the model's vocabulary."
+        ) from error
 
 
 def batch_norms(

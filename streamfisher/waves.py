@@ -16,7 +16,7 @@ from streamfisher.representation import Representation, sample_bytes
 from streamfisher.shapes import GradientShape
 
 #: A batch's factors exist in the graph, flattened for storing, and encoded, one tensor at a time.
-_FACTOR_COPIES = 2.0
+FACTOR_COPIES = 2.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class WaveSizes:
             tuple(names),
             rows=self.n_samples * rows * self.stored_itemsize,
             factors=int(self.n_samples * factors),
-            memory=int(buffered + _FACTOR_COPIES * self.batch_samples * factors),
+            memory=int(buffered + FACTOR_COPIES * self.batch_samples * factors),
         )
 
 

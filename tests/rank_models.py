@@ -43,3 +43,19 @@ def nan_in_the_last_vector() -> dict[str, Tensor]:
     data = vectors(30)
     data["x"][29] = torch.nan
     return data
+
+
+def rows_of_rank_1_spoilt() -> nn.Module:
+    """Rank 1 forms one row of its units that is not the gradient; the probe, on the first samples, is left alone."""
+    from streamfisher.gradients import GradientEngine
+
+    rows_of, first = GradientEngine.rows, thirty_vectors()["x"][0]
+
+    def spoil(self, batch, out, factored=()):
+        result = rows_of(self, batch, out, factored)
+        if RANK == 1 and not torch.equal(batch["x"][0], first):
+            out["second.weight"][1] *= 1.01
+        return result
+
+    GradientEngine.rows = spoil
+    return TinyRegression()

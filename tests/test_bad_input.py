@@ -11,12 +11,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bad_input import (
+    BAD_CONFIGS,
+    BAD_DATA,
+    BAD_MODELS,
+    BAD_OPTIONS,
+    BAD_SLICES,
+    DATA,
+    MODEL,
+    OTHERS,
+    PAGE,
+    PYTHON,
+    attempt,
+    page,
+    write,
+)
 from command_line import arrays, cli, contents
 
 from streamfisher import open_run, provisions
 from streamfisher.errors import RunError
-
-MODEL, DATA = "tiny_models:causal", "tiny_models:sequences"
 
 
 @pytest.fixture(autouse=True)
@@ -45,74 +58,6 @@ def refused(capsys, *arguments, code=2, says=()):
     return output.err
 
 
-def write(name, content=""):
-    path = Path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content)
-    return name
-
-
-def write_arrays(name, **arrays):
-    np.savez(name, **arrays)
-    return name
-
-
-def save(name, array):
-    np.save(name, array)
-    return name
-
-
-# Name, what DATA (or a function that makes it) is, and what the message must say
-BAD_DATA = {
-    "empty file": (lambda: write("empty.txt"), ["empty.txt", "is empty", "2 tokens"]),
-    "file of one byte": (lambda: write("one.txt", "a"), ["one.txt", "is empty"]),
-    "one sample": (lambda: write("short.txt", "abc"), ["1 sample", "at least 2"]),
-    "missing path": (lambda: "no/such.txt", ["no/such.txt", "no such file", "module:callable"]),
-    "folder without text": (lambda: write("bare/picture.bin").split("/")[0], ["bare", "no text files", ".txt"]),
-    "empty folder of texts": (lambda: write("texts/a.txt").split("/")[0], ["texts", "is empty"]),
-    "jsonl, not JSON": (lambda: write("a.jsonl", '{"text": "abc"}\n{"text'), ["a.jsonl", "line 2", "not JSON"]),
-    "jsonl, no field": (lambda: write("a.jsonl", '{"body": "abc"}\n'), ["line 1", "'text'", "body", "--field"]),
-    "jsonl, not an object": (lambda: write("a.jsonl", "[1, 2]\n"), ["line 1", "'text'", "--field"]),
-    "jsonl, a number": (lambda: write("a.jsonl", '{"text": 5}\n'), ["line 1", "neither text nor token ids"]),
-    "jsonl, fractions": (lambda: write("a.jsonl", '{"text": [1.5, 2.5]}\n'), ["line 1", "neither text nor token ids"]),
-    "jsonl, null": (lambda: write("a.jsonl", '{"text": null}\n'), ["line 1", "neither text nor token ids"]),
-    "empty jsonl": (lambda: write("a.jsonl", "\n\n"), ["a.jsonl", "is empty"]),
-    "npz of strings": (lambda: write_arrays("s.npz", words=np.array(["a", "b"])), ["s.npz", "'words'", "numbers"]),
-    "npz of objects": (
-        lambda: write_arrays("o.npz", things=np.array([{}, None], dtype=object)),
-        ["o.npz", "cannot be read", "numpy"],
-    ),
-    "npz that is none": (lambda: write("fake.npz", "not a zip"), ["fake.npz", "cannot be read"]),
-    "npz that is torn": (lambda: write("torn.npz", "PK\x03\x04 torn"), ["torn.npz", "cannot be read"]),
-    "empty npy": (lambda: save("e.npy", np.zeros((0, 4), dtype=np.int64)), ["e.npy", "holds no samples"]),
-    "npz of unequal lengths": (
-        lambda: write_arrays("u.npz", input_ids=np.ones((4, 3), np.int64), labels=np.ones((3, 3), np.int64)),
-        ["first axis", "4", "3"],
-    ),
-    "unknown data module": (lambda: "no_such_module:data", ["no_such_module", "folder you are in"]),
-    "unknown data callable": (lambda: "tiny_models:no_such_data", ["tiny_models", "no callable named no_such_data"]),
-    "callable that gives nothing": (lambda: "tiny_models:nothing", ["tiny_models:nothing", "NoneType", "dict"]),
-    "callable that gives bare tensors": (lambda: "tiny_models:bare_tensors", ["sample 0", "Tensor", "dict of tensors"]),
-    "sequence of one token": (
-        lambda: "tiny_models:one_token_in_sample_2",
-        ["sample 2", "sequence of 1 token", "needs 2"],
-    ),
-    "all labels masked": (lambda: "tiny_models:masked_in_sample_3", ["sample 3", "masked", "Leave it out"]),
-    "token ids beyond the vocabulary in a late sample": (
-        lambda: save("late.npy", np.vstack([np.full((4, 5), 7), np.full((2, 5), 999)])),
-        ["samples 4 to 5", "index out of range", "vocabulary"],
-    ),
-    "label beyond the classes": (
-        lambda: "tiny_models:label_beyond_the_classes",
-        ["sample 4", "Label 300", "256 classes"],
-    ),
-    "token ids beyond the vocabulary": (
-        lambda: save("big.npy", np.full((4, 5), 999)),
-        ["sample 0", "index out of range", "vocabulary"],
-    ),
-}
-
-
 LATE = ("token ids beyond the vocabulary in a late sample", "label beyond the classes")
 
 
@@ -131,19 +76,6 @@ def test_bad_data_is_refused(case, capsys):
     refused(capsys, "run", MODEL, make(), "--out", "run.zarr", "--quiet", says=says)
 
 
-BAD_MODELS = {
-    "missing path": (lambda: "./no/such/model", ["./no/such/model", "no such folder", "module:callable"]),
-    "folder without config.json": (lambda: write("folder/weights.bin").split("/")[0], ["folder", "config.json"]),
-    "a file": (lambda: write("model.pt"), ["model.pt", "is a file", "folder"]),
-    "unknown module": (lambda: "no_such_module:model", ["no_such_module", "folder you are in"]),
-    "unknown callable": (lambda: "tiny_models:no_such_model", ["no callable named no_such_model"]),
-    "not of the form": (lambda: "tiny models:causal", ["tiny models:causal", "package.module:callable"]),
-    "returns no module": (lambda: "tiny_models:no_module", ["tiny_models:no_module", "str", "torch.nn.Module"]),
-    "needs an argument": (lambda: "tiny_models:needs_an_argument", ["needs_an_argument", "without arguments"]),
-    "nothing to train": (lambda: "tiny_models:frozen", ["requires_grad"]),
-}
-
-
 @pytest.mark.parametrize("case", BAD_MODELS)
 @pytest.mark.parametrize("data", [DATA, "text"])
 def test_bad_model_is_refused(case, data, capsys):
@@ -152,65 +84,10 @@ def test_bad_model_is_refused(case, data, capsys):
     refused(capsys, "run", make(), data, "--out", "run.zarr", "--quiet", "--max-length", 8, says=says)
 
 
-BAD_OPTIONS = {
-    "no samples": (["--samples", 0], ["--samples 0", "at least 2"]),
-    "one sample": (["--samples", 1], ["--samples 1", "at least 2"]),
-    "negative samples": (["--samples", -3], ["--samples -3", "at least 2"]),
-    "more samples than there are": (["--samples", 99], ["99", "holds 6"]),
-    "samples that are no number": (["--samples", "many"], ["--samples", "many"]),
-    "unknown blocks": (["--blocks", "layers"], ["'layers'", "layer, module, parameter, none"]),
-    "one of two blocks unknown": (["--blocks", "layer,nothing"], ["'nothing'", "layer, module"]),
-    "unknown centering": (["--center", "maybe"], ["--center 'maybe'", "no, yes or both"]),
-    "unknown dtype": (["--dtype", "float8"], ["'float8'", "float64, float32, bfloat16, float16"]),
-    "unknown store dtype": (["--store-dtype", "int8"], ["dtype_store", "'int8'", "bfloat16"]),
-    "unknown gram dtype": (["--gram-dtype", "bfloat16"], ["dtype_gram", "bfloat16", "float32, float64"]),
-    "unknown codec": (["--codec", "gzip"], ["codec", "'gzip'", "blosc-lz4, zstd, raw"]),
-    "unknown loss": (["--loss", "mse"], ["loss", "'mse'", "causal, token, classification, regression"]),
-    "unknown device": (["--device", "abacus"], ["abacus", "--device cpu"]),
-    "include matches nothing": (["--include", "nose.*"], ["nose.*"]),
-    "exclude leaves nothing": (["--exclude", "*"], ["exclude patterns leave none of 5"]),
-    "bitround beyond float32": (["--bitround", 30], ["bitround=30", "23"]),
-    "bitround of bf16 rows": (["--bitround", 7, "--store-dtype", "bfloat16"], ["bitround=7", "float32 rows"]),
-    "no chunk": (["--chunk-size", 0], ["chunk_size=0", "at least 1"]),
-    "no tokens": (["--max-length", 0], ["max_length=0", "at least 1"]),
-    "sequences of one token": (["--max-length", 1], ["sample 0", "sequence of 1 token", "needs 2"]),
-    "eps of one": (["--eps", 1], ["eps=1", "[0, 1)"]),
-    "no eigenvalues": (["--top-k", 0], ["--top-k 0", "at least 1"]),
-    "no workers": (["--workers", 0], ["n_workers=0", "at least 1"]),
-    "memory that is no size": (["--memory-budget", "lots"], ["'lots'", "2GB"]),
-    "unknown nonfinite": (["--on-nonfinite", "ignore"], ["on_nonfinite", "'ignore'", "raise, skip"]),
-    "unknown unit": (["--sample-unit", "word"], ["sample_unit", "'word'", "sequence, token"]),
-    "missing config": (["--config", "no.toml"], ["no.toml", "no such file"]),
-}
-
-
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_bad_option_is_refused(case, capsys):
     options, says = BAD_OPTIONS[case]
     refused(capsys, "run", MODEL, DATA, "--out", "run.zarr", "--quiet", *options, says=says)
-
-
-BAD_CONFIGS = {
-    "unknown key": ("a.toml", "chunk_sise = 4", ["'chunk_sise'", "Did you mean chunk_size?"]),
-    "unknown key with a dash": ("a.yaml", "batch-token: 4", ["'batch_token'", "batch_tokens"]),
-    "key like none": ("a.toml", "qqqq = 4", ["'qqqq'", "Known:", "chunk_size"]),
-    "not TOML": ("a.toml", "= 4 =", ["a.toml", "cannot be parsed"]),
-    "not YAML": ("a.yaml", "{a: [", ["a.yaml", "cannot be parsed"]),
-    "not JSON": ("a.json", "{", ["a.json", "cannot be parsed"]),
-    "unknown kind": ("a.ini", "a = 4", ["'.ini'", ".toml, .yaml or .json"]),
-    "a list": ("a.yaml", "- 1\n- 2\n", ["a.yaml", "mapping", "list"]),
-    "number of samples as text": ("a.toml", 'samples = "six"', ["samples", "'six'", "whole number"]),
-    "fraction of a sample": ("a.toml", "samples = 2.5", ["samples", "2.5", "whole number"]),
-    "seed as text": ("a.toml", 'seed = "x"', ["seed='x'", "whole number"]),
-    "yes as text": ("a.toml", 'store_centered = "no"', ["store_centered='no'", "true or false"]),
-    "remote code as text": ("a.toml", 'trust_remote_code = "no"', ["trust_remote_code='no'", "true or false"]),
-    "patterns as a number": ("a.toml", "include = 3", ["include=3", "patterns"]),
-    "eps as a word": ("a.yaml", "eps: small", ["eps='small'", "number"]),
-    "top k as a word": ("a.yaml", "top_k: all", ["top-k", "all", "whole number"]),
-    "blocks as a number": ("a.toml", "blocks = 3", ["blocks", "3", "layer, module"]),
-    "no blocks": ("a.toml", "blocks = []", ["blocks", "layer, module"]),
-    "centering as a list": ("a.toml", "center = [true]", ["center", "no, yes or both"]),
-}
 
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
@@ -263,22 +140,6 @@ def test_foreign_zarr_hierarchy_is_left_alone(capsys):
 
     zarr.open_group("other.zarr", mode="w").create_array("gradients", shape=(3,), dtype="f4")
     refused(capsys, "run", MODEL, DATA, "--out", "other.zarr", "--quiet", says=["other.zarr", "another folder"])
-
-
-OTHERS = {
-    "model with other values": (["tiny_models:causal_with_other_values", DATA], ["model", "other values"]),
-    "model of other shapes": (
-        ["tiny_models:causal_of_another_width", DATA],
-        ["embedding.weight", "(256, 4)", "(256, 5)"],
-    ),
-    "model of another class": (["streamfisher.demo:load_demo_model", DATA], ["model class", "TinyCausal", "Byte"]),
-    "seed": ([MODEL, DATA, "--seed", 7], ["seed", "42", "7"]),
-    "batch": ([MODEL, DATA, "--batch-tokens", 9], ["batch_tokens", "4096", "9"]),
-    "stored dtype": ([MODEL, DATA, "--store-dtype", "bfloat16"], ["dtype_store", "bfloat16"]),
-    "parameters": ([MODEL, DATA, "--exclude", "norm.*"], ["exclude", "norm.*"]),
-    "number of samples": ([MODEL, DATA, "--samples", 5], ["number of samples", "6 in the run", "5 now"]),
-    "data": ([MODEL, "tiny_models:one_changed"], ["data", "samples 4 to 5", "other contents"]),
-}
 
 
 @pytest.mark.parametrize("case", OTHERS)
@@ -348,17 +209,6 @@ def test_skipping_gives_the_spectrum_of_the_data_without_the_sample(tmp_path):
     for center in (False, True):
         skipped, clean = (open_run(name).spectrum("none", center).global_.eigenvalues for name in ("a", "b"))
         np.testing.assert_allclose(skipped, clean, rtol=1e-9, atol=1e-12 * clean[0])
-
-
-BAD_SLICES = {
-    "a:b:c:d": ["'a:b:c:d'", "0:512"],
-    "0:1:2:3": ["'0:1:2:3'", "0:512"],
-    "half": ["'half'", "0:512"],
-    "0:1": ["0:1", "fewer than 2", "6 samples"],
-    "5:2": ["5:2", "fewer than 2"],
-    "100:": ["100:", "fewer than 2"],
-    "0:6:0": ["'0:6:0'", "step"],
-}
 
 
 @pytest.mark.parametrize("text", BAD_SLICES)
@@ -480,6 +330,19 @@ def test_spectrum_into_a_folder_that_does_not_exist_is_refused(finished, capsys)
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(RunError):
         cli("info", tmp_path / "none.zarr", "--debug")
+
+
+@pytest.mark.parametrize("case", PYTHON)
+def test_bad_call_from_python_is_refused(case, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run.zarr")
+    code, kind, says = PYTHON[case]
+    error = attempt(code)
+    assert type(error).__name__ == kind, repr(error)
+    assert all(part in str(error) for part in says), error
+
+
+def test_the_page_of_bad_input_is_what_the_tests_see(finished, tmp_path):
+    assert page(finished, tmp_path) == PAGE.read_text(), "python tests/bad_input.py writes it anew"
 
 
 def test_losses_stay_with_torch_when_nothing_is_deterministic():

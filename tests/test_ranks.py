@@ -72,6 +72,13 @@ def test_passes_are_claimed_apart_and_rank_0_says_what_is_left():
         assert sorted(index for result in results for index in result[number]) == list(range(10))
 
 
+def test_with_more_ranks_than_units_some_have_nothing_to_do():
+    units = make_units(5, 3)
+    taken = with_ranks(4, lambda ranks: [unit.index for unit in Claims(ranks, "rows", units, units)])
+    assert sorted(taken, key=len)[:2] == [[], []]
+    assert sorted(index for one in taken for index in one) == [0, 1]
+
+
 def test_one_rank_claims_all_in_order():
     units = make_units(7, 2)
     (taken,) = with_ranks(1, lambda ranks: [unit.index for unit in Claims(ranks, "rows", units, units)])

@@ -132,10 +132,29 @@ def test_fill_value_decodes_to_nan(dtype):
     assert np.isnan(codecs.decode(stored, dtype)).all()
 
 
+def without_chunk_digests(run):
+    """Make the markers those of a run that does not say which chunks belong where."""
+    for path in (run.path / "done").glob("rows-*.json"):
+        write_json(path, {key: value for key, value in read_json(path).items() if key != "chunks"})
+
+
+def test_chunks_that_were_exchanged_are_not_read_although_each_is_whole(tmp_path):
+    run = collected(tmp_path / "run.zarr", chunk_size=2)
+    first, second = (run.path / f"gradients/norm.bias/c/{unit}/0" for unit in (0, 1))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    with pytest.raises(CorruptRunError, match=r"chunks of norm\.bias, samples 0 to 1.*verify"):
+        open_run(run.path).build_grams()
+
+
 @pytest.mark.parametrize("options", [{}, {"dtype_store": "bfloat16"}, {"dtype_store": "float16"}, {"bitround": 9}])
 def test_missing_chunk_reads_as_nan_and_the_gram_refuses_it(options, tmp_path):
     run = collected(tmp_path / "run.zarr", **options)
     (run.path / "gradients/norm.bias/c/1/0").unlink()
+    with pytest.raises(CorruptRunError, match=r"norm\.bias, samples 4 to 5.*verify"):
+        open_run(run.path).build_grams()
+    without_chunk_digests(run)
     rows = stored_rows(open_run(run.path), "norm.bias")
     assert np.isfinite(rows[:4]).all() and np.isnan(rows[4:]).all()
     with pytest.raises(CorruptRunError, match=r"norm\.bias.*samples 4, 5.*verify"):
@@ -145,6 +164,7 @@ def test_missing_chunk_reads_as_nan_and_the_gram_refuses_it(options, tmp_path):
 def test_rows_that_read_well_but_were_altered_are_refused_by_their_norms(tmp_path):
     run = collected(tmp_path / "run.zarr")
     zarr.open_array(run.path / "gradients/norm.bias", mode="r+")[3] *= 1.01
+    without_chunk_digests(run)
     with pytest.raises(CorruptRunError, match=r"norm\.bias.*samples 3\).*verify"):
         open_run(run.path).build_grams()
 

@@ -31,6 +31,7 @@ from streamfisher.gradients.state import (
     notes_on,
     prepare_recurrent,
     without_fast_paths,
+    without_packing,
     without_parameter_hooks,
 )
 from streamfisher.losses import PerSampleLoss
@@ -143,6 +144,7 @@ class GradientEngine:
             stack.enter_context(without_parameter_hooks(self.model))
             stack.callback(self.capture.remove)
             stack.enter_context(without_fast_paths(self.model))
+            stack.enter_context(without_packing(self.model))
             if self.deterministic:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             self.model.eval()
@@ -278,6 +280,7 @@ class GradientEngine:
         batch: Mapping[str, Any],
         out: Mapping[str, Tensor],
         factors: Mapping[str, Sequence[FactorPair]] | None = None,
+        names: Collection[str] = (),
     ) -> dict[str, float]:
         """Compare the sum of the rows of `batch` with its ordinary gradient (one plain backward pass).
 
@@ -285,6 +288,8 @@ class GradientEngine:
             batch: a dict of batched tensors, B samples.
             out: their rows; parameters that are in neither `out` nor `factors` are not compared.
             factors: of further parameters, as `rows` returned them.
+            names: further parameters of which the ordinary gradient is taken all the same: with sharded weights, where
+                all ranks take the same pass and one of them compares.
 
         Returns:
             Parameter -> relative difference, to be compared with `tolerance`. A difference that is within the rounding
@@ -292,10 +297,13 @@ class GradientEngine:
         """
         batch, n_samples = self._ready(batch)
         factors = factors or {}
-        tensors = {name: tensor for name, tensor in self.tensors.items() if name in out or name in factors}
+        wanted = {*out, *factors, *names}
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name in wanted}
         _, grads = self.plain.gradients(batch, tensors)
         sums, squares = {}, []
         for name in tensors:
+            if name not in out and name not in factors:
+                continue
             if name in factors:
                 pairs = factors[name]
                 sums[name] = total(pairs, self.parameters[name].shape, self.row_dtype).double() if pairs else 0.0

@@ -100,6 +100,24 @@ def without_fast_paths(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+@contextlib.contextmanager
+def without_packing(model: nn.Module) -> Iterator[None]:
+    """Keep the 4-bit weights of bitsandbytes as they are.
+
+    On CPUs with AVX512-BF16 it packs those of a module that is called in eval mode without gradient. That rounds their
+    scales to bfloat16, and no gradient passes through the module any more. `state_dict` unpacks what is packed already.
+    """
+    packing = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    try:
+        for module in packing:
+            module.support_avx512bf16_for_cpu = False
+            module.state_dict()
+        yield
+    finally:
+        for module in packing:
+            module.support_avx512bf16_for_cpu = True
+
+
 def prepare_recurrent(model: nn.Module, device: torch.device) -> None:
     """Put them in train mode without dropout: on CUDA, cuDNN can only differentiate a recurrent layer so."""
     if device.type != "cuda":

@@ -33,6 +33,15 @@ def stored_dtype(dtype: torch.dtype) -> np.dtype:
     return _STORED[dtype]
 
 
+def stored_dtype_of(name: str) -> np.dtype:
+    """Return the numpy dtype that holds the floating dtype `name` on disk.
+
+    Raises:
+        KeyError: there is no such dtype.
+    """
+    return {str(dtype).removeprefix("torch."): stored for dtype, stored in _STORED.items()}[name]
+
+
 def fill_value(dtype: torch.dtype) -> float | int:
     """Return NaN in the encoding of `dtype`: a chunk that is missing must never read as zeros."""
     return _BFLOAT16_NAN if dtype == torch.bfloat16 else float("nan")

@@ -23,6 +23,7 @@ from streamfisher.config import Codec, dtype_name, parse_dtype
 from streamfisher.errors import CorruptRunError
 from streamfisher.gradients.factors import BatchFactors
 from streamfisher.store import codecs
+from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.names import node_name
 
 _CHUNK_COLUMNS = 1024
@@ -114,6 +115,7 @@ def write_factors(
             "dtype": None if dtype is None else dtype_name(dtype),
             "lengths": list(packed.lengths[key]),
             "crc32c": codecs.checksum(stored),
+            "chunks": chunk_digest(folder / node_name(key) / f"{unit:06d}-{batch:04d}" / "c"),
         }
     pairs = {name: [list(pair) for pair in uses] for name, uses in packed.pairs.items()}
     return {"start": start, "bytes": size, "sides": sides, "pairs": pairs}
@@ -162,6 +164,22 @@ def segments_of(folder: Path, name: str, unit: int, entries: Sequence[Mapping[st
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CorruptRunError(f"the marker of unit {unit} says nothing usable of the factors of {name}.") from error
     return found
+
+
+def check_factors(folder: Path, name: str, unit: int, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse factors of a parameter in a unit whose chunks are not those that were written there.
+
+    Raises:
+        CorruptRunError: it names the tensor.
+    """
+    for batch, entry in enumerate(entries):
+        for key in {key for pair in entry["pairs"][name] for key in pair}:
+            path = folder / node_name(key) / f"{unit:06d}-{batch:04d}"
+            if entry["sides"][key].get("chunks", chunk_digest(path / "c")) != chunk_digest(path / "c"):
+                raise CorruptRunError(
+                    f"the chunks of {path} are not those that were written; `streamfisher verify` finds what is "
+                    "affected."
+                )
 
 
 def checksum_of(side: FactorSide) -> int:

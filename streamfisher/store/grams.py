@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import zarr
 
-from streamfisher.errors import CorruptRunError
+from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.store import codecs
-from streamfisher.store.arrays import write_array
+from streamfisher.store.arrays import CHUNK, write_array
 from streamfisher.store.durable import read_json, write_json
+from streamfisher.store.integrity import check_layout, require_inside
 from streamfisher.store.names import node_name
 
 
@@ -61,6 +62,8 @@ class GramStore:
         if mean_products is not None:
             write_array(self.path, f"gram_mean/{node}", mean_products, ("sample_and_mean",), facts)
         content = {"settings": dict(settings), "n_samples": len(gram), "crc32c": codecs.checksum(gram)}
+        if mean_products is not None:
+            content["mean_crc32c"] = codecs.checksum(mean_products)
         write_json(self._marker_path(key), content)
 
     def read_gram(self, key: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -71,20 +74,29 @@ class GramStore:
         """
         marker = read_json(self._marker_path(key))
         try:
-            checksum = marker["crc32c"]
-            gram = zarr.open_array(self.path / "gram" / node_name(key), mode="r")[...]
-            products = None
-            if self.centered:
-                products = zarr.open_array(self.path / "gram_mean" / node_name(key), mode="r")[...]
+            n, checksum = marker["n_samples"], marker["crc32c"]
+            gram = self._read_sum(f"gram/{node_name(key)}", (n, n))
+            products = self._read_sum(f"gram_mean/{node_name(key)}", (n + 1,)) if self.centered else None
+            known = products is None or marker.get("mean_crc32c") in (None, codecs.checksum(products))
         except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
-            raise CorruptRunError(
-                f"{self.path}: the Gram of {key} cannot be read: {error}. `streamfisher gram --rebuild` remakes it."
+            raise unreadable(
+                error,
+                f"{self.path}: the Gram of {key} cannot be read: {error}. `streamfisher gram --rebuild` remakes it.",
             ) from error
-        if codecs.checksum(gram) != checksum:
+        if codecs.checksum(gram) != checksum or not known:
             raise CorruptRunError(
                 f"{self.path}: the Gram of {key} is not what was written; `streamfisher gram --rebuild` remakes it."
             )
         return gram, products
+
+    def _read_sum(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Return a float64 array of a Gram, once its shape is known to be that of at most N samples."""
+        require_inside(self.path, self.path / path)
+        array = zarr.open_array(self.path / path, mode="r")
+        if shape[0] > self.n_samples + 1:
+            raise CorruptRunError(f"{self.path / path} is of {shape[0]} samples and the run has {self.n_samples}.")
+        check_layout(array, self.path / path, shape, tuple(min(size, CHUNK) for size in shape), "float64")
+        return array[...]
 
     def forget_gram(self, key: str) -> None:
         """Remove the marker of a Gram, so that it is built again."""

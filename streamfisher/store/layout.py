@@ -84,7 +84,8 @@ def check_free(path: Path) -> None:
     if path.is_dir() and any(path.iterdir()):
         ours = {"zarr.json", "gradients", "samples", "mean", "mean_parts", "gram", "gram_mean", "done"}
         ours |= {"factors", "fields", "lock", "lock.ranks", "log.jsonl"}
-        foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in ours)
+        entries = (entry.name for entry in path.iterdir() if not entry.name.endswith(".partial"))
+        foreign = sorted(name for name in entries if name not in ours)
         if not foreign and (path / "zarr.json").exists() and not (path / "done").is_dir():
             foreign = ["another Zarr hierarchy"]
         if foreign:

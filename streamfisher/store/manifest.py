@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from streamfisher.errors import CorruptRunError
 from streamfisher.offload import stored_tensor
 from streamfisher.sharding import class_of, whole
+from streamfisher.store.integrity import check_manifest
 
 FORMAT = "streamfisher-run"
 FORMAT_VERSION = 2
@@ -89,13 +91,19 @@ class Manifest:
             raise CorruptRunError(
                 f"the run has format version {values.get('format_version')!r} and this version of streamfisher reads "
                 f"{' and '.join(map(str, _READ_VERSIONS))}; use the version that wrote it "
-                f"({values.get('versions', {}).get('streamfisher')})."
+                f"({_version_of(values)})."
             )
         names = {item.name for item in dataclasses.fields(cls)}
         missing = names - values.keys()
         if missing:
             raise CorruptRunError(f"manifest.json lacks {', '.join(sorted(missing))}.")
+        check_manifest(values)
         return cls(**{name: values[name] for name in names})
+
+
+def _version_of(values: Mapping[str, Any]) -> Any:
+    found = values.get("versions")
+    return found.get("streamfisher") if isinstance(found, dict) else None
 
 
 def differences(stored: Manifest, now: Manifest) -> list[str]:
@@ -108,7 +116,7 @@ def differences(stored: Manifest, now: Manifest) -> list[str]:
     if stored.model["class"] != now.model["class"]:
         found.append(f"model class: {stored.model['class']} in the run, {now.model['class']} now")
     before, after = _shapes(stored), _shapes(now)
-    for name in before.keys() | after.keys():
+    for name in {**before, **after}:
         if before.get(name) != after.get(name):
             found.append(f"parameter {name}: {before.get(name, 'absent')} in the run, {after.get(name, 'absent')} now")
     if len(found) == 0 and stored.model["fingerprint"] != now.model["fingerprint"]:
@@ -148,11 +156,20 @@ def model_fingerprint(model: nn.Module) -> str:
         if not isinstance(tensor, torch.Tensor):
             continue
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        tensor = whole(stored_tensor(model, name, tensor))
-        flat = tensor.detach().contiguous().reshape(-1)
-        if flat.numel():
-            digest.update(memoryview(flat.view(torch.uint8).cpu().numpy()))
+        for part in _parts(whole(stored_tensor(model, name, tensor)).detach()):
+            flat = part.contiguous().reshape(-1)
+            if flat.numel():
+                digest.update(memoryview(flat.view(torch.uint8).cpu().numpy()))
     return digest.hexdigest()
+
+
+def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield a tensor, or what a quantised one is made of: its codes, scales and zero points."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for attribute in tensor.__tensor_flatten__()[0]:
+        yield from _parts(getattr(tensor, attribute))
 
 
 def model_manifest(model: nn.Module) -> dict[str, Any]:

@@ -32,15 +32,16 @@ import zarr
 from torch import Tensor
 
 from streamfisher.config import parse_dtype
-from streamfisher.errors import CorruptRunError, RunError
+from streamfisher.errors import CorruptRunError, RunError, unreadable
 from streamfisher.gradients.factors import BatchFactors, matrix_shape
 from streamfisher.samples import Unit, make_units
 from streamfisher.store import codecs
-from streamfisher.store.arrays import write_array
+from streamfisher.store.arrays import CHUNK, write_array
 from streamfisher.store.durable import read_json, sweep_partials, write_json
 from streamfisher.store.factored_rows import columns_of_segments
-from streamfisher.store.factors import FactorSide, Segment, delete_factors, segments_of, write_factors
+from streamfisher.store.factors import FactorSide, Segment, check_factors, delete_factors, segments_of, write_factors
 from streamfisher.store.grams import GramStore
+from streamfisher.store.integrity import check_layout, chunk_digest, digest_of_values, require_inside
 from streamfisher.store.layout import create_run
 from streamfisher.store.manifest import Manifest
 from streamfisher.store.names import node_name
@@ -90,7 +91,8 @@ class RunStore(GramStore):
         self.gram_members = self.manifest.gram_members
         self.keep: list[str] = self.manifest.layout.get("keep", ["*"])
         self.batch_tokens: int = self.manifest.layout.get("batch_tokens", self.manifest.config["batch_tokens"])
-        self._entries: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._markers: dict[tuple[int, int], dict[str, Any]] = {}  # (wave, unit) -> its marker, once read
+        self._bound: set[tuple[str, int]] = set()  # (parameter, unit) whose chunks are known to be in their places
         self._arrays: dict[str, zarr.Array] = {}
 
     def __reduce__(self) -> tuple[type[RunStore], tuple[Path]]:
@@ -111,7 +113,8 @@ class RunStore(GramStore):
     def done_units(self, stage: str = "rows") -> set[int]:
         """Return the indices of the units of `stage` ('rows', 'mean', or `stage_of(wave)`) whose markers exist."""
         prefix = f"{stage}-"
-        return {int(path.stem[len(prefix) :]) for path in (self.path / "done").glob(f"{prefix}*.json")}
+        names = (path.stem[len(prefix) :] for path in (self.path / "done").glob(f"{prefix}*.json"))
+        return {int(name) for name in names if len(name) >= 6 and name.isdecimal() and int(name) < len(self.units)}
 
     def todo(self, stage: str = "rows") -> list[Unit]:
         """Return the units of `stage` that are not done yet."""
@@ -136,11 +139,12 @@ class RunStore(GramStore):
         """Write everything of a unit in one wave, then its marker."""
         wave = record.wave
         where = slice(record.unit.start, record.unit.stop)
-        checksums = {}
+        checksums, chunks = {}, {}
         for name, rows in record.rows.items():
             stored = codecs.encode(rows, self.store_dtype)
             self._array(f"gradients/{node_name(name)}")[where] = stored
             checksums[name] = codecs.checksum(stored)
+            chunks[name] = chunk_digest(self._chunks(name, record.unit))
         valid = np.ones(len(record.unit), dtype=np.uint8)
         for sample in record.skipped:
             valid[sample - record.unit.start] = 0
@@ -157,12 +161,17 @@ class RunStore(GramStore):
         content = {
             "start": record.unit.start,
             "stop": record.unit.stop,
+            "wave": wave,
             "crc32c": checksums,
+            "chunks": chunks,
+            "samples": self._digests(
+                wave, {"loss": record.losses, "n_targets": record.n_targets, "squared_norm": norms}
+            ),
             "skipped": {str(sample): reason for sample, reason in record.skipped.items()},
         }
         if record.factors:
             content["factors"] = list(record.factors)
-        self._entries.pop((wave, record.unit.index), None)
+        self._markers.pop((wave, record.unit.index), None)
         self._mark(f"{stage_of(wave)}-{record.unit.index:06d}", content)
 
     def _of_other_waves(
@@ -238,12 +247,14 @@ class RunStore(GramStore):
             segments = self.segments(name)
             shape = matrix_shape(self.shape(name))
             return columns_of_segments(segments, shape, start, stop, first, last, self.numpy_row_dtype)
+        self._require_bound(name)
         try:
             stored = self._array(f"gradients/{node_name(name)}")[first:last, start:stop]
         except (ValueError, RuntimeError, OSError) as error:
-            raise CorruptRunError(
+            raise unreadable(
+                error,
                 f"{self.path}: a chunk of parameter {name} (columns {start} to {stop}) cannot be read: {error}. "
-                "Run `streamfisher verify` to find which samples are affected."
+                "Run `streamfisher verify` to find which samples are affected.",
             ) from error
         return codecs.decode(stored, self.store_dtype)
 
@@ -255,6 +266,7 @@ class RunStore(GramStore):
             RunError: the gradients were deleted after they were reduced.
         """
         self._require_kept(name)
+        self._require_bound(name)
         wave, found = self.wave_of(name), []
         for unit in self.units:
             found += segments_of(self._factor_folder(wave), name, unit.index, self.factor_entries(unit, wave))
@@ -262,11 +274,11 @@ class RunStore(GramStore):
 
     def factor_entries(self, unit: Unit, wave: int) -> list[dict[str, Any]]:
         """Return what the marker of a unit says of its batches' factors; empty where it has none or is not done."""
-        if (wave, unit.index) not in self._entries:
+        if (wave, unit.index) not in self._markers:
             if unit.index not in self.done_units(stage_of(wave)):
                 return []
-            self._entries[wave, unit.index] = self.marker(unit, wave).get("factors", [])
-        return self._entries[wave, unit.index]
+            self._markers[wave, unit.index] = self.marker(unit, wave)
+        return self._markers[wave, unit.index].get("factors", [])
 
     def factor_checksums(self, unit: Unit, wave: int, name: str) -> list[tuple[FactorSide, int]]:
         """Return every tensor that a parameter's factors are in, in one unit, with the checksum of its marker.
@@ -316,15 +328,31 @@ class RunStore(GramStore):
     def write_fields(self, fields: Mapping[str, np.ndarray]) -> None:
         """Write what the data says of every sample, (N,) float64 each, for selecting samples later."""
         for name, values in fields.items():
-            write_array(self.path, f"fields/{node_name(name)}", values, ("sample",), {"field": name})
+            facts = {"field": name, "crc32c": digest_of_values(name, values)}
+            write_array(self.path, f"fields/{node_name(name)}", values, ("sample",), facts)
 
     def fields(self) -> dict[str, np.ndarray]:
         """Return `{name: (N,) float64}`: per-sample facts to select by: the data's own scalars, `loss`, `n_targets`."""
         found = {name: self.per_sample(name).astype(np.float64) for name in ("loss", "n_targets")}
         for path in sorted((self.path / "fields").glob("*/zarr.json")):
-            array = zarr.open_array(path.parent, mode="r")
-            found[str(array.attrs["field"])] = np.asarray(array[: self.n_samples])
+            name, values = self._field(path.parent)
+            found[name] = values
         return found
+
+    def _field(self, path: Path) -> tuple[str, np.ndarray]:
+        require_inside(self.path, path)
+        try:
+            array = zarr.open_array(path, mode="r")
+            name, size = str(array.attrs["field"]), int(array.shape[0])
+            check_layout(array, path, (min(size, self.n_samples),), (min(size, CHUNK),), "float64")
+            values = np.asarray(array[: self.n_samples])
+            whole = "crc32c" not in array.attrs or digest_of_values(name, values) == array.attrs["crc32c"]
+            right = whole and node_name(name) == path.name
+        except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+            raise unreadable(error, f"{path} cannot be read: {error}. The next `run` writes it again.") from error
+        if not right:
+            raise CorruptRunError(f"{path} is not what was written; the next `run` writes it again.")
+        return name, values
 
     def require_rows(self) -> None:
         """Refuse to go on while units are missing.
@@ -344,6 +372,7 @@ class RunStore(GramStore):
 
     def read_unit(self, name: str, unit: Unit) -> np.ndarray:
         """Return one parameter's stored bits of a unit: (len(unit), P_k) in the stored dtype."""
+        self.check_chunks(name, unit)
         return self._array(f"gradients/{node_name(name)}")[unit.start : unit.stop]
 
     def read_sample_values(self, what: str, unit: Unit) -> np.ndarray:
@@ -351,14 +380,24 @@ class RunStore(GramStore):
         return self._array(f"samples/{what}")[unit.start : unit.stop]
 
     def marker(self, unit: Unit, wave: int = 0) -> dict[str, Any]:
-        """Return the marker of a finished unit in one wave."""
-        return read_json(self.path / "done" / f"{stage_of(wave)}-{unit.index:06d}.json")
+        """Return the marker of a finished unit in one wave.
+
+        Raises:
+            CorruptRunError: it is damaged, or that of another unit.
+        """
+        path = self.path / "done" / f"{stage_of(wave)}-{unit.index:06d}.json"
+        marker = read_json(path)
+        if not isinstance(marker, dict) or (marker.get("start"), marker.get("stop")) != (unit.start, unit.stop):
+            raise CorruptRunError(f"{path} is not the marker of samples {unit.start} to {unit.stop - 1}.")
+        if marker.get("wave", wave) != wave or not isinstance(marker.get("skipped"), dict):
+            raise CorruptRunError(f"{path} is not the marker of wave {wave}.")
+        return marker
 
     def forget_unit(self, unit: Unit, wave: int | None = None) -> None:
         """Remove the markers of a unit, in one wave or in all, so that the next run computes it again."""
         for index in range(len(self.waves)) if wave is None else (wave,):
             (self.path / "done" / f"{stage_of(index)}-{unit.index:06d}.json").unlink(missing_ok=True)
-            self._entries.pop((index, unit.index), None)
+            self._markers.pop((index, unit.index), None)
 
     def per_sample(self, what: str) -> np.ndarray:
         """Return `loss`, `n_targets`, `valid` or `squared_norm` of all samples.
@@ -367,12 +406,87 @@ class RunStore(GramStore):
             CorruptRunError: a chunk fails its checksum.
         """
         try:
-            return self._array(f"samples/{what}")[: self.n_samples]
+            values = self._array(f"samples/{what}")[: self.n_samples]
         except (ValueError, RuntimeError, OSError) as error:
-            raise CorruptRunError(
+            raise unreadable(
+                error,
                 f"{self.path}: samples/{what} cannot be read: {error}. `streamfisher verify` finds which samples are "
-                "affected, and the next `run` computes them again."
+                "affected, and the next `run` computes them again.",
             ) from error
+        done = self._done_in_waves()
+        for unit in self.units:
+            waves = [wave for wave, indices in enumerate(done) if unit.index in indices]
+            if waves:
+                self.check_sample_values(what, unit, values[unit.start : unit.stop], waves)
+        return values
+
+    def check_sample_values(self, what: str, unit: Unit, values: np.ndarray, waves: Sequence[int]) -> None:
+        """Refuse per-sample values of a unit that are not what its markers in some waves say.
+
+        Raises:
+            CorruptRunError: they are not, or a marker is damaged.
+        """
+        markers = {
+            wave: self.marker(unit, wave) for wave, done in enumerate(self._done_in_waves()) if unit.index in done
+        }
+        if what == "valid":
+            skipped = {int(sample) for marker in markers.values() for sample in marker["skipped"]}
+            right = np.array_equal(values, [sample not in skipped for sample in range(unit.start, unit.stop)])
+        elif what == "squared_norm":
+            known = {wave: marker["samples"][what] for wave, marker in markers.items() if "samples" in marker}
+            right = all(self._digests(wave, {what: values})[what] == digest for wave, digest in known.items())
+        else:  # each wave has written all of them, and the last one counts
+            known = {wave: marker["samples"][what] for wave, marker in markers.items() if "samples" in marker}
+            right = not known or digest_of_values(what, values) in known.values()
+        if not right:
+            raise CorruptRunError(
+                f"{self.path}: samples/{what} of samples {unit.start} to {unit.stop - 1} are not what was written. "
+                "`streamfisher verify` finds what is affected, and the next `run` computes it again."
+            )
+
+    def _done_in_waves(self) -> list[set[int]]:
+        return [self.done_units(stage_of(wave)) for wave in range(len(self.waves))]
+
+    def _digests(self, wave: int, values: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """Return digests of per-sample values of a unit; of the norms, only those of the wave's parameters."""
+        found = dict(values)
+        if "squared_norm" in found:
+            columns = {name: column for column, name in enumerate(self.parameters)}
+            found["squared_norm"] = found["squared_norm"][:, [columns[name] for name in self.waves[wave]]]
+        return {what: digest_of_values(what, part) for what, part in found.items()}
+
+    def _chunks(self, name: str, unit: Unit) -> Path:
+        return self.path / "gradients" / node_name(name) / "c" / str(unit.index)
+
+    def _require_bound(self, name: str) -> None:
+        """Refuse rows or factors of a parameter whose chunks are not those that were written there; once per unit.
+
+        Raises:
+            CorruptRunError: it names the samples.
+        """
+        done = self.done_units(stage_of(self.wave_of(name)))
+        for unit in self.units:
+            if (name, unit.index) in self._bound or unit.index not in done:
+                continue
+            self.check_chunks(name, unit)
+            self._bound.add((name, unit.index))
+
+    def check_chunks(self, name: str, unit: Unit) -> None:
+        """Refuse rows or factors of a parameter in one unit whose chunks are not those that were written there.
+
+        Raises:
+            CorruptRunError: it names parameter and samples.
+        """
+        wave = self.wave_of(name)
+        if self.representation(name) == "factors":
+            check_factors(self._factor_folder(wave), name, unit.index, self.factor_entries(unit, wave))
+            return
+        expected = self.marker(unit, wave).get("chunks", {}).get(name)
+        if expected is not None and chunk_digest(self._chunks(name, unit)) != expected:
+            raise CorruptRunError(
+                f"{self.path}: the chunks of {name}, samples {unit.start} to {unit.stop - 1}, are not those that were "
+                "written there. `streamfisher verify` finds what is affected."
+            )
 
     def skipped(self) -> dict[int, str]:
         """Return `{sample number: reason}` of the samples that do not count."""
@@ -443,11 +557,34 @@ class RunStore(GramStore):
 
     def _array(self, path: str) -> zarr.Array:
         if path not in self._arrays:
+            require_inside(self.path, self.path / path)
             try:
                 self._arrays[path] = zarr.open_array(self.path / path, mode="r+")
-            except (FileNotFoundError, ValueError, KeyError) as error:
-                raise CorruptRunError(f"{self.path / path} is missing or damaged: {error}") from error
+                self._check_array(path, self._arrays[path])
+            except CorruptRunError:
+                self._arrays.pop(path, None)
+                raise
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise unreadable(error, f"{self.path / path} is missing or damaged: {error}") from error
         return self._arrays[path]
+
+    def _check_array(self, path: str, array: zarr.Array) -> None:
+        """Refuse an array that is not as the manifest has it."""
+        kind, node = path.split("/")
+        rows, names = self.chunk_rows, {node_name(name): name for name in self.parameters}
+        if kind == "gradients":
+            item = next(item for item in self.manifest.parameters if item["name"] == names[node])
+            shape, chunks = (self.n_samples, self.parameters[names[node]]), (rows, item["chunk_columns"])
+            dtype = codecs.stored_dtype(self.store_dtype)
+        elif kind == "samples":
+            wide = (len(self.parameters),) if node == "squared_norm" else ()
+            shape, chunks = (self.n_samples, *wide), (rows, *wide)
+            dtype = {"n_targets": "int64", "valid": "uint8"}.get(node, "float64")
+        else:
+            first = (len(self.units),) if kind == "mean_parts" else ()
+            shape = (*first, self.parameters[names[node]])
+            chunks, dtype = (*(1 for _ in first), min(shape[-1], 1 << 20)), "float64"
+        check_layout(array, self.path / path, shape, chunks, dtype)
 
 
 def stage_of(wave: int) -> str:

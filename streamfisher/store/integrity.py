@@ -1,0 +1,130 @@
+"""That what is read is what was written there: the checksum of a chunk says nothing of where the chunk belongs.
+
+Every chunk ends in the CRC-32C of its own bytes, which Zarr checks. A chunk that is copied over another, or two that
+are exchanged, pass that check. So the marker of a unit also holds the CRC-32C of names and last 4 bytes of all its
+chunks, which costs 4 bytes of reading per chunk to check.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from streamfisher.errors import CorruptRunError
+from streamfisher.store import codecs
+
+#: Bytes of one chunk, at most: no run has larger ones, and a hostile file could fill the memory with one.
+_LARGEST_CHUNK = 2 << 30
+
+
+def chunk_digest(folder: Path) -> int:
+    """Return the CRC-32C of names and last 4 bytes of all files below a folder of chunks; 0 where there are none.
+
+    Raises:
+        CorruptRunError: there is a link among them.
+    """
+    digest = google_crc32c.Checksum()
+    for path in sorted(_files(folder)):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 4, 0))
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + file.read(4))
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _files(folder: Path) -> list[Path]:
+    found = []
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise CorruptRunError(f"{path} is a link; a run has none among its chunks.")
+        if path.is_file() and not path.name.endswith(".partial"):
+            found.append(path)
+    return found
+
+
+def digest_of_values(what: str, values: np.ndarray) -> int:
+    """Return the CRC-32C of per-sample values of a unit together with what they are."""
+    return google_crc32c.value(what.encode() + b"\0" + np.ascontiguousarray(values).tobytes())
+
+
+def require_inside(run: Path, path: Path) -> None:
+    """Refuse a path that a link leads out of the run.
+
+    Raises:
+        CorruptRunError: it does.
+    """
+    if not path.resolve().is_relative_to(run.resolve()):
+        raise CorruptRunError(f"{path} is a link that leads out of the run; nothing is read or written there.")
+
+
+def check_layout(array: Any, path: Path, shape: tuple[int, ...], chunks: tuple[int, ...] | None, dtype: Any) -> None:
+    """Refuse an array whose metadata are not those that the manifest leads to.
+
+    Args:
+        array: opened.
+        path: of it, for the message.
+        shape: what it must have; the first axis may be longer, as that of a run that is being grown.
+        chunks: what it must have; `None` means any.
+        dtype: what it must have.
+
+    Raises:
+        CorruptRunError: they differ, or its chunks are too large to be read.
+    """
+    long_enough = len(array.shape) == len(shape) and array.shape[0] >= shape[0] and array.shape[1:] == shape[1:]
+    expected = array.chunks if chunks is None else chunks
+    if not long_enough or tuple(array.chunks) != tuple(expected) or array.dtype != np.dtype(dtype):
+        raise CorruptRunError(
+            f"{path} has the shape {array.shape}, chunks {array.chunks} and dtype {array.dtype}, where {shape}, "
+            f"{expected} and {np.dtype(dtype)} were written. `streamfisher verify` restores its metadata."
+        )
+    if int(np.prod(array.chunks, dtype=np.float64)) * array.dtype.itemsize > _LARGEST_CHUNK:
+        raise CorruptRunError(f"{path} has chunks of {array.chunks}, more than any run has; it is not read.")
+
+
+def check_manifest(manifest: Mapping[str, Any]) -> None:
+    """Refuse a manifest whose values no run can have, before anything is made as large as they say.
+
+    Raises:
+        CorruptRunError: it names the value.
+    """
+    try:
+        n, rows = manifest["data"]["n_samples"], manifest["layout"]["chunk_rows"]
+        _require_whole(n, "data.n_samples")
+        _require_whole(rows, "layout.chunk_rows")
+        units = len(manifest["data"]["chunk_digests"])
+        if units != -(-n // rows):
+            raise CorruptRunError(f"manifest.json has {units} chunk_digests for {n} samples in chunks of {rows}.")
+        dtype = codecs.stored_dtype_of(manifest["layout"]["dtype_store"])
+        codecs.stored_dtype_of(manifest["layout"]["dtype_row"])
+        seen = set()
+        for item in manifest["parameters"]:
+            name = item["name"]
+            if not isinstance(name, str) or name in seen:
+                raise CorruptRunError(f"manifest.json has a parameter {name!r} twice, or without a name.")
+            seen.add(name)
+            for size in item["shape"]:
+                _require_whole(size, f"shape of {name}", least=0)
+            _require_whole(item["chunk_columns"], f"chunk_columns of {name}")
+            if float(np.prod([float(size) for size in item["shape"]])) > 2.0**62:
+                raise CorruptRunError(f"manifest.json: the shape {item['shape']} of {name} is larger than any array.")
+            if rows * item["chunk_columns"] * dtype.itemsize > _LARGEST_CHUNK:
+                raise CorruptRunError(
+                    f"manifest.json: chunks of {name} have {rows} x {item['chunk_columns']} numbers, more than any run."
+                )
+        for key in ("config", "identity", "model", "excluded", "loss", "probe", "versions"):
+            if not isinstance(manifest[key], dict):
+                raise CorruptRunError(f"manifest.json: {key} is not a mapping.")
+        if not isinstance(manifest["layout"]["centered"], bool):
+            raise CorruptRunError("manifest.json: layout.centered is neither true nor false.")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CorruptRunError(f"manifest.json is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _require_whole(value: Any, what: str, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**53:
+        raise CorruptRunError(f"manifest.json: {what} is {value!r:.40}, not a whole number of at least {least}.")

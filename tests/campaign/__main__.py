@@ -1,0 +1,76 @@
+"""One command for each campaign; from the repository's root:
+
+    PYTHONPATH=tests python -m campaign faults --cases 240 --seed 1
+    PYTHONPATH=tests python -m campaign corruption --cases 320 --seed 1
+
+Exits with 1 if one case was not survived. As root on Linux, faults of the disk are real: a small filesystem is mounted
+that fills up, becomes read-only or vanishes. Otherwise they are errors of single operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from campaign.workers import import_everything
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a campaign, print its table and every case that was not survived."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("faults", "corruption"))
+    parser.add_argument("--cases", type=int, default=240)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", default=None, metavar="KIND", help="faults of one kind")
+    parser.add_argument("--no-mounts", action="store_true", help="inject faults of the disk as errors")
+    parser.add_argument("--json", default=None, metavar="FILE", help="write all cases to this file")
+    arguments = parser.parse_args(argv)
+    import_everything()
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="campaign-") as name:
+        cases = _faults(Path(name), arguments)
+    wrong = [case for case in cases if case.wrong]
+    for case in wrong:
+        print(f"NOT SURVIVED: {case}\n", file=sys.stderr)
+    seconds = time.monotonic() - start
+    print(f"{len(cases)} cases, {len(cases) - len(wrong)} survived, seed {arguments.seed}, {seconds:.0f} s")
+    return 1 if wrong else 0
+
+
+def _faults(folder: Path, arguments: argparse.Namespace) -> list:
+    from campaign.fault_campaign import Campaign, plain, table
+    from campaign.faults import Disk
+
+    disk = None
+    if not arguments.no_mounts and os.geteuid() == 0:
+        disk = Disk(folder / "home", folder / "seen")
+        try:
+            disk.mount()
+        except OSError as error:
+            print(f"Nothing can be mounted here ({error}): faults of the disk are injected as errors.", file=sys.stderr)
+            disk = None
+    try:
+        campaign = Campaign(folder, disk)
+        cases = campaign.draw(arguments.cases, arguments.seed)
+        cases = [case for case in cases if arguments.only in (None, case.kind)]
+        for number, case in enumerate(cases):
+            campaign.run(case)
+            print(f"{number + 1}/{len(cases)} {case.kind}, {case.stage}: {case.ended}", file=sys.stderr, flush=True)
+    finally:
+        if disk is not None:
+            disk.unmount()
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(plain(cases), indent=1))
+    print(f"Disk faults: {'a mounted filesystem' if disk else 'injected errors'}")
+    print(table(cases))
+    return cases
+
+
+if __name__ == "__main__":
+    sys.exit(main())

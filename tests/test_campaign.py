@@ -1,0 +1,35 @@
+"""A reduced campaign: faults at every stage, and damaged files; the full ones are `python -m campaign`."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+def campaign(tmp_path, what, cases, seed):
+    """Return all cases of a campaign in a process of its own, which forks: it must not have threads before."""
+    found = tmp_path / "cases.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    command = [sys.executable, "-m", "campaign", what, "--cases", str(cases), "--seed", str(seed)]
+    done = subprocess.run(
+        [*command, "--json", str(found)], capture_output=True, text=True, env=environment, timeout=500
+    )
+    assert found.exists(), done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(found.read_text())
+
+
+@pytest.mark.slow
+def test_faults_at_every_stage_cost_nothing_but_what_was_in_flight(tmp_path):
+    cases = campaign(tmp_path, "faults", 26, 3)
+    assert len(cases) >= 25 and all(case["wrong"] == [] for case in cases)
+    stages, kinds = Counter(case["stage"] for case in cases), Counter(case["kind"] for case in cases)
+    assert len(stages) >= 7 and len(kinds) >= 10, (stages, kinds)
+    assert sum(case["ended"] != "exit 0" for case in cases) > 15, "most faults stop the command that they strike"
