@@ -12,6 +12,7 @@ from streamfisher.alignment import Alignment, align
 from streamfisher.blockgrams import BlockGrams, stored_gram
 from streamfisher.blocks import assign_blocks
 from streamfisher.config import SpectralConfig
+from streamfisher.density import Scale, SpectralDensity
 from streamfisher.directions import Eigenvectors
 from streamfisher.eigenvectors import compute_eigenvectors
 from streamfisher.granularity import check_grouping
@@ -98,6 +99,12 @@ class Analyses:
             config=config,
             precision=RowPrecision(self.store.row_dtype, self.store.unit_roundoff),
             metadata=metadata,
+            tile_of=self.store.gram_tile if unfinished is None else None,
+            mean_products_of=(lambda name: None) if center else self.store.gram_mean_products,
+            # Drawn columns and unfinished runs have none; a moment left from before would be of other rows.
+            moment_of=self.store.read_moment
+            if unfinished is None and config.max_params_per_block is None
+            else lambda name: None,
         )
 
     def spectrum(
@@ -159,6 +166,42 @@ class Analyses:
             options: of `block_grams`.
         """
         return grow(self.block_grams(block_structure, center, **options), sizes, seed=seed)
+
+    def spectral_density(
+        self,
+        block: str,
+        center: bool | None = None,
+        *,
+        block_structure: str | Mapping[str, str] | None = None,
+        n_vectors: int = 10,
+        n_steps: int = 80,
+        sigma: float | None = None,
+        scale: Scale = "log",
+        seed: int | None = None,
+        **options: Any,
+    ) -> SpectralDensity:
+        """Return how many eigenvalues of a block lie where, by stochastic Lanczos quadrature, with the standard error.
+
+        For N whose eigenvalues are too many to solve for; a few dozen passes over the Gram, which may be larger than
+        the memory.
+
+        Args:
+            block: its key, for example `layer_3`.
+            center: of the covariance instead of the Fisher.
+            block_structure: see `block_grams`.
+            n_vectors: random vectors.
+            n_steps: of Lanczos.
+            sigma: width of the Gaussians, in decades for `scale='log'`; `None` means 0.1 decades, or 1 %.
+            scale: 'log' or 'linear'.
+            seed: of the vectors; `None` means the run's.
+            options: of `block_grams`: samples, weights, normalization, config.
+
+        Raises:
+            StreamfisherError: as `block_grams`, or an option is out of range.
+        """
+        found = self.block_grams(block_structure, center, **options)
+        seed = found.config.seed if seed is None else seed
+        return found.density(block, n_vectors=n_vectors, n_steps=n_steps, sigma=sigma, scale=scale, seed=seed)
 
     def alignment(
         self, block_structure: str | Mapping[str, str] | None = None, center: bool | None = None, **options: Any

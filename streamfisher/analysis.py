@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ from torch import nn
 from streamfisher import gram as grams
 from streamfisher.analyses import Analyses
 from streamfisher.blockgrams import stored_gram
-from streamfisher.blocks import assign_blocks, group_blocks
 from streamfisher.config import SpectralConfig
-from streamfisher.gram_sink import GramSink
+from streamfisher.gram_stage import build_stored_grams
 from streamfisher.selection import select
 from streamfisher.solve import RowPrecision, describe, solve_blocks
 from streamfisher.store import RunLock, RunStore
@@ -122,26 +120,8 @@ class Run(Analyses):
     ) -> dict[str, float | None]:
         if not keys:
             return {}
-        settings = grams.gram_settings(config)
-        blocks = group_blocks(assign_blocks(self.parameters, config.block_structure))
-        subsets = grams.draw_columns(self.parameters, blocks, config.max_params_per_block, config.seed)
         with RunLock(self.path):
-            sink = GramSink(self.store, settings, subsampled=frozenset(subsets), compare=rebuild)
-            grown = {} if rebuild or config.use_deterministic else self._grown(settings, subsets)
-            members = {key: self.store.gram_members[key] for key in keys}
-            built = grams.build_grams(
-                self.store, config, sink, keys=members, subsets=subsets, grown=grown, progress=progress
-            )
-        return dict(built)
-
-    def _grown(self, settings: Mapping[str, Any], subsets: Mapping[str, Any]) -> dict[str, grams.GrownGram]:
-        """Return the Grams that were made before samples were added; their products need not be formed again."""
-        known = self.store.grams_of_fewer(settings)
-        return {
-            key: grams.GrownGram(rows, _FewerSamples(self.store))
-            for key, rows in known.items()
-            if not set(self.store.gram_members[key]).intersection(subsets)
-        }
+            return build_stored_grams(self.store, config, keys, rebuild=rebuild, progress=progress)
 
     def gram(self, name: str, *, center: bool = False) -> np.ndarray:
         """Return the Gram of one parameter's rows over the valid samples, (n, n) float64."""
@@ -189,16 +169,6 @@ class Run(Analyses):
             "skipped": {str(sample): reason for sample, reason in store.skipped().items()},
             "versions": dict(self.manifest.versions),
         }
-
-
-@dataclass(frozen=True)
-class _FewerSamples:
-    """Reads a parameter's Gram as it was before the run grew; picklable for Dask workers."""
-
-    store: RunStore
-
-    def __call__(self, name: str) -> np.ndarray:
-        return self.store.read_gram(name)[0]
 
 
 def open_run(path: str | Path) -> Run:

@@ -28,6 +28,16 @@ def add_commands(add: AddCommand) -> None:
     eigenvectors.add_argument("--overwrite", action="store_true", help="replace those stored with other options")
     add_analysis_options(eigenvectors)
 
+    density = add("density", _density, "how many eigenvalues of a block lie where, by stochastic Lanczos quadrature")
+    density.add_argument("run", metavar="RUN.zarr", help="the folder of a run")
+    density.add_argument("--block", required=True, help="key of the block, for example layer_3")
+    density.add_argument("--vectors", type=int, default=10, help="random vectors (default: %(default)s)")
+    density.add_argument("--steps", type=int, default=80, help="of Lanczos (default: %(default)s)")
+    density.add_argument("--sigma", type=float, default=None, help="smoothing: decades, or eigenvalues (default: 0.1)")
+    density.add_argument("--scale", default="log", metavar="log|linear", help="of the eigenvalues (default: log)")
+    density.add_argument("--out", default=None, metavar="FILE.json", help="write grid, density and errors to this file")
+    add_analysis_options(density)
+
     compare = add("compare", _compare, "two or more runs side by side")
     compare.add_argument("runs", metavar="RUN.zarr", nargs="+", help="folders of runs, in order")
     compare.add_argument("--top", type=int, default=10, help="dimension of eigenspaces; 0: none (default: %(default)s)")
@@ -69,6 +79,39 @@ def _eigenvectors(arguments: argparse.Namespace) -> int:
     print(f"  eigenvalues {values}{', ...' if len(found) > 5 else ''}")
     if arguments.out:
         print(f"  copied to {arguments.out}")
+    return 0
+
+
+def _density(arguments: argparse.Namespace) -> int:
+    from streamfisher import open_run
+
+    run = open_run(arguments.run)
+    options = read_run_options(arguments, base=run.config)
+    if arguments.out:
+        check_target(Path(arguments.out), (".json",))
+    found = run.spectral_density(
+        arguments.block,
+        options.centers[0],
+        block_structure=options.structures[0],
+        n_vectors=arguments.vectors,
+        n_steps=arguments.steps,
+        sigma=arguments.sigma,
+        scale=arguments.scale,
+        config=options.analysis_config(run.config),
+        progress=not arguments.quiet,
+    )
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    if arguments.json:
+        print_json(found.to_dict())
+        return 0
+    print(f"{found.n_eigenvalues} eigenvalues of {found.block}, {found.n_vectors} vectors, {found.n_steps} steps:")
+    for low, high, count, error in zip(found.edges, found.edges[1:], found.counts, found.count_errors, strict=False):
+        print(f"  {low:9.2e} to {high:9.2e}  {count:10.1f} +- {error:.1f}")
+    if found.scale == "log":
+        print(f"  below                   {found.below:10.1f} +- {found.below_standard_error:.1f}")
+    if arguments.out:
+        print(f"  written to {arguments.out}")
     return 0
 
 

@@ -192,10 +192,10 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     """Load model and data and collect; return the run on the main process and `None` on the others."""
     from streamfisher import collect
     from streamfisher.data import load_samples
-    from streamfisher.models import load_model, pick_device
-    from streamfisher.placement import read_device_map
+    from streamfisher.models import pick_device
     from streamfisher.ranks import start_ranks
     from streamfisher.store.layout import check_free
+    from streamfisher.stream.skeleton import load_skeleton, skeleton_is_needed
 
     config = options.config
     if not (Path(options.out) / "manifest.json").is_file():
@@ -203,15 +203,13 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
     device = state.device if config.device == "auto" else pick_device(config.device)
     source = load_samples(options.data, tokenize=options.tokenizer(), field=options.field, max_length=config.max_length)
-    model = load_model(
-        options.model,
-        dtype=config.dtype_model,
-        device=device,
-        trust_remote_code=options.trust_remote_code,
-        device_map=None if options.device_map is None else read_device_map(options.device_map),
-        offload_folder=options.offload_folder or f"{options.out}.offload",
-        sharded=options.fsdp,
-    )
+    weights = None
+    if skeleton_is_needed(options.model, config) and not options.fsdp and options.device_map is None:
+        model, weights = load_skeleton(
+            options.model, dtype=config.dtype_model, device=device, trust_remote_code=options.trust_remote_code
+        )
+    else:
+        model = _loaded(options, config, device)
     run = collect(
         model,
         source,
@@ -220,11 +218,28 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
         n_samples=options.samples,
         description=options.description(),
         progress=not arguments.quiet,
+        weights=weights,
     )
     main_process = state.is_main_process
     if state.num_processes > 1:
         state.destroy_process_group()
     return run if main_process else None
+
+
+def _loaded(options: RunOptions, config: Any, device: Any) -> Any:
+    """Load the whole model."""
+    from streamfisher.models import load_model
+    from streamfisher.placement import read_device_map
+
+    return load_model(
+        options.model,
+        dtype=config.dtype_model,
+        device=device,
+        trust_remote_code=options.trust_remote_code,
+        device_map=None if options.device_map is None else read_device_map(options.device_map),
+        offload_folder=options.offload_folder or f"{options.out}.offload",
+        sharded=options.fsdp,
+    )
 
 
 def _gram(arguments: argparse.Namespace) -> int:
@@ -303,10 +318,12 @@ def _info(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from streamfisher import open_run
     from streamfisher.errors import CorruptRunError
-    from streamfisher.verify import verify
+    from streamfisher.verify import Problem, verify, verify_manifest
 
-    run = open_run(arguments.run)
-    problems = verify(run, repair=not arguments.dry_run, progress=not arguments.quiet)
+    problems: list[Problem] = verify_manifest(Path(arguments.run), repair=not arguments.dry_run)
+    if not (problems and arguments.dry_run):
+        run = open_run(arguments.run)
+        problems += verify(run, repair=not arguments.dry_run, progress=not arguments.quiet)
     if arguments.json:
         print(json.dumps([vars(problem) for problem in problems]))
     else:
@@ -359,6 +376,8 @@ def _analyse(
     say = sys.stderr if arguments.json else sys.stdout
     if target is not None:
         print(f"Eigenvalues and metrics: {write_spectra(spectra, target)}", file=say)
+        if write:
+            run.store.mark_result(target)
     if write and importlib.util.find_spec("matplotlib"):
         print(f"Picture: {picture(spectra, run.path / 'spectrum.png')}", file=say)
     elif write:

@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,14 @@ from streamfisher.store import (
     grow_run,
     model_manifest,
     resume_differences,
+    stage_of,
     units_left,
     versions,
 )
 from streamfisher.store.layout import check_free, chunk_columns
+from streamfisher.stream.collecting import StreamedRun, check_streamable, first_samples
+from streamfisher.stream.engine import StreamEngine
+from streamfisher.stream.weights import Resident
 from streamfisher.survey import Survey, probe_batch, survey, to_model
 
 
@@ -58,6 +63,7 @@ def collect(
     n_samples: int | None = None,
     description: str | Mapping[str, Any] | None = None,
     progress: bool = False,
+    weights: Resident | None = None,
 ) -> Run:
     """Write the gradient of every sample with respect to every selected parameter; resume where a run was stopped.
 
@@ -73,6 +79,7 @@ def collect(
         n_samples: how many samples to use, from the first; `None` means all.
         description: what the samples are, in words or as options, for the manifest.
         progress: show bars.
+        weights: what `load_skeleton` returned beside the model, where weights are read layer by layer.
 
     Returns:
         The open run, complete.
@@ -90,6 +97,9 @@ def collect(
         CapacityError: there is no room on the disk, or no memory for one chunk of rows.
     """
     config = config or SpectralConfig()
+    streamed = config.stream == "layers" or (config.stream == "auto" and weights is not None)
+    if streamed:
+        check_streamable(model, config)
     path = Path(path)
     state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}  # quantised weights keep theirs
@@ -103,7 +113,8 @@ def collect(
     ):
         found = survey(model, samples, config, loss, n_samples)
         reshard(model)
-        with make_engine(model, found, config) as engine, contextlib.ExitStack() as locks:
+        make = partial(stream_engine, weights=weights) if streamed else make_engine
+        with make(model, found, config) as engine, contextlib.ExitStack() as locks:
             manifest = make_manifest(model, engine, found, config, description)
             ranks.agree(manifest.facts() | {"folder": str(path.absolute())})
             if ranks.is_main:
@@ -114,31 +125,50 @@ def collect(
             if not ranks.is_main:
                 locks.enter_context(RankLock(path))
             store = RunStore(path)
-            engine.apply_routes(ProbeReport.from_dict(store.manifest.probe))
+            report = ProbeReport.from_dict(store.manifest.probe)
+            if streamed:
+                engine.apply_routes(report, first_samples(found, model))
+            else:
+                engine.apply_routes(report)
             if ranks.is_main:
                 store.sweep()
                 store.write_fields(found.fields)
             if config.store_centered:
                 mean_pass(store, engine, found, config, ranks, progress=progress)
-            _waves(store, engine, found, config, ranks, progress=progress)
+            stream = StreamedRun(engine, store, found, ranks) if streamed else None
+            _waves(store, engine, found, config, ranks, stream, progress=progress)
     return Run(path)
 
 
 def _waves(
-    store: RunStore, engine: GradientEngine, found: Survey, config: SpectralConfig, ranks: Ranks, *, progress: bool
+    store: RunStore,
+    engine: GradientEngine | StreamEngine,
+    found: Survey,
+    config: SpectralConfig,
+    ranks: Ranks,
+    stream: StreamedRun | None,
+    *,
+    progress: bool,
 ) -> None:
     """Collect every wave; where its gradients are not all kept, reduce it before the next one begins."""
     products = SpectralConfig.from_dict(store.manifest.config).gram_options(config)
     for wave in range(len(store.waves)):
         passing = len(store.waves) > 1 or "*" not in store.keep
-        reduced = ranks.share(f"whether wave {wave} is reduced", passing and is_reduced(store, wave, products))
+        whole = passing and is_reduced(store, wave, products) and not store.todo(stage_of(wave))
+        reduced = ranks.share(f"whether wave {wave} is reduced", whole)
         if not reduced:
             if ranks.is_main:
-                reopen_wave(store, wave)
+                reopen_wave(store, wave, products)
             ranks.wait("for the wave")
+            if stream is not None:
+                stream.begin(wave)
             row_pass(store, engine, found, config, ranks, wave=wave, progress=progress)
         if passing:
             reduce_wave(store, wave, products, ranks, progress=progress)
+        if stream is not None and not reduced:
+            stream.finish(wave)
+    if stream is not None:
+        stream.close()
 
 
 def make_engine(model: nn.Module, found: Survey, config: SpectralConfig) -> GradientEngine:
@@ -153,11 +183,24 @@ def make_engine(model: nn.Module, found: Survey, config: SpectralConfig) -> Grad
     )
 
 
+def stream_engine(model: nn.Module, found: Survey, config: SpectralConfig, weights: Resident | None) -> StreamEngine:
+    """Return the engine that takes a model one segment at a time; a context manager."""
+    return StreamEngine(
+        model,
+        found.loss,
+        include=config.include,
+        exclude=config.exclude,
+        dtype_compute=config.dtype_compute,
+        deterministic=config.use_deterministic,
+        weights=weights,
+    )
+
+
 def _create_or_resume(
     path: Path,
     manifest: Manifest,
     model: nn.Module,
-    engine: GradientEngine,
+    engine: GradientEngine | StreamEngine,
     found: Survey,
     config: SpectralConfig,
     ranks: Ranks,
@@ -193,7 +236,13 @@ def _create_or_resume(
     if progress:
         tqdm.write(report.summary())
     provided = provisions.provide(
-        shapes, found.lengths, config, path, row_dtype=engine.row_dtype, activations=activations
+        shapes,
+        found.lengths,
+        config,
+        path,
+        row_dtype=engine.row_dtype,
+        activations=activations,
+        segments=engine.waves() if isinstance(engine, StreamEngine) else None,
     )
     if progress and len(provided.waves) > 1:
         tqdm.write(_announced(provided))
@@ -212,10 +261,13 @@ def _announced(provided: Provisions) -> str:
 
 
 def _probe(
-    model: nn.Module, engine: GradientEngine, found: Survey, memory: int | None
+    model: nn.Module, engine: GradientEngine | StreamEngine, found: Survey, memory: int | None
 ) -> tuple[ProbeReport, list[GradientShape], float]:
     """Probe the engine and measure its gradients; with sharded weights all ranks do, on the same samples."""
-    batch = to_model(probe_batch(found, model, engine.tensors.values()), model)
+    if isinstance(engine, StreamEngine):
+        batch = first_samples(found, model)
+    else:
+        batch = to_model(probe_batch(found, model, engine.tensors.values()), model)
     if memory is not None:
         memory //= 2
     elif is_sharded(model):
@@ -225,7 +277,7 @@ def _probe(
 
 def make_manifest(
     model: nn.Module,
-    engine: GradientEngine,
+    engine: GradientEngine | StreamEngine,
     found: Survey,
     config: SpectralConfig,
     description: str | Mapping[str, Any] | None,

@@ -22,11 +22,13 @@ from streamfisher.errors import ConfigError
 
 StorageMode = Literal["full", "chunked", "streaming"]
 SampleUnit = Literal["sequence", "token", "example"]
+Stream = Literal["none", "layers", "auto"]
 Codec = Literal["blosc-lz4", "zstd", "raw"]
 OnNonfinite = Literal["raise", "skip"]
 Labels = Literal["data", "model"]
 HeldAs = Literal["auto", "dense", "factors"]
 GramPer = Literal["parameter", "layer-module", "layer", "all"]
+Solver = Literal["auto", "dense", "iterative"]
 LossName = Literal["causal", "token", "classification", "regression", "model"]
 
 _FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -114,6 +116,7 @@ class SpectralConfig:
 
     # Eigensolve
     top_k_eigenvalues: int = 100  # how many eigenvalues the metrics list
+    solver: Solver = "auto"  # 'iterative': the largest eigenvalues only, with residuals; 'auto': where it pays
     regularization: float = 1e-8  # jitter, relative to the mean eigenvalue; only if the solver fails
     eigensolve_device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -130,6 +133,7 @@ class SpectralConfig:
     n_workers: int | None = None  # Dask workers; None: one per core
     memory_budget: int | str | None = None  # bytes or '2GB', beside the model; None: half of what is free
     disk_budget: int | str | None = None  # bytes or '200GB' for the run; None: what is free, with a margin
+    stream: Stream = "none"  # 'layers': one layer at a time, for a model that does not fit; 'auto': where it does not
     rank_timeout: int = 1800  # seconds without a sign of progress after which ranks stop waiting for each other
     use_deterministic: bool = False  # full determinism, CUDA included; the global state is restored
 
@@ -157,8 +161,10 @@ class SpectralConfig:
         self._check_choice("on_nonfinite", get_args(OnNonfinite))
         self._check_choice("storage_mode", get_args(StorageMode))
         self._check_choice("codec", get_args(Codec))
+        self._check_choice("stream", get_args(Stream))
         self._check_choice("representation", get_args(HeldAs))
         self._check_choice("gram_per", get_args(GramPer))
+        self._check_choice("solver", get_args(Solver))
         self._check_choice("eigensolve_device", ("auto", "cpu", "cuda"))
         self._check_choice("gram_device", ("auto", "cpu", "cuda"))
         self._check_choice("block_structure", ("layer", "module", "parameter", "none"))

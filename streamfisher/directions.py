@@ -13,9 +13,10 @@ import torch
 import zarr
 from torch import Tensor
 
-from streamfisher.errors import DataError, RunError
+from streamfisher.errors import CorruptRunError, DataError, RunError, StreamfisherError, unreadable
 from streamfisher.store import codecs
 from streamfisher.store.durable import read_json
+from streamfisher.store.integrity import chunk_digest, require_inside
 from streamfisher.store.names import node_name
 
 
@@ -143,7 +144,24 @@ def open_eigenvectors(run: str | Path, block: str, *, center: bool = False) -> E
             f"{run}: eigenvectors of block {block} are {state}; `streamfisher eigenvectors {run} --block {block}` "
             "makes them."
         )
-    identity = read_json(marks / "identity.json")
+    path = run / "eigenvectors" / folder
+    identity, finished = read_json(marks / "identity.json"), read_json(marks / "finished.json")
+    require_inside(run, path)
+    if finished.get("files") not in (None, chunk_digest(path)):
+        raise CorruptRunError(f"{path} is not what was written; `streamfisher verify` clears it, to be made again.")
+    try:
+        return _opened(run, path, block, center, identity, finished)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        if isinstance(error, StreamfisherError):
+            raise
+        raise unreadable(
+            error, f"{path} is damaged ({error}); `streamfisher verify` clears it, to be made again."
+        ) from error
+
+
+def _opened(
+    run: Path, path: Path, block: str, center: bool, identity: Mapping[str, Any], finished: Mapping[str, Any]
+) -> Eigenvectors:
     for name, checksum in zip(identity.get("gram_keys", identity["parameters"]), identity["grams"], strict=True):
         gram = run / "done" / f"gram-{node_name(name)}.json"
         if not gram.is_file() or read_json(gram)["crc32c"] != checksum:
@@ -151,15 +169,15 @@ def open_eigenvectors(run: str | Path, block: str, *, center: bool = False) -> E
                 f"{run}: the Gram of {name} is not the one that the eigenvectors of {block} were made from; "
                 "`streamfisher eigenvectors --overwrite` makes them again."
             )
-    group = codecs.quiet_open(run / "eigenvectors" / folder, mode="r")
+    group = codecs.quiet_open(path, mode="r")
     shapes = {
         name: tuple(group[f"vectors/{node_name(name)}"].attrs["parameter_shape"]) for name in identity["parameters"]
     }
     return Eigenvectors(
-        path=run / "eigenvectors" / folder,
+        path=path,
         block=block,
         centered=center,
         eigenvalues=group["eigenvalues"][...],
         shapes=shapes,
-        orthonormality_error=read_json(marks / "finished.json")["orthonormality_error"],
+        orthonormality_error=finished["orthonormality_error"],
     )

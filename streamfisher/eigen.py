@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from streamfisher import lanczos
 from streamfisher.errors import CorruptRunError
 
 #: Below this size a GPU gains nothing over LAPACK in float64.
@@ -15,12 +16,13 @@ _CUDA_SIZE = 4096
 
 @dataclass(frozen=True)
 class Eigenvalues:
-    """All eigenvalues of one symmetric matrix and how they were obtained."""
+    """Eigenvalues of one symmetric matrix, all or the largest, and how they were obtained."""
 
     values: np.ndarray  # (n,) float64, descending, not negative
     solver: str  # which driver gave them
     jitter: float  # what had to be added to the diagonal for it, relative to the mean eigenvalue; 0 normally
     most_negative: float  # the lowest eigenvalue before rounding below zero was cut, relative to the largest
+    residuals: np.ndarray | None = None  # (n,) float64, |K v - lambda v|: bounds of the error; None: all were solved
 
 
 def solve(
@@ -61,6 +63,21 @@ def solve(
             "`streamfisher verify` checks the run."
         )
     return Eigenvalues(np.maximum(values, 0.0), solver, jitter, negative)
+
+
+def solve_leading(operator: lanczos.SymmetricOperator, k: int, *, seed: int = 42) -> Eigenvalues:
+    """Return the `k` largest eigenvalues with their residuals, by products with the matrix only.
+
+    Args:
+        operator: the matrix.
+        k: how many.
+        seed: of the random start.
+
+    Raises:
+        ConvergenceError: the solver did not reach its tolerance.
+    """
+    found = lanczos.leading(operator, k, seed=seed)
+    return Eigenvalues(found.values, "block-lanczos", 0.0, 0.0, found.residuals)
 
 
 def _solve_chain(

@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from streamfisher.blockgrams import BlockGrams
 from streamfisher.directions import Eigenvectors, folder_name, open_eigenvectors
-from streamfisher.errors import ConfigError, RunError
+from streamfisher.errors import ConfigError, CorruptRunError, RunError
 from streamfisher.store import RunLock, RunStore, codecs
 from streamfisher.store.durable import read_json, write_json
+from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.names import node_name
 
 _SLAB_BYTES = 64 << 20
@@ -73,7 +74,8 @@ class _Job:
     def __init__(self, store: RunStore, grams: BlockGrams, folder: str, names: Sequence[str]):
         self.store, self.grams, self.names = store, grams, names
         self.marks = store.path / "done" / "eigenvectors" / folder
-        self.group = codecs.quiet_open(store.path / "eigenvectors" / folder, mode="r+")
+        self.folder = store.path / "eigenvectors" / folder
+        self.group = codecs.quiet_open(self.folder, mode="r+")
 
     def is_done(self, what: str) -> bool:
         return (self.marks / f"{what}.json").is_file()
@@ -120,7 +122,7 @@ def _identity(store: RunStore, grams: BlockGrams, block: str, top: int) -> dict[
     digest = hashlib.sha256(selection.samples.astype("<i8").tobytes())
     digest.update(b"" if selection.weights is None else selection.weights.astype("<f8").tobytes())
     names = [name for key in grams.blocks[block] for name in store.gram_members[key]]
-    sums = [read_json(store.path / "done" / f"gram-{node_name(key)}.json")["crc32c"] for key in grams.blocks[block]]
+    sums = [store.gram_checksums(key) for key in grams.blocks[block]]
     return {
         "block": block,
         "parameters": names,
@@ -212,11 +214,14 @@ def _refine(job: _Job, coefficients: np.ndarray, progress: bool) -> None:
     job.put("coefficients", refined * signs, ("sample", "eigenvector"))
     job.put("projections", projections, ("sample", "eigenvector"))
     job.put("eigenvalues", values[::-1].copy(), ("eigenvector",))
-    job.mark("solved", {"overlap_before": float(np.abs(overlap - np.eye(k)).max())})
+    error = float(np.abs(overlap - np.eye(k)).max())
+    job.mark("solved", {"overlap_before": error, "coefficients": chunk_digest(job.folder / "coefficients")})
 
 
 def _write(job: _Job, progress: bool) -> None:
     """Second pass: write V parameter by parameter, each with its marker, and say how orthonormal the whole is."""
+    if job.marker("solved").get("coefficients") not in (None, chunk_digest(job.folder / "coefficients")):
+        raise CorruptRunError(f"{job.folder} is not what was written; `streamfisher verify` clears it.")
     coefficients = job.group["coefficients"][...]
     k = coefficients.shape[1]
     dtype = codecs.stored_dtype(job.store.row_dtype)
@@ -247,4 +252,4 @@ def _write(job: _Job, progress: bool) -> None:
     total = sum(np.array(job.marker(f"parameter-{node_name(name)}")["overlap"]) for name in job.names)
     error = float(np.abs(total - np.eye(k)).max())
     job.group.attrs["orthonormality_error"] = error
-    job.mark("finished", {"orthonormality_error": error})
+    job.mark("finished", {"orthonormality_error": error, "files": chunk_digest(job.folder)})

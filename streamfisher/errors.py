@@ -79,6 +79,10 @@ class ConvergenceError(StreamfisherError, RuntimeError):
     """An iterative solver did not reach its tolerance; the message says how far it came."""
 
 
+class StreamError(StreamfisherError, RuntimeError):
+    """The model is no stack of layers that can be streamed; the message says why and what to do instead."""
+
+
 class MissingExtraError(StreamfisherError, ImportError):
     """An optional package is not installed; the message gives the command that installs it."""
 

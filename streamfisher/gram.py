@@ -51,8 +51,8 @@ class GradientRows(Protocol):
     def chunk_columns(self, name: str) -> int:
         """Return the columns that are read together at no extra cost."""
 
-    def columns(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return (N, stop - start) float32 or float64."""
+    def columns(self, name: str, start: int, stop: int, rows: slice | None = None) -> np.ndarray:
+        """Return (N, stop - start) float32 or float64, or a range of those rows."""
 
     def mean(self, name: str, start: int, stop: int) -> np.ndarray | None:
         """Return the mean gradient that was subtracted from the rows, or `None`."""
@@ -73,9 +73,9 @@ class MemoryRows:
         """Return `PANEL`: any column is as near as any other."""
         return PANEL
 
-    def columns(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return a view of (N, stop - start)."""
-        return self.rows[name][:, start:stop]
+    def columns(self, name: str, start: int, stop: int, rows: slice | None = None) -> np.ndarray:
+        """Return a view of (N, stop - start), or of a range of those rows."""
+        return self.rows[name][rows or slice(None), start:stop]
 
     def mean(self, name: str, start: int, stop: int) -> None:
         """Return `None`: rows in memory are never centered."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from streamfisher import gram as grams
 from streamfisher.errors import CorruptRunError
+from streamfisher.moment import moment_of
 from streamfisher.store import RunStore
 
 
@@ -42,6 +43,7 @@ class GramSink:
                 )
         difference = self._difference(finished) if self.compare else None
         self.store.write_gram(name, finished.gram, finished.mean_products, self.settings)
+        keep_moment(self.store, name, self.subsampled)
         return name, difference
 
     def _difference(self, finished: grams.ParameterGram) -> float | None:
@@ -55,3 +57,10 @@ class GramSink:
         norm = float(np.linalg.norm(finished.gram))
         distance = float(np.linalg.norm(finished.gram - old))
         return distance / norm if norm else distance
+
+
+def keep_moment(store: RunStore, key: str, subsampled: frozenset[str]) -> None:
+    """Write the second moment of a parameter that has fewer elements than there are samples, and a Gram of its own."""
+    if store.gram_members[key] == [key] and key not in subsampled and store.parameters[key] < store.n_samples:
+        valid = store.per_sample("valid") == 1
+        store.write_moment(key, moment_of(store, key, store.parameters[key], valid))

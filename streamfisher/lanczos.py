@@ -34,16 +34,23 @@ class SymmetricOperator(Protocol):
     """A symmetric positive semi-definite matrix A, by its products."""
 
     n: int
+    n_samples: int  # N: the eigenvalues of a Fisher are those of A over it
 
     def matvec(self, X: np.ndarray) -> np.ndarray:
         """Return A X, (n, b) float64."""
 
 
 class DenseOperator:
-    """A matrix in memory."""
+    """A matrix in memory.
 
-    def __init__(self, K: np.ndarray):
+    Args:
+        K: (n, n) float64.
+        n_samples: N, where it is the side of the parameters; `None` means n.
+    """
+
+    def __init__(self, K: np.ndarray, n_samples: int | None = None):
         self.K, self.n = K, len(K)
+        self.n_samples = self.n if n_samples is None else n_samples
 
     def matvec(self, X: np.ndarray) -> np.ndarray:
         """Return K X."""
@@ -168,10 +175,12 @@ class _Search:
         order = np.argsort(values, kind="stable")[::-1]
         values, V, AV = values[order], V[:, order], AV[:, order]
         residuals = np.linalg.norm(AV - V * values, axis=0)
-        if residuals.max() > 100 * max(tolerance, 1e-14 * self.n**0.5) * max(values[0], np.finfo(float).tiny):
+        drift = max(residuals.max(), np.abs(values - self.theta[: len(values)]).max())
+        if drift > 100 * max(tolerance, 1e-14 * self.n**0.5) * max(values[0], np.finfo(float).tiny):
             raise ConvergenceError(
-                f"the operator does not repeat its products: {len(values)} eigenpairs had converged and have residuals "
-                f"of up to {residuals.max() / values[0]:.1e} of the largest eigenvalue when they are multiplied again."
+                f"the operator does not repeat its products: {len(values)} eigenpairs had converged and are off by "
+                f"up to {drift / max(self.theta[0], np.finfo(float).tiny):.1e} of the largest eigenvalue when they are "
+                "multiplied again."
             )
         exponent = self.exponent or 0
         values, residuals = np.ldexp(np.maximum(values, 0.0), exponent), np.ldexp(residuals, exponent)

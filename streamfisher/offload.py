@@ -39,6 +39,11 @@ def stored_tensor(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     return tensor if hook is None else hook.weights_map[attribute]
 
 
+def has_values(model: nn.Module, name: str, tensor: Tensor) -> bool:
+    """Return whether a parameter or buffer has values, here or where it is kept."""
+    return not tensor.is_meta or offload_hook(model.get_submodule(name.rpartition(".")[0])) is not None
+
+
 def working_device(model: nn.Module, name: str, tensor: Tensor) -> torch.device:
     """Return the device that a parameter is used on."""
     if not tensor.is_meta:
@@ -57,6 +62,8 @@ def identity(model: nn.Module, name: str, parameter: Tensor) -> int:
 
     On disk, where every look gives another tensor, two names of one parameter have nothing in common: `check_ties`.
     """
+    if getattr(offload_hook(model.get_submodule(name.rpartition(".")[0])), "keeps_objects", False):
+        return id(parameter)
     value, again = stored_tensor(model, name, parameter), stored_tensor(model, name, parameter)
     in_memory = value is not parameter and value.data_ptr() == again.data_ptr() != 0
     return value.data_ptr() if in_memory else id(parameter)

@@ -78,7 +78,7 @@ class RunOptions:
     def analysis_config(self, of_run: SpectralConfig) -> SpectralConfig:
         """Return the run's config with this command's solver and Gram options."""
         fields = ("eps", "n_workers", "memory_budget", "eigensolve_device", "dtype_gram", "dtype_eigensolve")
-        fields += ("gram_device",)
+        fields += ("gram_device", "solver")
         return of_run.replace(**{name: getattr(self.config, name) for name in fields})
 
 
@@ -267,6 +267,11 @@ def add_collection_options(parser: argparse.ArgumentParser) -> None:
         "--fsdp", action="store_true", default=None, help="spread the weights over the ranks (FSDP2)"
     )
     gradients.add_argument("--device", default=None, help="auto (default), cpu, cuda, cuda:1")
+    gradients.add_argument(
+        "--stream",
+        default=None,
+        help="layers: one layer at a time, for models larger than the memory; none (default); auto",
+    )
     gradients.add_argument("--trust-remote-code", action="store_true", default=None, help="run code of a checkpoint")
     store = parser.add_argument_group("store")
     store.add_argument("--store-dtype", dest="dtype_store", default=None, help="of rows on disk; bfloat16 halves them")
@@ -341,4 +346,9 @@ def add_analysis_options(parser: argparse.ArgumentParser) -> None:
         "--eps", type=float, default=None, help="noise floor over the largest eigenvalue (default: derived)"
     )
     add_product_options(group)
+    group.add_argument(
+        "--solver",
+        default=None,
+        help="auto (default), dense, iterative: the largest eigenvalues only, with residuals",
+    )
     group.add_argument("--eigensolve-device", default=None, help="auto (default), cpu, cuda")

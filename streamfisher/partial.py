@@ -26,9 +26,13 @@ class FinishedRows:
         """Return the columns that are read together."""
         return self.store.chunk_columns(name)
 
-    def columns(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Return (n, stop - start): unwritten rows are dropped before anyone sees them."""
-        return self.store.columns(name, start, stop)[self.samples]
+    def columns(self, name: str, start: int, stop: int, rows: slice | None = None) -> np.ndarray:
+        """Return (n, stop - start), or a range of these rows: unwritten ones are dropped before anyone sees them."""
+        chosen = self.samples if rows is None else self.samples[rows]
+        if len(chosen) == 0:
+            return self.store.columns(name, start, stop, slice(0, 0))
+        first, last = int(chosen[0]), int(chosen[-1]) + 1
+        return self.store.columns(name, start, stop, slice(first, last))[chosen - first]
 
     def representation(self, name: str) -> str:
         """Return 'dense': rows of some of the samples are asked for by columns, however they are held."""

@@ -112,6 +112,37 @@ def panel_sum(n_samples: int, known: int, device: str) -> PanelSum:
     return TorchSum(n_samples, known, torch.device("cuda"))
 
 
+def scaled_product(left: np.ndarray, right: np.ndarray, device: str = "cpu") -> np.ndarray:
+    """Return `left @ right.T` of two panels of the same columns in their own precision, scaled so that it is in range.
+
+    The same panel twice is a `syrk` and exactly symmetric.
+
+    Args:
+        left: (n, m) float32 or float64.
+        right: (k, m), of the same dtype.
+        device: 'cpu' (numpy), 'cuda', or 'auto'.
+
+    Raises:
+        ConfigError: CUDA is asked for in a process that has none.
+    """
+    exponents = [_exponent(left), _exponent(right)]
+    same = right is left
+    left = np.ldexp(left, -exponents[0]) if exponents[0] else left
+    right = left if same else (np.ldexp(right, -exponents[1]) if exponents[1] else right)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("gram_device='cuda': this process sees no CUDA device. Use cpu or auto.")
+    if device == "cpu" or not torch.cuda.is_available():
+        product = left @ right.T
+    else:
+        rows = torch.from_numpy(np.ascontiguousarray(left)).cuda()
+        others = rows if same else torch.from_numpy(np.ascontiguousarray(right)).cuda()
+        with _full_precision():
+            found = (rows @ others.T).double()
+        product = ((found + found.T) / 2 if same else found).cpu().numpy()
+    shift = sum(exponents)
+    return np.ldexp(product.astype(np.float64), shift) if shift else product
+
+
 class NumpySum:
     """By numpy, whose `b @ b.T` calls `syrk`: half the work of a general product, and exactly symmetric."""
 

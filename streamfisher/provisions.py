@@ -64,6 +64,7 @@ def provide(
     *,
     row_dtype: torch.dtype,
     activations: float = 0.0,
+    segments: Sequence[Sequence[str]] | None = None,
 ) -> Provisions:
     """Decide how a new run is laid out, within its budgets.
 
@@ -74,6 +75,7 @@ def provide(
         path: of the run, for what is free on its disk.
         row_dtype: in which rows are computed.
         activations: bytes in host memory that a backward pass takes for each padded token.
+        segments: parameters that share no wave with those of another segment, in this order; `None`: any may.
 
     Raises:
         CapacityError: something does not fit; the message says what, by how much, and what would make it fit.
@@ -116,7 +118,10 @@ def provide(
     if keep is None:
         whole = sizes.of(names)
         keep = ("*",) if whole.disk <= limits.disk and whole.memory <= limits.memory else ()
-    waves = cut_waves(sizes, limits, keep)
+    if segments is None:
+        waves = cut_waves(sizes, limits, keep)
+    else:
+        waves = [wave for names in segments for wave in cut_waves(sizes, limits, keep, names)]
     if len(waves) > 1 and config.store_centered:
         raise ConfigError(
             f"store_centered=True takes one pass over all parameters, and within the budgets the run takes {len(waves)}"

@@ -7,9 +7,8 @@ import os
 from tqdm import tqdm
 
 from streamfisher import gram as grams
-from streamfisher.blocks import assign_blocks, group_blocks
 from streamfisher.config import SpectralConfig
-from streamfisher.gram_sink import GramSink
+from streamfisher.gram_stage import build_stored_grams
 from streamfisher.ranks import Ranks
 from streamfisher.store import RunStore
 
@@ -20,11 +19,15 @@ def is_reduced(store: RunStore, wave: int, config: SpectralConfig) -> bool:
     return done.issuperset(store.keys_of(store.waves[wave]))
 
 
-def reopen_wave(store: RunStore, wave: int) -> None:
-    """Let a wave be collected again whose gradients were deleted and whose Grams are damaged or of another kind."""
+def reopen_wave(store: RunStore, wave: int, config: SpectralConfig) -> None:
+    """Let a wave be collected again whose gradients were deleted and whose Grams are damaged or of another kind.
+
+    Where only markers of some units are lost, those units are, and the Grams stay.
+    """
     if any(store.is_deleted(name) for name in store.waves[wave]):
-        for unit in store.units:
-            store.forget_unit(unit, wave)
+        if not is_reduced(store, wave, config):
+            for unit in store.units:
+                store.forget_unit(unit, wave)
         store.want_gradients(wave)
 
 
@@ -42,18 +45,13 @@ def reduce_wave(store: RunStore, wave: int, config: SpectralConfig, ranks: Ranks
         CorruptRunError: stored gradients are missing or do not have the norms they were collected with.
         CapacityError: not even one panel fits the memory budget.
     """
-    settings = grams.gram_settings(config)
-    blocks = group_blocks(assign_blocks(store.parameters, config.block_structure))
-    subsets = grams.draw_columns(store.parameters, blocks, config.max_params_per_block, config.seed)
-    sink = GramSink(store, settings, subsampled=frozenset(subsets))
-    done = store.grams_done(settings)
+    done = store.grams_done(grams.gram_settings(config))
     todo = ranks.share(f"the Grams of wave {wave}", [k for k in store.keys_of(store.waves[wave]) if k not in done])
     own = _share_of_host(config)
     if progress and ranks.is_main and todo and len(store.waves) > 1:
         tqdm.write(f"Grams of wave {wave + 1} of {len(store.waves)}")
     for keys in _claimed(todo, wave, own, ranks):
-        members = {key: store.gram_members[key] for key in keys}
-        grams.build_grams(store, own, sink, keys=members, subsets=subsets, progress=progress and ranks.is_main)
+        build_stored_grams(store, own, keys, progress=progress and ranks.is_main)
         ranks.alive()
     ranks.wait("for the other ranks' Grams")
     if ranks.is_main:

@@ -50,17 +50,21 @@ class Selection:
             return self.shares
         return np.ones(len(self)) if self.weights is None else self.weights
 
+    @property
+    def factor(self) -> float:
+        """Return n/Z: 1 for equal weights, normalised by samples."""
+        return len(self) / self.denominator
+
     def restrict(self, K: np.ndarray) -> np.ndarray:
         """Return the rows and columns of a (N, N) matrix that belong to the selected samples: (n, n)."""
         return K[np.ix_(self.samples, self.samples)]
 
     def scale(self, K: np.ndarray) -> np.ndarray:
         """Return `(n/Z) D^(1/2) K D^(1/2)` of a restricted Gram: the eigenvalues of F are those of it over n."""
-        factor = len(self) / self.denominator
         if self.weights is not None:
-            root = np.sqrt(self.weights * factor)
+            root = np.sqrt(self.weights * self.factor)
             return K * root[:, None] * root[None, :]
-        return K if factor == 1.0 else K * factor
+        return K if self.factor == 1.0 else K * self.factor
 
     def center(self, K: np.ndarray) -> np.ndarray:
         """Return the Gram of rows less their (weighted) mean, from the restricted Gram of the rows.

@@ -13,9 +13,9 @@ import torch
 
 from streamfisher import spectrum as spectra
 from streamfisher.blocks import group_blocks
+from streamfisher.blocksolver import block_spectrum
 from streamfisher.config import SpectralConfig, dtype_name
 from streamfisher.determinism import one_thread
-from streamfisher.noise import backward_noise
 from streamfisher.selection import Selection
 from streamfisher.spectrum import Spectrum
 from streamfisher.store import Manifest, versions
@@ -64,7 +64,7 @@ def describe(
     }
 
 
-def _with_same_bits(solve: Callable[..., Spectrum]) -> Callable[..., Spectrum]:
+def with_same_bits(solve: Callable[..., Spectrum]) -> Callable[..., Spectrum]:
     """Let a deterministic analysis use one thread: LAPACK and dot products depend on their number."""
 
     @functools.wraps(solve)
@@ -76,7 +76,7 @@ def _with_same_bits(solve: Callable[..., Spectrum]) -> Callable[..., Spectrum]:
     return in_one_thread
 
 
-@_with_same_bits
+@with_same_bits
 def solve_blocks(
     gram_of: Callable[[str], np.ndarray],
     parameters: Mapping[str, int],
@@ -88,6 +88,7 @@ def solve_blocks(
     metadata: Mapping[str, Any],
     top_k: int | None = None,
     selection: Selection | None = None,
+    small_side: Callable[[str], np.ndarray | None] | None = None,
 ) -> Spectrum:
     """Add the Grams of each block, solve it, and put the whole together.
 
@@ -103,6 +104,8 @@ def solve_blocks(
         metadata: goes into the result.
         top_k: list only the largest eigenvalues of each block.
         selection: weights of the samples that `gram_of` gives; `None` means 1 each.
+        small_side: parameter -> the (P, P) matrix with the non-zero eigenvalues of its Gram, where it is at hand and
+            smaller; blocks of this parameter alone are solved from it.
     """
     centered = spectra.center if selection is None else selection.center
     product = torch.float64 if precision.computed == torch.float64 else config.dtype_gram
@@ -120,31 +123,58 @@ def solve_blocks(
         K = K if selection is None else selection.scale(K)
         squared += float(np.vdot(K, K))
         whole = K.copy() if whole is None else whole + K
-        n_params = sum(parameters[name] for name in names)
-        blocks[key] = spectra.block_spectrum(
-            key, K, n_params, config, product=product, roundoff=precision.roundoff, top_k=top_k
+        smaller = small_side(names[0]) if len(names) == 1 and small_side is not None else None
+        blocks[key] = block_spectrum(
+            key,
+            K if smaller is None else smaller,
+            sum(parameters[name] for name in names),
+            config,
+            product=product,
+            roundoff=precision.roundoff,
+            top_k=top_k,
+            n_samples=None if smaller is None else len(K),
         )
     assert whole is not None  # a run has at least one parameter
+    warn_of_dominance(product, dominance)
+    facts = result_facts(metadata, config, center=center, product=product, selection=selection, dominance=dominance)
+    facts["block_diagonal_error"] = spectra.block_diagonal_error(squared, float(np.vdot(whole, whole)))
+    return spectra.combine(
+        blocks, float(np.trace(whole)) / len(whole), precision.computed, facts, config.top_k_eigenvalues
+    )
+
+
+def warn_of_dominance(product: torch.dtype, dominance: float) -> None:
+    """Warn where centering the Gram loses digits because the mean gradient dominates."""
     if product == torch.float32 and dominance > spectra.MEAN_DOMINANCE_LIMIT:
         warnings.warn(
             f"the mean gradient dominates (N |mean|^2 / trace = {dominance:.1e}): centering the Gram loses digits. "
             "Collect with store_centered=True and float32 or float64 rows for an accurate tail.",
-            stacklevel=3,
+            stacklevel=4,
         )
-    facts = {
+
+
+def result_facts(
+    metadata: Mapping[str, Any],
+    config: SpectralConfig,
+    *,
+    center: bool,
+    product: torch.dtype,
+    selection: Selection | None,
+    dominance: float,
+) -> dict[str, Any]:
+    """Return the metadata of a spectrum: of the run, and how it was solved."""
+    return {
         **metadata,
         "centered": center,
         "normalization": spectra.NORMALIZATION[center] if selection is None else selection.formula(center),
-        "block_diagonal_error": spectra.block_diagonal_error(squared, float(np.vdot(whole, whole))),
+        "block_diagonal_error": None,
         **({"mean_dominance": dominance} if center else {}),
         "dtype_gram": dtype_name(product),
         "dtype_eigensolve": dtype_name(config.dtype_eigensolve),
+        "solver": config.solver,
         "parameter_subsampling": config.max_params_per_block,
         "analysed_with": versions(),
     }
-    floor = backward_noise(precision.computed, float(np.trace(whole)) / len(whole))
-    blocks = {key: block.with_floor(floor) for key, block in blocks.items()}
-    return Spectrum(blocks, spectra.union(blocks, config.top_k_eigenvalues), facts)
 
 
 def add(matrices: Iterable[np.ndarray]) -> np.ndarray:

@@ -21,10 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from streamfisher import eigen
-from streamfisher.config import SpectralConfig
-from streamfisher.metrics import effective_rank, frobenius, shape_metrics
-from streamfisher.noise import noise_floor
+from streamfisher.metrics import effective_rank, shape_metrics
+from streamfisher.noise import backward_noise
 
 if TYPE_CHECKING:
     from streamfisher.uncertainty import Bootstrap
@@ -57,6 +55,10 @@ class BlockSpectrum:
     reason: str | None = None  # why the spectrum is empty, where it is
     top_k: int = 100  # how many eigenvalues `metrics` lists
     norm: float | None = None  # |F|_F, root of the sum of all squared eigenvalues; None: from those listed
+    residuals: np.ndarray | None = (
+        None  # (r,) float64, |F v - lambda v|: an eigenvalue lies within it; None: all solved
+    )
+    solved_side: str = "samples"  # of the N x N matrix; 'parameters': of the P x P one
 
     @property
     def relative_errors(self) -> np.ndarray:
@@ -67,6 +69,8 @@ class BlockSpectrum:
 
             u (192 + 32 sqrt(lambda_1 / lambda_k)) + floor / (N lambda_k)
 
+        and an iterative solver by no more than its residual, which is added.
+
         The two factors are what small float32 models showed (`tests/benchmarks/precision.py`), with room. What a
         bfloat16 or float16 model rounds before a row is formed is not counted.
         """
@@ -75,6 +79,8 @@ class BlockSpectrum:
         if len(values):
             rows = self.roundoff * (_ROW_ERROR + _AMPLIFICATION * np.sqrt(self.eigenvalues[0] / values))
             errors[self.above_floor] = rows + self.noise_floor / (self.n_samples * values)
+            if self.residuals is not None:
+                errors[self.above_floor] += self.residuals[self.above_floor] / values
         return errors
 
     def with_floor(self, floor: float) -> BlockSpectrum:
@@ -123,6 +129,8 @@ class BlockSpectrum:
             "truncated": self.truncated,
             "solver": self.solver,
             "jitter": self.jitter,
+            "solved_side": self.solved_side,
+            **({"largest_residual": float(self.residuals.max())} if self.residuals is not None else {}),
             **({"reason": self.reason} if self.reason else {}),
         }
 
@@ -138,15 +146,12 @@ class Spectrum:
 
     def to_dict(self) -> dict[str, Any]:
         """Return `{'global', 'per_block', 'metadata'}` as plain JSON values, with every eigenvalue."""
-        whole = {**self.global_.metrics, "eigenvalues": [float(value) for value in self.global_.eigenvalues]}
+        whole = _with_eigenvalues(self.global_)
         whole["n_total_eigenvalues"] = whole["n_eigenvalues"]
         whole["total_params"] = whole["n_params"]
         largest = whole["largest_eigenvalue"]
         whole["gd_convergence_scale"] = 1.0 / largest if largest > 0 and math.isfinite(1.0 / largest) else None
-        per_block = {
-            name: {**block.metrics, "eigenvalues": [float(value) for value in block.eigenvalues]}
-            for name, block in self.blocks.items()
-        }
+        per_block = {name: _with_eigenvalues(block) for name, block in self.blocks.items()}
         metadata = self.metadata
         if self.bootstrap is not None:
             whole["intervals"] = self.bootstrap.global_.to_dict()
@@ -170,6 +175,14 @@ class Spectrum:
             f"Spectrum({len(self.blocks)} blocks, N={whole.n_samples}, P={whole.n_params}, trace={whole.trace:.4g}, "
             f"largest={whole.metrics['largest_eigenvalue']:.4g})"
         )
+
+
+def _with_eigenvalues(block: BlockSpectrum) -> dict[str, Any]:
+    """Return a block's metrics with all its eigenvalues, and their residuals where an iterative solver gave them."""
+    found = block.metrics | {"eigenvalues": [float(value) for value in block.eigenvalues]}
+    if block.residuals is not None:
+        found["residuals"] = [float(value) for value in block.residuals]
+    return found
 
 
 def write_spectra(spectra: Iterable[Spectrum], path: str | Path) -> Path:
@@ -201,66 +214,23 @@ def uncenter(K: np.ndarray, mean_products: np.ndarray) -> np.ndarray:
     return K + products[None, :] + products[:, None] + mean_products[-1]
 
 
-def block_spectrum(
-    name: str,
-    K: np.ndarray,
-    n_params: int,
-    config: SpectralConfig,
-    *,
-    product: torch.dtype,
-    roundoff: float,
-    top_k: int | None = None,
-) -> BlockSpectrum:
-    """Solve one block.
-
-    Args:
-        name: the block's key.
-        K: (N, N) float64, the Gram of the block's rows, centered where the covariance is asked for.
-        n_params: P_b, the number of columns the Gram is made of.
-        config: solver options.
-        product: dtype of the products that made `K`.
-        roundoff: unit roundoff of the rows as they are held.
-        top_k: list the largest `top_k` only; the trace stays that of all.
-    """
-    n = K.shape[0]
-    count = min(n, n_params)
-    if count < 1:
-        reason = "no parameters in this block" if n_params < 1 else "no samples"
-        return BlockSpectrum(name, np.zeros(0), 0.0, 0.0, np.zeros(0, dtype=bool), n, n_params, reason=reason)
-    solved = eigen.solve(
-        K, dtype=config.dtype_eigensolve, device=config.eigensolve_device, regularization=config.regularization
-    )
-    trace = float(np.trace(K)) / n
-    values = solved.values[:count] / n
-    floor = noise_floor(float(values[0]), trace, n, product=product, roundoff=roundoff, eps=config.eps)
-    truncated = top_k is not None and top_k < count
-    values = values[:top_k] if truncated else values
-    return BlockSpectrum(
-        name,
-        values,
-        trace,
-        floor,
-        values > floor,
-        n,
-        n_params,
-        truncated=truncated,
-        solver=solved.solver,
-        jitter=solved.jitter,
-        roundoff=roundoff,
-        top_k=config.top_k_eigenvalues,
-        norm=frobenius(K) / n,
-    )
-
-
 def union(blocks: Mapping[str, BlockSpectrum], top_k: int) -> BlockSpectrum:
-    """Return the spectrum of the block-diagonal Fisher: the union of the blocks' eigenvalues, never an average."""
+    """Return the spectrum of the block-diagonal Fisher: the union of the blocks' eigenvalues, never an average.
+
+    Where blocks list their k largest only, the k largest of the union are known, and no more of them are listed.
+    """
     members = list(blocks.values())
     if len(members) == 1:
         only = members[0]
         return dataclasses.replace(only, name="global")
     values = np.concatenate([block.eigenvalues for block in members])
     above = np.concatenate([block.above_floor for block in members])
+    residuals = np.concatenate(
+        [np.zeros(len(block.eigenvalues)) if block.residuals is None else block.residuals for block in members]
+    )
     order = np.argsort(values, kind="stable")[::-1]
+    cut = [len(block.eigenvalues) for block in members if block.truncated]
+    order = order[: min(cut)] if cut else order
     return BlockSpectrum(
         "global",
         values[order],
@@ -275,7 +245,26 @@ def union(blocks: Mapping[str, BlockSpectrum], top_k: int) -> BlockSpectrum:
         roundoff=max(block.roundoff for block in members),
         top_k=top_k,
         norm=math.hypot(*(block.norm or 0.0 for block in members)),
+        residuals=residuals[order] if any(block.residuals is not None for block in members) else None,
+        solved_side=", ".join(sorted({block.solved_side for block in members})),
     )
+
+
+def combine(
+    blocks: Mapping[str, BlockSpectrum], whole_trace: float, computed: torch.dtype, facts: dict[str, Any], top_k: int
+) -> Spectrum:
+    """Return the spectrum of solved blocks, with the floor that the backward pass puts under each of them.
+
+    Args:
+        blocks: solved, in order.
+        whole_trace: of the Fisher of all parameters together.
+        computed: dtype of the backward pass.
+        facts: metadata of the result.
+        top_k: how many eigenvalues the metrics of the whole list.
+    """
+    floor = backward_noise(computed, whole_trace)
+    blocks = {key: block.with_floor(floor) for key, block in blocks.items()}
+    return Spectrum(blocks, union(blocks, top_k), facts)
 
 
 def block_diagonal_error(blocks_squared: float, whole_squared: float) -> float | None:

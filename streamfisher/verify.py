@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 from tqdm import tqdm
 
 from streamfisher.analysis import Run
 from streamfisher.errors import CorruptRunError
 from streamfisher.samples import Unit
 from streamfisher.store import RunLock, codecs, stage_of
+from streamfisher.store.durable import read_json
 from streamfisher.store.factors import checksum_of
+from streamfisher.store.integrity import chunk_digest
+from streamfisher.store.layout import MANIFEST_COPY
+from streamfisher.store.metadata import restore_manifest, restore_metadata, wrong_metadata
 
 
 @dataclass(frozen=True)
 class Problem:
     """One thing that is not as it was written."""
 
-    what: str  # 'rows', 'factors', 'marker', 'loss', 'n_targets', 'valid', 'squared_norm' or 'gram'
+    what: str  # 'rows', 'factors', 'marker', 'loss', 'n_targets', 'valid', 'squared_norm', 'gram', 'mean', ...
     parameter: str | None
     first_sample: int | None
     last_sample: int | None
@@ -46,8 +53,12 @@ def verify(run: Run, *, repair: bool = True, progress: bool = False) -> list[Pro
     Raises:
         RunError: `repair` is asked for while another process writes the run.
     """
-    problems: list[Problem] = []
     store = run.store
+    metadata = wrong_metadata(run.path, run.manifest)
+    problems = [Problem("metadata", None, None, None, f"{name} is not as the manifest has it") for name in metadata]
+    if metadata and repair:
+        with RunLock(run.path):
+            restore_metadata(run.path, run.manifest, metadata)
     damaged: list[tuple[Unit, int]] = []  # units, and the waves they are damaged in
     done = {wave: store.done_units(stage_of(wave)) for wave in range(len(store.waves))}
     work = [(unit, wave) for wave in done for unit in store.units if unit.index in done[wave]]
@@ -59,18 +70,122 @@ def verify(run: Run, *, repair: bool = True, progress: bool = False) -> list[Pro
     damaged_grams = []
     for key in filter(store.has_gram, store.gram_members):
         try:
-            store.read_gram(key)
+            store.check_gram(key)
         except CorruptRunError as error:
             problems.append(Problem("gram", key, None, None, str(error)))
             damaged_grams.append(key)
+    mean, parts = _check_mean(run)
+    fields = _check_fields(run)
+    eigenvectors = _check_eigenvectors(run)
+    results = store.wrong_results()
+    problems += [*mean, *(problem for _, problem in parts), *(problem for _, problem in fields)]
+    problems += [problem for _, problem in eigenvectors]
+    problems += [Problem("result", None, None, None, f"{name} is not what was written") for name in results]
     if repair and problems:
         with RunLock(run.path):
             for unit, wave in damaged:
                 store.forget_unit(unit, wave)
-            of_damaged = [name for _, wave in damaged for name in store.waves[wave]]
+            of_damaged = [name for _, wave in damaged for name in store.waves[wave] if not store.is_deleted(name)]
             for key in {*damaged_grams, *store.keys_of(of_damaged)}:
                 store.forget_gram(key)
+            for marker, _ in parts:
+                marker.unlink(missing_ok=True)
+            if mean or parts:
+                (run.path / "done" / "mean.json").unlink(missing_ok=True)
+            for folder, _ in fields:
+                shutil.rmtree(folder, ignore_errors=True)
+            for folder, _ in eigenvectors:
+                shutil.rmtree(run.path / "done" / "eigenvectors" / folder, ignore_errors=True)
+                shutil.rmtree(run.path / "eigenvectors" / folder, ignore_errors=True)
+            for name in results:
+                (run.path / name).unlink(missing_ok=True)
+                (run.path / "done" / "results" / f"{name}.json").unlink(missing_ok=True)
     return problems
+
+
+def verify_manifest(path: Path, *, repair: bool = True) -> list[Problem]:
+    """Check the manifest and its copy; where one of them is damaged, `repair` restores it from the other.
+
+    Raises:
+        CorruptRunError: both are damaged.
+        RunError: there is neither, or `repair` is asked for while another process writes the run.
+    """
+    if not (path / MANIFEST_COPY).exists():
+        return []  # not a run, which opening it says, or one of an older version
+    wrong = restore_manifest(path, dry_run=True)
+    if wrong is None:
+        return []
+    if repair:
+        with RunLock(path):
+            restore_manifest(path)
+    return [Problem("manifest", None, None, None, wrong)]
+
+
+def _check_mean(run: Run) -> tuple[list[Problem], list[tuple[Path, Problem]]]:
+    """Return what is wrong with the mean, and the markers of units of the mean pass whose sums are damaged."""
+    store, done = run.store, run.path / "done"
+    whole, parts = [], []
+    if not store.centered:
+        return whole, parts
+    if (done / "mean.json").is_file():
+        for name in run.parameters:
+            try:
+                store.check_mean(name)
+            except CorruptRunError as error:
+                whole.append(Problem("mean", name, None, None, str(error)))
+    for unit in store.units:
+        marker = done / f"mean-{unit.index:06d}.json"
+        if not marker.is_file():
+            continue
+        for name, detail in store.wrong_mean_parts(unit).items():
+            parts.append((marker, Problem("mean_parts", name, unit.start, unit.stop - 1, detail)))
+    return whole, parts
+
+
+def _check_fields(run: Run) -> list[tuple[Path, Problem]]:
+    found = []
+    for folder in sorted((run.path / "fields").glob("*")):
+        if folder.name == "zarr.json":
+            continue
+        try:
+            run.store.read_field(folder)
+        except CorruptRunError as error:
+            found.append((folder, Problem("field", folder.name, None, None, str(error))))
+    return found
+
+
+def _check_eigenvectors(run: Run) -> list[tuple[str, Problem]]:
+    found = []
+    for marks in sorted((run.path / "done" / "eigenvectors").glob("*")):
+        folder = run.path / "eigenvectors" / marks.name
+        try:
+            finished = read_json(marks / "finished.json") if (marks / "finished.json").is_file() else {}
+            read_json(marks / "identity.json")
+            for marker in marks.glob("*.json"):
+                read_json(marker)
+            right = finished.get("files") in (None, chunk_digest(folder))
+            detail = "not what was written"
+        except CorruptRunError as error:
+            right, detail = False, str(error)
+        if right and finished:
+            try:
+                for array in folder.rglob("zarr.json"):
+                    node = zarr.open(array.parent, mode="r")
+                    for part in _pieces(node):
+                        node[part]
+            except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+                right, detail = False, f"cannot be read ({error})"
+        if not right:
+            found.append((marks.name, Problem("eigenvectors", marks.name, None, None, detail)))
+    return found
+
+
+def _pieces(node: Any) -> list[slice]:
+    """Return slices of the last axis of an array, a chunk wide; none for a group."""
+    if not isinstance(node, zarr.Array):
+        return []
+    width = node.chunks[-1]
+    return [(..., slice(start, start + width)) for start in range(0, node.shape[-1], width)]
 
 
 def _check_unit(run: Run, unit: Unit, wave: int) -> list[Problem]:
@@ -94,7 +209,7 @@ def _check_unit(run: Run, unit: Unit, wave: int) -> list[Problem]:
         if codecs.checksum(stored) != checksums.get(name):
             problems.append(Problem("rows", name, unit.start, last, "not what was written"))
     problems += _check_factors(run, unit, wave, [name for name in here if store.representation(name) == "factors"])
-    return problems + _check_samples(run, unit)
+    return problems + _check_samples(run, unit, wave)
 
 
 def _check_factors(run: Run, unit: Unit, wave: int, names: Sequence[str]) -> list[Problem]:
@@ -120,22 +235,18 @@ def _check_factors(run: Run, unit: Unit, wave: int, names: Sequence[str]) -> lis
     return problems
 
 
-def _check_samples(run: Run, unit: Unit) -> list[Problem]:
-    """Check what was seen per sample: chunks carry checksums of their own, and missing ones read as fill values."""
-    values, problems = {}, []
+def _check_samples(run: Run, unit: Unit, wave: int) -> list[Problem]:
+    """Check what was seen per sample against the unit's marker; missing chunks read as fill values."""
+    store, problems = run.store, []
+    waves = [other for other in range(len(store.waves)) if unit.index in store.done_units(stage_of(other))]
     for what in ("valid", "n_targets", "squared_norm", "loss"):
         try:
-            values[what] = run.store.read_sample_values(what, unit)
-        except (ValueError, RuntimeError, OSError, CorruptRunError) as error:
-            problems.append(Problem(what, None, unit.start, unit.stop - 1, f"cannot be read ({error})"))
-    counted = values["valid"] == 1 if "valid" in values else slice(0)
-    unwritten = {
-        "valid": lambda found: found > 1,
-        "n_targets": lambda found: found < 0,
-        "squared_norm": np.isnan,
-        "loss": lambda found: np.isnan(found[counted]),  # that of a skipped sample may be NaN
-    }
-    for what, found in values.items():
-        if unwritten[what](found).any():
-            problems.append(Problem(what, None, unit.start, unit.stop - 1, "a chunk is missing"))
+            values = store.read_sample_values(what, unit)
+            unwritten = values > 1 if what == "valid" else values < 0 if what == "n_targets" else np.zeros(1, bool)
+            if unwritten.any():
+                raise CorruptRunError("a chunk is missing")
+            store.check_sample_values(what, unit, values, waves if what != "squared_norm" else [wave])
+        except (ValueError, RuntimeError, OSError) as error:
+            detail = str(error) if isinstance(error, CorruptRunError) else f"cannot be read ({error})"
+            problems.append(Problem(what, None, unit.start, unit.stop - 1, detail))
     return problems

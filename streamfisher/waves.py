@@ -86,13 +86,16 @@ class WaveSizes:
         )
 
 
-def cut_waves(sizes: WaveSizes, limits: WaveLimits, keep: Sequence[str] = ()) -> list[WaveSize]:
+def cut_waves(
+    sizes: WaveSizes, limits: WaveLimits, keep: Sequence[str] = (), among: Sequence[str] | None = None
+) -> list[WaveSize]:
     """Return the waves, as few as fit: consecutive parameters in the model's order.
 
     Args:
         sizes: of groups of parameters.
         limits: of one wave.
         keep: glob patterns of parameters whose gradients stay on disk.
+        among: the parameters to cut into waves; `None`: all.
 
     Raises:
         CapacityError: one parameter alone does not fit; the message names it and the budget that would do.
@@ -102,7 +105,7 @@ def cut_waves(sizes: WaveSizes, limits: WaveLimits, keep: Sequence[str] = ()) ->
     disk = limits.disk - kept_bytes
     waves: list[WaveSize] = []
     names: list[str] = []
-    for name in sizes.shapes:
+    for name in sizes.shapes if among is None else among:
         grown = sizes.of([*names, name])
         if names and not _fits(grown, sizes, keep, disk, limits.memory):
             waves.append(sizes.of(names))

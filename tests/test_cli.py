@@ -415,6 +415,7 @@ EVERY_OPTION = {
     "dtype_eigensolve": "float64",
     "eps": 1e-9,
     "top_k_eigenvalues": 5,
+    "solver": "dense",
     "regularization": 1e-7,
     "eigensolve_device": "cpu",
     "storage_mode": "streaming",
@@ -464,7 +465,7 @@ def test_config_file_sets_every_option_and_is_echoed(kind, tmp_path, monkeypatch
     assert cli("run", "--config", f"settings.{kind}", "--quiet") == 0
     manifest = json.loads((tmp_path / "run.zarr/manifest.json").read_text())
     expected = {ALIASES.get(name, name): value for name, value in EVERY_OPTION.items()}
-    expected |= {"center_gradients": True, "memory_budget": 10**9}
+    expected |= {"center_gradients": True, "memory_budget": 10**9, "disk_budget": 2 * 10**9}
     echoed = manifest["config"] | manifest["data"]["description"]
     for name, value in expected.items():
         assert name == "out" or echoed[name] == value, name
@@ -499,6 +500,7 @@ OPTIONS = {
     "spectrum": ["--blocks", "--center", "--samples", "--top-k", "--out", "RUN.zarr"],
     "report": ["--blocks", "--center", "--out", "RUN.zarr"],
     "eigenvectors": ["--block", "--top", "--out", "RUN.zarr"],
+    "density": ["--block", "--vectors", "--steps", "--sigma", "--scale", "--out", "--solver", "RUN.zarr"],
     "compare": ["--top", "--out", "RUN.zarr"],
     "export": ["--to", "--out", "RUN.zarr"],
     "info": ["RUN.zarr"],

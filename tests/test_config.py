@@ -88,6 +88,7 @@ BAD = {
     "dtype_eigensolve": ["float16", None],
     "eps": [-1e-9, 1, 2.0, "small", True, float("nan")],
     "top_k_eigenvalues": [0, None, 2.5],
+    "solver": ["lanczos", None, True],
     "regularization": [-1e-8, None, "none", float("inf"), float("nan")],
     "eigensolve_device": ["gpu", None],
     "storage_mode": ["disk", None],

@@ -9,6 +9,7 @@ import torch
 from streamfisher import SpectralConfig
 from streamfisher import spectrum as spectra
 from streamfisher.analysis import RowPrecision, solve_blocks
+from streamfisher.noise import noise_floor
 
 PRECISION = RowPrecision(torch.float64, 2.0**-53)
 
@@ -147,9 +148,9 @@ def test_own_eps_sets_the_floor(rows):
 
 def test_rounding_of_stored_rows_raises_the_floor():
     options = {"largest": 1.0, "trace": 256.0, "n_samples": 256, "product": torch.float64}
-    bf16 = spectra.noise_floor(**options, roundoff=2.0**-9)
+    bf16 = noise_floor(**options, roundoff=2.0**-9)
     assert 1e-4 < bf16 < 1e-3  # measured: 3e-4 of the mean eigenvalue
-    assert spectra.noise_floor(**options, roundoff=2.0**-24) < 1e-10
+    assert noise_floor(**options, roundoff=2.0**-24) < 1e-10
 
 
 def test_json_is_strict_and_the_same_every_time(rows, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from streamfisher.errors import ModelError
-from streamfisher.offload import check_ties, identity, stored_tensor
+from streamfisher.offload import check_ties, has_values, identity
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def select_parameters(model: nn.Module, include: Sequence[str] = (), exclude: Se
         key = identity(model, name, parameter)
         if names[key][0] != name:
             continue  # an offloaded tied parameter, which is another object at each of its places
-        if parameter.is_meta and stored_tensor(model, name, parameter) is parameter:
+        if not has_values(model, name, parameter):
             raise ModelError(f"Parameter {name!r} is on the meta device and has no values. Load the weights first.")
         if not parameter.dtype.is_floating_point and not parameter.dtype.is_complex:
             excluded[name] = f"holds integers ({parameter.dtype}), which have no gradient"

@@ -1,4 +1,4 @@
-"""Small float64 arrays that are written whole."""
+"""Small float64 arrays that are written whole, and larger ones that are laid out to be filled."""
 
 from __future__ import annotations
 
@@ -21,13 +21,25 @@ def write_array(
     run: Path, path: str, values: np.ndarray, dimensions: Sequence[str], attributes: Mapping[str, Any]
 ) -> None:
     """Write float64 values as an array of a run, instead of any that was there."""
+    create_array(run, path, values.shape, dimensions, attributes)[...] = values
+
+
+def create_array(
+    run: Path,
+    path: str,
+    shape: tuple[int, ...],
+    dimensions: Sequence[str],
+    attributes: Mapping[str, Any],
+    chunk: int = CHUNK,
+) -> zarr.Array:
+    """Lay out a float64 array of a run, instead of any that was there; what is not written reads as NaN."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=UserWarning)
-        array = zarr.create_array(
+        return zarr.create_array(
             run,
             name=path,
-            shape=values.shape,
-            chunks=tuple(min(size, CHUNK) for size in values.shape),
+            shape=shape,
+            chunks=tuple(min(size, chunk) for size in shape),
             dtype="float64",
             fill_value=float("nan"),
             compressors=codecs.compressors("zstd", torch.float64),
@@ -36,4 +48,3 @@ def write_array(
             config={"write_empty_chunks": True},
             overwrite=True,
         )
-    array[...] = values

@@ -115,7 +115,7 @@ def write_factors(
             "dtype": None if dtype is None else dtype_name(dtype),
             "lengths": list(packed.lengths[key]),
             "crc32c": codecs.checksum(stored),
-            "chunks": chunk_digest(folder / node_name(key) / f"{unit:06d}-{batch:04d}" / "c"),
+            "chunks": chunk_digest(folder / node_name(key) / f"{unit:06d}-{batch:04d}"),
         }
     pairs = {name: [list(pair) for pair in uses] for name, uses in packed.pairs.items()}
     return {"start": start, "bytes": size, "sides": sides, "pairs": pairs}
@@ -175,7 +175,7 @@ def check_factors(folder: Path, name: str, unit: int, entries: Sequence[Mapping[
     for batch, entry in enumerate(entries):
         for key in {key for pair in entry["pairs"][name] for key in pair}:
             path = folder / node_name(key) / f"{unit:06d}-{batch:04d}"
-            if entry["sides"][key].get("chunks", chunk_digest(path / "c")) != chunk_digest(path / "c"):
+            if entry["sides"][key].get("chunks") not in (None, chunk_digest(path)):
                 raise CorruptRunError(
                     f"the chunks of {path} are not those that were written; `streamfisher verify` finds what is "
                     "affected."

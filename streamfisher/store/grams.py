@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,16 @@ from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK, write_array
 from streamfisher.store.durable import read_json, write_json
-from streamfisher.store.integrity import check_layout, require_inside
+from streamfisher.store.integrity import check_layout, chunk_digest, require_inside
+from streamfisher.store.moments import MomentStore
 from streamfisher.store.names import node_name
+from streamfisher.store.parts import GramParts
 
 
-class GramStore:
+class GramStore(GramParts, MomentStore):
     """What a `RunStore` does with Grams."""
 
-    path: Path
-    n_samples: int
     chunk_rows: int
-    centered: bool
-    gram_members: dict[str, list[str]]  # Gram key -> the parameters it sums over
 
     def grams_done(self, settings: Mapping[str, Any]) -> set[str]:
         """Return the keys whose Gram exists for all samples and was made with `settings`."""
@@ -55,13 +54,12 @@ class GramStore:
     ) -> None:
         """Write one Gram, (N, N) float64, then its marker."""
         self.forget_gram(key)
-        node = node_name(key)
-        members = self.gram_members[key]
-        facts = {"parameter": key, **({"parameters": members} if members != [key] else {})}
+        node, facts = node_name(key), self._facts(key)
         write_array(self.path, f"gram/{node}", gram, ("sample", "sample_j"), {**facts, **settings})
         if mean_products is not None:
-            write_array(self.path, f"gram_mean/{node}", mean_products, ("sample_and_mean",), facts)
+            self.write_mean_products(key, mean_products)
         content = {"settings": dict(settings), "n_samples": len(gram), "crc32c": codecs.checksum(gram)}
+        content["files"] = chunk_digest(self.path / "gram" / node)
         if mean_products is not None:
             content["mean_crc32c"] = codecs.checksum(mean_products)
         write_json(self._marker_path(key), content)
@@ -74,33 +72,57 @@ class GramStore:
         """
         marker = read_json(self._marker_path(key))
         try:
-            n, checksum = marker["n_samples"], marker["crc32c"]
-            gram = self._read_sum(f"gram/{node_name(key)}", (n, n))
+            n, tiled = marker["n_samples"], "tiles" in marker
+            checksum = None if tiled else marker["crc32c"]
+            gram = self._read_sum(f"gram/{node_name(key)}", (n, n), tiled=tiled)
             products = self._read_sum(f"gram_mean/{node_name(key)}", (n + 1,)) if self.centered else None
             known = products is None or marker.get("mean_crc32c") in (None, codecs.checksum(products))
+            known = known and marker.get("files") in (None, chunk_digest(self.path / "gram" / node_name(key)))
         except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
             raise unreadable(
                 error,
                 f"{self.path}: the Gram of {key} cannot be read: {error}. `streamfisher gram --rebuild` remakes it.",
             ) from error
-        if codecs.checksum(gram) != checksum or not known:
+        if tiled:
+            self.check_tiles(key, gram)
+        elif codecs.checksum(gram) != checksum or not known:
             raise CorruptRunError(
                 f"{self.path}: the Gram of {key} is not what was written; `streamfisher gram --rebuild` remakes it."
             )
         return gram, products
 
-    def _read_sum(self, path: str, shape: tuple[int, ...]) -> np.ndarray:
+    def _read_sum(self, path: str, shape: tuple[int, ...], *, tiled: bool = False) -> np.ndarray:
         """Return a float64 array of a Gram, once its shape is known to be that of at most N samples."""
         require_inside(self.path, self.path / path)
         array = zarr.open_array(self.path / path, mode="r")
         if shape[0] > self.n_samples + 1:
             raise CorruptRunError(f"{self.path / path} is of {shape[0]} samples and the run has {self.n_samples}.")
-        check_layout(array, self.path / path, shape, tuple(min(size, CHUNK) for size in shape), "float64")
+        chunks = None if tiled else tuple(min(size, CHUNK) for size in shape)
+        check_layout(array, self.path / path, shape, chunks, "float64")
         return array[...]
 
     def forget_gram(self, key: str) -> None:
-        """Remove the marker of a Gram, so that it is built again."""
-        self._marker_path(key).unlink(missing_ok=True)
+        """Remove the marker of a Gram, and of what is kept beside it, so that it is built again."""
+        for kind in ("gram", "moment"):
+            (self.path / "done" / f"{kind}-{node_name(key)}.json").unlink(missing_ok=True)
+        shutil.rmtree(self._tile_folder(key), ignore_errors=True)
+
+    def check_gram(self, key: str) -> None:
+        """Read a Gram, by tiles where it was written so, and compare checksums.
+
+        Raises:
+            CorruptRunError: it is not what was written.
+        """
+        if "tiles" in read_json(self._marker_path(key)):
+            self.check_tiles(key, None)
+        else:
+            self.read_gram(key)
+        self.read_moment(key)
+
+    def gram_checksums(self, key: str) -> int | list[int]:
+        """Return the CRC-32C of a Gram, or of each of its tiles, as it was written."""
+        marker = read_json(self._marker_path(key))
+        return [tile["crc32c"] for tile in self._tile_markers(key)] if "tiles" in marker else marker["crc32c"]
 
     def keys_of(self, parameters: Sequence[str]) -> list[str]:
         """Return the Gram keys that any of these parameters is part of."""

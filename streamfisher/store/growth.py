@@ -8,6 +8,7 @@ from collections.abc import Callable
 from streamfisher.errors import RunMismatchError
 from streamfisher.samples import Unit, make_units
 from streamfisher.store.durable import write_json
+from streamfisher.store.layout import MANIFEST_COPY
 from streamfisher.store.manifest import Manifest, differences
 from streamfisher.store.names import node_name
 from streamfisher.store.run_store import RunStore
@@ -79,7 +80,9 @@ def grow_run(store: RunStore, manifest: Manifest) -> RunStore:
         _lengthen(store, f"samples/{what}", n)
     if store.n_samples % store.chunk_rows:
         store.forget_unit(store.units[-1])
-    write_json(store.path / "manifest.json", dataclasses.replace(store.manifest, data=manifest.data).to_dict())
+    grown = dataclasses.replace(store.manifest, data=manifest.data).to_dict()
+    write_json(store.path / "manifest.json", grown)
+    write_json(store.path / MANIFEST_COPY, grown)
     return RunStore(store.path)
 
 

@@ -23,7 +23,7 @@ _LARGEST_CHUNK = 2 << 30
 
 
 def chunk_digest(folder: Path) -> int:
-    """Return the CRC-32C of names and last 4 bytes of all files below a folder of chunks; 0 where there are none.
+    """Return the CRC-32C of names and last 4 bytes of all chunks below a folder, and of metadata whole; 0 if empty.
 
     Raises:
         CorruptRunError: there is a link among them.
@@ -31,9 +31,10 @@ def chunk_digest(folder: Path) -> int:
     digest = google_crc32c.Checksum()
     for path in sorted(_files(folder)):
         with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - 4, 0))
-            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + file.read(4))
+            if path.name != "zarr.json":
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(size - 4, 0))
+            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + file.read())
     return int.from_bytes(digest.digest(), "big")
 
 

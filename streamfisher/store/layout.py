@@ -9,7 +9,7 @@ import torch
 import zarr
 
 from streamfisher.config import parse_dtype
-from streamfisher.errors import RunError
+from streamfisher.errors import CorruptRunError, RunError
 from streamfisher.samples import make_units
 from streamfisher.store import codecs
 from streamfisher.store.durable import write_json
@@ -18,6 +18,10 @@ from streamfisher.store.names import node_name
 
 #: Columns of one product of the Gram; chunk widths are multiples of it.
 PANEL = 4096
+#: Rows and columns of one tile of a Gram that is too large for memory; a multiple of the chunks of stored Grams.
+TILE = 2048
+#: What a damaged manifest is restored from.
+MANIFEST_COPY = "manifest.copy.json"
 _CHUNK_BYTES = 4 << 20
 _SLAB_BYTES = 64 << 20
 
@@ -70,6 +74,7 @@ def create_run(path: Path, manifest: Manifest) -> None:
     if layout["centered"]:
         _create_mean_arrays(root, manifest)
     root.require_group("gram")
+    write_json(path / MANIFEST_COPY, manifest.to_dict())
     write_json(path / "manifest.json", manifest.to_dict())
 
 
@@ -82,8 +87,8 @@ def check_free(path: Path) -> None:
     if path.is_file():
         raise RunError(f"{path} is a file; --out names a folder that does not exist yet, or a run.")
     if path.is_dir() and any(path.iterdir()):
-        ours = {"zarr.json", "gradients", "samples", "mean", "mean_parts", "gram", "gram_mean", "done"}
-        ours |= {"factors", "fields", "lock", "lock.ranks", "log.jsonl"}
+        ours = {"zarr.json", "gradients", "samples", "mean", "mean_parts", "gram", "gram_mean", "moment", "done"}
+        ours |= {MANIFEST_COPY, "factors", "fields", "lock", "lock.ranks", "log.jsonl"}
         entries = (entry.name for entry in path.iterdir() if not entry.name.endswith(".partial"))
         foreign = sorted(name for name in entries if name not in ours)
         if not foreign and (path / "zarr.json").exists() and not (path / "done").is_dir():
@@ -91,6 +96,11 @@ def check_free(path: Path) -> None:
         if foreign:
             names = ", ".join(foreign[:3])
             raise RunError(f"{path} exists and is not a streamfisher run (it holds {names}); name another folder.")
+        if not (path / "manifest.json").is_file() and any((path / "done").glob("*.json")):
+            raise CorruptRunError(
+                f"{path} is a run that has lost its manifest.json. `streamfisher verify {path}` restores it; or delete "
+                "the folder."
+            )
 
 
 def _create_sample_arrays(root: zarr.Group, manifest: Manifest) -> None:

@@ -13,6 +13,7 @@
       mean_parts/<parameter>   (units, P_k) float64 sums of the mean pass
       gram/<key>               (N, N)     float64, of the rows as stored; a key is a parameter, or a group of them
       gram_mean/<key>          (N + 1,)   float64, rows times the mean, and the mean's square (centered rows only)
+      moment/<parameter>       (P_k + 1, P_k) float64, G^T G and, last, the sum of the rows, where P_k < N
       done/*.json              what is finished, with checksums
 
 Nothing counts as written until its marker exists; a chunk that is missing reads as NaN.
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import torch
 import zarr
@@ -42,7 +44,7 @@ from streamfisher.store.factored_rows import columns_of_segments
 from streamfisher.store.factors import FactorSide, Segment, check_factors, delete_factors, segments_of, write_factors
 from streamfisher.store.grams import GramStore
 from streamfisher.store.integrity import check_layout, chunk_digest, digest_of_values, require_inside
-from streamfisher.store.layout import create_run
+from streamfisher.store.layout import MANIFEST_COPY, create_run
 from streamfisher.store.manifest import Manifest
 from streamfisher.store.names import node_name
 from streamfisher.waves import is_kept
@@ -92,6 +94,7 @@ class RunStore(GramStore):
         self.keep: list[str] = self.manifest.layout.get("keep", ["*"])
         self.batch_tokens: int = self.manifest.layout.get("batch_tokens", self.manifest.config["batch_tokens"])
         self._markers: dict[tuple[int, int], dict[str, Any]] = {}  # (wave, unit) -> its marker, once read
+        self._means: set[str] = set()  # parameters whose mean is known to be what was written
         self._bound: set[tuple[str, int]] = set()  # (parameter, unit) whose chunks are known to be in their places
         self._arrays: dict[str, zarr.Array] = {}
 
@@ -196,20 +199,90 @@ class RunStore(GramStore):
         """Write the float64 sums of a unit's valid rows, then its marker (the mean pass)."""
         for name, total in sums.items():
             self._array(f"mean_parts/{node_name(name)}")[unit.index] = total
-        self._mark(f"mean-{unit.index:06d}", {"start": unit.start, "stop": unit.stop, "count": count})
+        content = {"start": unit.start, "stop": unit.stop, "count": count}
+        content["crc32c"] = {name: codecs.checksum(np.asarray(total, dtype=np.float64)) for name, total in sums.items()}
+        self._mark(f"mean-{unit.index:06d}", content)
 
     def finish_mean(self) -> None:
         """Add the parts of the mean pass in the order of the units and write the mean gradient."""
-        counts = [read_json(self.path / "done" / f"mean-{unit.index:06d}.json")["count"] for unit in self.units]
+        markers = [self.mean_marker(unit) for unit in self.units]
+        count = sum(marker["count"] for marker in markers)
+        checksums = {}
         for name, columns in self.parameters.items():
             parts, mean = self._array(f"mean_parts/{node_name(name)}"), self._array(f"mean/{node_name(name)}")
+            sums = [google_crc32c.Checksum() for _ in self.units]
+            whole = google_crc32c.Checksum()
             for start in range(0, columns, 1 << 20):
                 stop = min(start + (1 << 20), columns)
                 total = np.zeros(stop - start)
                 for unit in self.units:
-                    total += parts[unit.index, start:stop]
-                mean[start:stop] = total / max(sum(counts), 1)
-        self._mark("mean", {"count": sum(counts)})
+                    part = parts[unit.index, start:stop]
+                    sums[unit.index].update(part.tobytes())
+                    total += part
+                total /= max(count, 1)
+                mean[start:stop] = total
+                whole.update(total.tobytes())
+            for unit, marker in zip(self.units, markers, strict=True):
+                if marker.get("crc32c", {}).get(name) not in (None, _number(sums[unit.index])):
+                    raise CorruptRunError(
+                        f"{self.path}: the part of the mean of {name} of samples {unit.start} to {unit.stop - 1} is "
+                        "not what was written; `streamfisher verify` lets the next `run` compute it again."
+                    )
+            checksums[name] = _number(whole)
+        self._mark("mean", {"count": count, "crc32c": checksums})
+
+    def mean_marker(self, unit: Unit) -> dict[str, Any]:
+        """Return the marker of a unit of the mean pass.
+
+        Raises:
+            CorruptRunError: it is damaged, or that of another unit.
+        """
+        path = self.path / "done" / f"mean-{unit.index:06d}.json"
+        marker = read_json(path)
+        if not isinstance(marker, dict) or (marker.get("start"), marker.get("stop")) != (unit.start, unit.stop):
+            raise CorruptRunError(f"{path} is not the marker of samples {unit.start} to {unit.stop - 1}.")
+        if not isinstance(marker.get("count"), int):
+            raise CorruptRunError(f"{path} does not say how many samples count.")
+        return marker
+
+    def wrong_mean_parts(self, unit: Unit) -> dict[str, str]:
+        """Return `{parameter: what is wrong}` with the sums of a unit of the mean pass."""
+        try:
+            expected = self.mean_marker(unit).get("crc32c", {})
+        except CorruptRunError as error:
+            return {"": str(error)}
+        wrong = {}
+        for name in self.parameters:
+            try:
+                found = codecs.checksum(self._array(f"mean_parts/{node_name(name)}")[unit.index])
+                if expected.get(name) not in (None, found):
+                    wrong[name] = "not what was written"
+            except (ValueError, RuntimeError, OSError) as error:
+                wrong[name] = f"cannot be read ({error})"
+        return wrong
+
+    def check_mean(self, name: str) -> None:
+        """Refuse a mean gradient that is not what was written.
+
+        Raises:
+            CorruptRunError: it is not, or cannot be read.
+        """
+        marker = read_json(self.path / "done" / "mean.json")
+        found = google_crc32c.Checksum()
+        try:
+            expected = marker.get("crc32c", {}).get(name)
+            array = self._array(f"mean/{node_name(name)}")
+            for start in range(0, self.parameters[name], 1 << 20):
+                found.update(array[start : start + (1 << 20)].tobytes())
+        except (ValueError, RuntimeError, OSError, AttributeError) as error:
+            if isinstance(error, CorruptRunError):
+                raise
+            raise unreadable(error, f"{self.path}: the mean of {name} cannot be read: {error}.") from error
+        if expected not in (None, _number(found)):
+            raise CorruptRunError(
+                f"{self.path}: the mean of {name} is not what was written; `streamfisher verify` lets the next `run` "
+                "add it up again."
+            )
 
     # Reading rows (the interface that the Gram stage uses)
 
@@ -312,7 +385,12 @@ class RunStore(GramStore):
 
     def mean(self, name: str, start: int, stop: int) -> np.ndarray | None:
         """Return the mean gradient that was subtracted from the rows, float64; `None` where rows are uncentered."""
-        return self._array(f"mean/{node_name(name)}")[start:stop] if self.centered else None
+        if not self.centered:
+            return None
+        if name not in self._means:
+            self.check_mean(name)
+            self._means.add(name)
+        return self._array(f"mean/{node_name(name)}")[start:stop]
 
     @property
     def unit_roundoff(self) -> float:
@@ -335,11 +413,16 @@ class RunStore(GramStore):
         """Return `{name: (N,) float64}`: per-sample facts to select by: the data's own scalars, `loss`, `n_targets`."""
         found = {name: self.per_sample(name).astype(np.float64) for name in ("loss", "n_targets")}
         for path in sorted((self.path / "fields").glob("*/zarr.json")):
-            name, values = self._field(path.parent)
+            name, values = self.read_field(path.parent)
             found[name] = values
         return found
 
-    def _field(self, path: Path) -> tuple[str, np.ndarray]:
+    def read_field(self, path: Path) -> tuple[str, np.ndarray]:
+        """Return name and values of the field in a folder.
+
+        Raises:
+            CorruptRunError: it is not what was written.
+        """
         require_inside(self.path, path)
         try:
             array = zarr.open_array(path, mode="r")
@@ -545,12 +628,39 @@ class RunStore(GramStore):
             )
 
     def sweep(self) -> int:
-        """Delete what interrupted writes left behind; only while holding the lock."""
+        """Delete what interrupted writes left behind and renew the manifest's copy; only while holding the lock."""
+        copy = self.path / MANIFEST_COPY
+        try:
+            current = copy.is_file() and read_json(copy) == self.manifest.to_dict()
+        except CorruptRunError:
+            current = False
+        if not current:
+            write_json(copy, self.manifest.to_dict())
         return sweep_partials(self.path)
 
     def bytes_on_disk(self) -> int:
         """Return the size of all files of the run."""
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
+    def mark_result(self, path: Path) -> None:
+        """Note the checksum of a file of results in the run, so that it can be verified."""
+        (self.path / "done" / "results").mkdir(exist_ok=True)
+        write_json(
+            self.path / "done" / "results" / f"{path.name}.json", {"crc32c": google_crc32c.value(path.read_bytes())}
+        )
+
+    def wrong_results(self) -> list[str]:
+        """Return the files of results that are missing or not what was written."""
+        found = []
+        for marker in sorted((self.path / "done" / "results").glob("*.json")):
+            path = self.path / marker.stem
+            try:
+                right = read_json(marker)["crc32c"] == google_crc32c.value(path.read_bytes())
+            except (OSError, KeyError, TypeError):
+                right = False
+            if not right:
+                found.append(path.name)
+        return found
 
     def _mark(self, name: str, content: Mapping[str, Any]) -> None:
         write_json(self.path / "done" / f"{name}.json", dict(content))
@@ -585,6 +695,10 @@ class RunStore(GramStore):
             shape = (*first, self.parameters[names[node]])
             chunks, dtype = (*(1 for _ in first), min(shape[-1], 1 << 20)), "float64"
         check_layout(array, self.path / path, shape, chunks, dtype)
+
+
+def _number(checksum: google_crc32c.Checksum) -> int:
+    return int.from_bytes(checksum.digest(), "big")
 
 
 def stage_of(wave: int) -> str:

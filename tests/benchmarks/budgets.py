@@ -1,7 +1,7 @@
 """A model of over 100 million parameters within a memory and a disk budget, on a small machine, and is it exact?
 
     python tests/benchmarks/budgets.py                  # 134 million parameters, 256 sequences of 64 bytes
-    python tests/benchmarks/budgets.py --flat           # the same run at 1x, 4x and 16x parameters: peak beside the model
+    python tests/benchmarks/budgets.py --flat           # 1x, 4x and 16x the parameters: the peak beside the model
 
 Every run is a process of its own, whose peak resident set is sampled ten times a second, as is the size of the run's
 folder. `base` is the peak of a process that imports the same packages, builds the same model and takes one forward and
@@ -135,8 +135,8 @@ def budgeted(arguments: argparse.Namespace, folder: Path) -> None:
     found = watched("run", arguments.size, arguments.samples, arguments.length, str(out), options, out=out)
     dense = 2 * found["parameters"] * arguments.samples
     print(
-        f"{found['parameters']:,} parameters, {arguments.samples} samples of {arguments.length} tokens; dense bf16 rows "
-        f"would be {dense / 1e9:.1f} GB\n"
+        f"{found['parameters']:,} parameters, {arguments.samples} samples of {arguments.length} tokens; dense bf16 "
+        f"rows would be {dense / 1e9:.1f} GB\n"
         f"budgets {arguments.memory} of memory, {arguments.disk} of disk: {found['waves']:.0f} waves, batches of "
         f"{found['batch_tokens']:.0f} tokens\n"
         f"base {plain['peak_bytes'] / 1e9:.2f} GB (the model is {found['model_bytes'] / 1e9:.2f} GB of it)\n"

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from campaign.workers import import_everything
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import_everything()
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:
-        cases = _faults(Path(name), arguments)
+        cases = {"faults": _faults, "corruption": _corruption}[arguments.what](Path(name), arguments)
     wrong = [case for case in cases if case.wrong]
     for case in wrong:
         print(f"NOT SURVIVED: {case}\n", file=sys.stderr)
@@ -68,6 +69,23 @@ def _faults(folder: Path, arguments: argparse.Namespace) -> list:
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(plain(cases), indent=1))
     print(f"Disk faults: {'a mounted filesystem' if disk else 'injected errors'}")
+    print(table(cases))
+    return cases
+
+
+def _corruption(folder: Path, arguments: argparse.Namespace) -> list:
+    from campaign.corruption_campaign import DAMAGED, Campaign, table
+
+    campaign = Campaign(folder, DAMAGED)
+    cases = campaign.draw(arguments.cases, arguments.seed)
+    for number, case in enumerate(cases):
+        campaign.run(case, arguments.seed + number)
+        found = "named" if case.named else "not named"
+        print(
+            f"{number + 1}/{len(cases)} {case.operation} {case.path} {case.other}: {found}", file=sys.stderr, flush=True
+        )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps([asdict(case) for case in cases], indent=1))
     print(table(cases))
     return cases
 

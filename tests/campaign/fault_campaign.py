@@ -19,7 +19,7 @@ from campaign import faults
 from campaign.faults import Disk, Watch
 from campaign.workers import Ending, copy, difference, files, fork, streamfisher
 
-MODEL, DATA = "tiny_models:regression", "tiny_models:vectors"
+MODEL, DATA = "tiny_models:regression", "campaign.models:vectors"
 _RUN = ("run", MODEL, DATA, "--chunk-size", 2, "--blocks", "parameter,none", "--center", "both")
 _RUN += ("--deterministic", "--workers", 1, "--device", "cpu", "--quiet")
 
@@ -48,6 +48,9 @@ WORKFLOWS = (
     Workflow("plain", (_RUN, _EIGENVECTORS)),
     Workflow("centered rows", ((*_RUN, "--store-centered"), _EIGENVECTORS)),
     Workflow("growing", ((*_RUN, "--samples", 5), _RUN)),
+    Workflow("factors", ((*_RUN, "--representation", "factors"), _EIGENVECTORS)),
+    Workflow("waves", ((*_RUN, "--representation", "dense", "--disk-budget", "3kB"),)),
+    Workflow("waves of factors", ((*_RUN, "--representation", "factors", "--disk-budget", "2500B"),)),
     Workflow("reported", (_RUN, ("report", "--quiet")), pictures=True),
 )
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MNT_DETACH = 1, 32, 4096, 2
-_FILE_EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+_FILE_EVENTS = {"open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 
-STAGES = ("manifest", "mean", "rows", "growth", "gram", "eigensolve", "eigenvectors", "report")
+STAGES = ("manifest", "mean", "rows", "wave change", "growth", "gram", "eigensolve", "eigenvectors", "report")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,9 @@ def stage_of(path: str, growing: bool) -> str | None:
         return "gram"
     if first in ("mean", "mean_parts") or (first == "done" and name.startswith("mean")):
         return "mean" if not path.endswith("zarr.json") else "manifest"
-    if path.startswith("manifest") or (path.endswith("zarr.json") and first in ("gradients", "samples", "factors")):
+    if first == "done" and name.startswith("deleted"):
+        return "wave change"
+    if path.startswith("manifest") or (path.endswith("zarr.json") and first in ("gradients", "samples")):
         return "growth" if growing else "manifest"
     if first in ("gradients", "samples", "factors") or (first == "done" and name.startswith("rows")):
         return "rows"
@@ -171,6 +173,8 @@ class Watch:
         if not path.startswith(self.run + "/"):
             return
         stage = stage or stage_of(path[len(self.run) + 1 :], self.growing)
+        if stage == "rows" and name == "shutil.rmtree":
+            stage = "wave change"
         if stage is None or (self.only is not None and name not in self.only):
             return
         with self._lock:

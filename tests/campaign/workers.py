@@ -14,7 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 #: What is compared between two runs: arrays with their metadata, and the spectrum.
-COMPARED = ("gradients", "samples", "factors", "fields", "mean", "gram", "gram_mean", "eigenvectors", "spectrum.json")
+COMPARED = (
+    "gradients",
+    "samples",
+    "factors",
+    "fields",
+    "mean",
+    "gram",
+    "gram_mean",
+    "eigenvectors",
+    "spectrum.json",
+    "zarr.json",
+)
 
 
 @dataclass(frozen=True)
@@ -122,10 +133,10 @@ def streamfisher(arguments: Sequence[object], *, pictures: bool = False) -> Call
     return command
 
 
-def files(run: Path) -> dict[str, bytes]:
-    """Return the files of a run that must not depend on its history."""
+def files(run: Path, more: Sequence[str] = ()) -> dict[str, bytes]:
+    """Return the files of a run that must not depend on its history, and `more`."""
     found = {}
-    for name in COMPARED:
+    for name in (*COMPARED, *more):
         path = run / name
         paths = [path] if path.is_file() else sorted(path.rglob("*"))
         found |= {str(each.relative_to(run)): each.read_bytes() for each in paths if each.is_file()}

@@ -1,0 +1,69 @@
+"""The smaller side of a parameter with fewer elements than there are samples: `S = G^T G` (P, P) instead of (N, N).
+
+    F = S / N             C = (S - N m m^T) / N,   m = (1/N) sum_i g_i
+
+S and the sum of the rows are added up in float64 over chunks of rows, in one stream, when the Gram is built, and kept:
+they answer for all valid samples with equal weights also after the gradients are deleted. Subsets and weights need the
+Gram. A block of several parameters has cross terms that are in none of their S; it needs Grams too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+#: Rows of one product.
+_ROWS = 256
+
+
+class RowRanges(Protocol):
+    """Anything that holds gradient rows by columns and ranges of rows: a run on disk, or arrays in memory."""
+
+    n_samples: int
+
+    def columns(self, name: str, start: int, stop: int, rows: slice | None = None) -> np.ndarray:
+        """Return (rows, stop - start) float32 or float64."""
+
+    def mean(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        """Return the mean gradient that was subtracted from the rows, or `None`."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The second moment of one parameter's rows c_i as they are held, over the valid samples."""
+
+    second: np.ndarray  # (P, P) float64, sum_i c_i c_i^T, exactly symmetric
+    total: np.ndarray  # (P,) float64, sum_i c_i
+    count: int  # n, valid samples
+    mean: np.ndarray | None = None  # (P,) float64, what was subtracted from the gradients: g_i = c_i + mean
+
+    def matrix(self, *, center: bool) -> np.ndarray:
+        """Return `sum_i g_i g_i^T`, or with g_i less their mean for `center`: (P, P) float64."""
+        if center:  # of c_i as of g_i: the mean cancels
+            return self.second - np.outer(self.total, self.total) / self.count
+        if self.mean is None:
+            return self.second
+        cross = np.outer(self.total, self.mean)
+        return self.second + cross + cross.T + self.count * np.outer(self.mean, self.mean)
+
+
+def moment_of(rows: RowRanges, name: str, n_columns: int, valid: np.ndarray | None = None) -> Moment:
+    """Return the moment of one parameter's rows, read once.
+
+    Args:
+        rows: where the gradients are.
+        name: of the parameter.
+        n_columns: P.
+        valid: (N,) bool, which rows count; `None` means all.
+    """
+    second, total = np.zeros((n_columns, n_columns)), np.zeros(n_columns)
+    for start in range(0, rows.n_samples, _ROWS):
+        where = slice(start, min(start + _ROWS, rows.n_samples))
+        part = rows.columns(name, 0, n_columns, rows=where).astype(np.float64)
+        part = part if valid is None else part[valid[where]]
+        second += part.T @ part
+        total += part.sum(axis=0)
+    count = rows.n_samples if valid is None else int(valid.sum())
+    return Moment(second, total, count, rows.mean(name, 0, n_columns))

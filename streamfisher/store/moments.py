@@ -1,0 +1,61 @@
+"""Second moments of parameters with fewer elements than there are samples, kept beside their Grams."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from streamfisher.errors import CorruptRunError, unreadable
+from streamfisher.moment import Moment
+from streamfisher.store import codecs
+from streamfisher.store.arrays import write_array
+from streamfisher.store.durable import read_json, write_json
+from streamfisher.store.integrity import require_inside
+from streamfisher.store.names import node_name
+
+
+class MomentStore:
+    """What a `RunStore` does with moments."""
+
+    path: Path
+    n_samples: int
+    parameters: dict[str, int]
+    mean: Any  # a method of `RunStore`
+
+    def write_moment(self, name: str, moment: Moment) -> None:
+        """Write the second moment and, as a last row, the sum of a parameter's rows: (P + 1, P); then the marker."""
+        values = np.vstack([moment.second, moment.total])
+        marker = self.path / "done" / f"moment-{node_name(name)}.json"
+        marker.unlink(missing_ok=True)
+        write_array(self.path, f"moment/{node_name(name)}", values, ("row", f"element of {name}"), {"parameter": name})
+        facts = {"n_samples": self.n_samples, "count": moment.count, "crc32c": codecs.checksum(values)}
+        write_json(marker, facts)
+
+    def read_moment(self, name: str) -> Moment | None:
+        """Return the second moment of a parameter's valid rows; `None` where there is none for all samples.
+
+        Raises:
+            CorruptRunError: it does not match the checksum it was written with.
+        """
+        path, array = self.path / "done" / f"moment-{node_name(name)}.json", self.path / "moment" / node_name(name)
+        marker = read_json(path) if path.is_file() else {}
+        if marker.get("n_samples") != self.n_samples:
+            return None
+        require_inside(self.path, array)
+        try:
+            columns, count, checksum = self.parameters[name], marker["count"], marker["crc32c"]
+            stored = zarr.open_array(array, mode="r")
+            values = stored[...] if stored.shape == (columns + 1, columns) else np.zeros(0)
+        except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
+            raise unreadable(
+                error,
+                f"{self.path}: the moment of {name} cannot be read: {error}. `streamfisher gram --rebuild` remakes it.",
+            ) from error
+        if codecs.checksum(values) != checksum:
+            raise CorruptRunError(
+                f"{self.path}: the moment of {name} is not what was written; `streamfisher gram --rebuild` remakes it."
+            )
+        return Moment(values[:-1], values[-1], count, self.mean(name, 0, columns))

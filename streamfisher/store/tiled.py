@@ -1,0 +1,153 @@
+"""Grams of a run that are written tile by tile, each with its marker: `done/tiles-PARAMETER/ROW-COLUMN.json`.
+
+The array is that of any other Gram, `gram/PARAMETER`; its marker `done/gram-PARAMETER.json` says `tiles`, the rows of a
+tile, instead of a checksum of the whole, which nobody could compute without holding it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from streamfisher.errors import CorruptRunError
+from streamfisher.store import codecs
+from streamfisher.store.arrays import CHUNK
+from streamfisher.store.durable import read_json, write_json
+from streamfisher.store.layout import TILE
+from streamfisher.store.names import node_name
+from streamfisher.store.run_store import RunStore
+from streamfisher.tiles import FinishedTile, Tile
+
+
+class StoredTiles:
+    """Checks and writes tiles, and knows which are there; picklable for Dask workers.
+
+    Args:
+        store: of the run; only while holding its lock.
+        settings: what decides the bits of a Gram besides the rows.
+        keys: the parameters of each Gram.
+        subsampled: parameters whose Gram is of drawn columns, and has other norms than its rows.
+        rebuild: build tiles that are finished too, and compare.
+        size: rows of a tile.
+    """
+
+    def __init__(
+        self,
+        store: RunStore,
+        settings: Mapping[str, Any],
+        keys: Mapping[str, Sequence[str]],
+        *,
+        subsampled: frozenset[str] = frozenset(),
+        rebuild: bool = False,
+        size: int = TILE,
+    ):
+        self.store, self.settings, self.keys = store, dict(settings), {key: list(names) for key, names in keys.items()}
+        self.subsampled, self.rebuild, self.size = subsampled, rebuild, size
+
+    def todo(self, key: str, tiles: Sequence[Tile]) -> list[Tile]:
+        """Return the tiles that are not finished; makes room, or more room where the run has grown."""
+        n, folder = self.store.n_samples, self._folder(key)
+        (self.store.path / "done" / f"gram-{node_name(key)}.json").unlink(missing_ok=True)
+        identity = {"settings": self.settings, "tile": self.size, "parameters": self.keys[key]}
+        before = _read(folder / "identity.json")
+        array = self.store.path / "gram" / node_name(key)
+        if {name: before.get(name) for name in identity} != identity or not (array / "zarr.json").is_file():
+            shutil.rmtree(folder, ignore_errors=True)  # markers first: none may speak of an array that is gone
+            folder.mkdir(parents=True)
+            self.store.create_gram(key, min(CHUNK, self.size), self.settings)
+        # A last unit of rows that was not full has been computed again.
+        known = (
+            n
+            if before.get("n_samples", n) == n
+            else before["n_samples"] // self.store.chunk_rows * self.store.chunk_rows
+        )
+        done = {tile.key for tile in tiles if not self.rebuild and self._stands(key, tile, known)}
+        for path in folder.glob("*-*.json"):
+            if path.stem not in done:
+                path.unlink()
+        write_json(folder / "identity.json", identity | {"n_samples": n})
+        stored = zarr.open_array(array, mode="r+")
+        if stored.shape != (n, n):
+            stored.resize((n, n))
+        return [tile for tile in tiles if tile.key not in done]
+
+    def write(self, key: str, finished: FinishedTile) -> tuple[float, float] | None:
+        """Check a tile against the norms seen while collecting, write it and its mirror image, and mark it.
+
+        Returns:
+            For a rebuild, the squared norms of its change and of itself, mirror image included.
+
+        Raises:
+            CorruptRunError: stored rows do not have the norms they were collected with.
+        """
+        tile, values = finished.tile, finished.values
+        if tile.row == tile.column:
+            self._check_norms(key, tile, values.diagonal())
+        array = zarr.open_array(self.store.path / "gram" / node_name(key), mode="r+")
+        change = None
+        if self.rebuild:
+            old, times = array[tile.rows, tile.columns], 1 if tile.row == tile.column else 2
+            change = (times * float(np.sum((values - old) ** 2)), times * float(np.vdot(values, values)))
+        array[tile.rows, tile.columns] = values
+        if tile.row != tile.column:
+            array[tile.columns, tile.rows] = values.T
+        products = finished.mean_products
+        write_json(
+            self._folder(key) / f"{tile.key}.json",
+            {
+                "rows": [tile.rows.start, tile.rows.stop],
+                "columns": [tile.columns.start, tile.columns.stop],
+                "crc32c": codecs.checksum(values),
+                **({} if products is None else {"mean_products": products.tolist()}),
+            },
+        )
+        return change
+
+    def finish(self, key: str, tiles: Sequence[Tile]) -> None:
+        """Mark the Gram as complete; for centered rows, write their products with the mean."""
+        if self.store.centered:
+            parts = [
+                read_json(self._folder(key) / f"{t.key}.json")["mean_products"] for t in tiles if t.row == t.column
+            ]
+            self.store.write_mean_products(key, np.array([v for part in parts for v in part[:-1]] + [parts[0][-1]]))
+        marker = {"settings": self.settings, "n_samples": self.store.n_samples, "tiles": self.size}
+        write_json(self.store.path / "done" / f"gram-{node_name(key)}.json", marker)
+
+    def _folder(self, key: str) -> Path:
+        return self.store.path / "done" / f"tiles-{node_name(key)}"
+
+    def _stands(self, key: str, tile: Tile, known: int) -> bool:
+        """Return whether a tile is marked, of the same samples as now, and none of them was computed again since."""
+        marker = _read(self._folder(key) / f"{tile.key}.json")
+        same = marker.get("rows") == [tile.rows.start, tile.rows.stop]
+        same = same and marker.get("columns") == [tile.columns.start, tile.columns.stop]
+        return same and max(tile.rows.stop, tile.columns.stop) <= known
+
+    def _check_norms(self, key: str, tile: Tile, found: np.ndarray) -> None:
+        names = self.keys[key]
+        if self.subsampled & set(names):
+            return
+        order = list(self.store.parameters)
+        columns = [order.index(name) for name in names]
+        expected = self.store.per_sample("squared_norm")[tile.rows][:, columns].sum(axis=1)
+        wrong = tile.rows.start + np.flatnonzero(np.abs(found - expected) > self.store.norm_tolerance * expected)
+        if len(wrong):
+            raise CorruptRunError(
+                f"{self.store.path}: the stored rows of {key} do not have the norms they were collected with "
+                f"(samples {', '.join(map(str, wrong[:8]))}{' and more' if len(wrong) > 8 else ''}). "
+                "`streamfisher verify` tells which chunks are affected."
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return a marker; a damaged one is none."""
+    try:
+        found = read_json(path) if path.is_file() else {}
+    except CorruptRunError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,168 @@
+"""Boundary tensors of each batch: what segments hand on to each other, forward and backward.
+
+In memory up to a budget, beyond it (or always, where they are to survive a kill) one file each, with a checksum. What
+is missing or damaged is not an error here: whoever needs it makes it again from what is below.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import torch
+from torch import Tensor
+
+from streamfisher.config import format_bytes
+from streamfisher.errors import CapacityError
+
+#: What `Boundaries.get` returns for what is not there.
+MISSING = object()
+
+_MAGIC = b"sfb1"
+
+_PLAIN = (type(None), bool, int, float, str)
+
+
+class Boundaries:
+    """Tensors by batch and name.
+
+    Args:
+        folder: for what does not fit the memory; made when it is needed. `None`: everything stays in memory.
+        memory: bytes of tensors in memory; `None`: as much as there is.
+        durable: write every tensor to the folder, so that another process finds it.
+    """
+
+    def __init__(self, folder: Path | None = None, memory: int | None = None, *, durable: bool = False) -> None:
+        self.folder, self.memory, self.durable = folder, memory, durable
+        self.bytes_in_memory = 0
+        self.bytes_written = 0
+        self.n_damaged = 0  # files that were found damaged, and removed
+        self._held: dict[int, dict[str, Any]] = {}
+        self._shapes: dict[tuple[int, str], tuple[tuple[int, ...], torch.dtype]] = {}
+
+    def put(self, batch: int, name: str, value: Any) -> None:
+        """Keep a tensor, or anything else (in memory), in place of what had that name."""
+        self.drop(batch, name)
+        if not isinstance(value, Tensor):
+            self._held.setdefault(batch, {})[name] = value
+            if self.durable and isinstance(value, _PLAIN):
+                self._write(self._file(batch, name), {"value": value}, b"")
+            return
+        value = value.detach()
+        self.note_shape(batch, name, value)
+        fits = self.memory is None or self.bytes_in_memory + value.nbytes <= self.memory
+        if not self.durable and fits:
+            # A view would keep all of its base alive, and what was expanded is stored once.
+            small = value.untyped_storage().nbytes() <= value.nbytes
+            self._held.setdefault(batch, {})[name] = value if small else value.clone()
+            self.bytes_in_memory += value.nbytes
+        elif self.folder is None:
+            raise CapacityError(
+                f"the boundaries between layers need more than {format_bytes(self.memory or 0)} of memory, and there "
+                "is no folder to put them in. Give a larger --memory-budget."
+            )
+        else:
+            flat = value.cpu().contiguous()
+            data = bytes(flat.reshape(-1).view(torch.uint8).numpy().data) if flat.numel() else b""
+            head = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+            self._write(self._file(batch, name), head, data)
+
+    def get(self, batch: int, name: str, device: torch.device | None = None) -> Any:
+        """Return what was kept, or `MISSING`, also where its file is damaged."""
+        held = self._held.get(batch, {})
+        if name in held:
+            value = held[name]
+        else:
+            value = self._read(batch, name)
+        return value.to(device) if isinstance(value, Tensor) and device is not None else value
+
+    def has(self, batch: int, name: str) -> bool:
+        """Return whether something of this name is kept (whether it is intact shows when it is read)."""
+        return name in self._held.get(batch, {}) or (self.folder is not None and self._file(batch, name).is_file())
+
+    def drop(self, batch: int, name: str) -> None:
+        """Forget a name, if it is there."""
+        value = self._held.get(batch, {}).pop(name, None)
+        if isinstance(value, Tensor):
+            self.bytes_in_memory -= value.nbytes
+        if self.folder is not None:
+            self._file(batch, name).unlink(missing_ok=True)
+
+    def keep_only(self, batch: int, names: Collection[str]) -> None:
+        """Forget everything else of a batch."""
+        for name in [name for name in self._held.get(batch, {}) if name not in names]:
+            self.drop(batch, name)
+        if self.folder is not None and self._folder(batch).is_dir():
+            files = {self._file(batch, name) for name in names}
+            for file in self._folder(batch).iterdir():
+                if file not in files:
+                    file.unlink(missing_ok=True)
+
+    def note_shape(self, batch: int, name: str, value: Tensor) -> None:
+        """Remember the shape of a tensor that need not be kept itself."""
+        self._shapes[batch, name] = tuple(value.shape), value.dtype
+
+    def shape(self, batch: int, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Return shape and dtype of a tensor that was seen in this process, or kept."""
+        return self._shapes.get((batch, name))
+
+    def clear(self) -> None:
+        """Forget everything, files included."""
+        self._held, self._shapes, self.bytes_in_memory = {}, {}, 0
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _folder(self, batch: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"batch-{batch:08d}"
+
+    def _file(self, batch: int, name: str) -> Path:
+        return self._folder(batch) / f"{name.replace(':', '_')}.bin"
+
+    def _write(self, file: Path, head: dict[str, Any], data: bytes) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(head).encode()
+        checksum = google_crc32c.extend(google_crc32c.value(text), data)
+        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        with partial.open("wb") as stream:
+            stream.write(_MAGIC + len(text).to_bytes(4, "little") + checksum.to_bytes(4, "little") + text)
+            stream.write(data)
+        partial.replace(file)
+        self.bytes_written += len(data)
+
+    def _read(self, batch: int, name: str) -> Any:
+        if self.folder is None:
+            return MISSING
+        file = self._file(batch, name)
+        try:
+            raw = bytearray(file.read_bytes())
+        except FileNotFoundError:
+            return MISSING
+        value = _parsed(raw)
+        if value is MISSING:
+            self.n_damaged += 1
+            file.unlink(missing_ok=True)
+        elif isinstance(value, Tensor):
+            self.note_shape(batch, name, value)
+        return value
+
+
+def _parsed(raw: bytearray) -> Any:
+    """Return what a file's bytes hold; `MISSING` where they are damaged."""
+    if len(raw) < 12 or raw[:4] != _MAGIC:
+        return MISSING
+    size, checksum = int.from_bytes(raw[4:8], "little"), int.from_bytes(raw[8:12], "little")
+    if google_crc32c.value(bytes(raw[12:])) != checksum:  # of header and data, which follow one another
+        return MISSING
+    head = json.loads(bytes(raw[12 : 12 + size]))
+    if "value" in head:
+        return head["value"]
+    dtype = getattr(torch, head["dtype"])
+    if len(raw) == 12 + size:
+        return torch.empty(head["shape"], dtype=dtype)
+    return torch.frombuffer(raw, dtype=torch.uint8, offset=12 + size).clone().view(dtype).reshape(head["shape"])

@@ -1,0 +1,109 @@
+"""Spectra of Grams that do not fit the memory: the largest eigenvalues by products with tiles, all else exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import psutil
+import torch
+
+from streamfisher import eigen
+from streamfisher import spectrum as spectra
+from streamfisher.blocks import group_blocks
+from streamfisher.blocksolver import empty_block, listed, solved_block
+from streamfisher.config import SpectralConfig, format_bytes
+from streamfisher.errors import CapacityError
+from streamfisher.selection import Selection
+from streamfisher.solve import RowPrecision, result_facts, warn_of_dominance, with_same_bits
+from streamfisher.spectrum import BlockSpectrum, Spectrum
+from streamfisher.tiled_gram import TiledGram
+
+
+def dense_bytes(n_stored: int, n: int) -> int:
+    """Return the peak of a dense solve: the block's Gram, that of all, a stored one or the solver's two copies."""
+    return 8 * (2 * n**2 + max(n_stored**2 + n**2, 2 * n**2))
+
+
+def budget_of(config: SpectralConfig) -> int:
+    """Return the memory that an analysis may use: the stated budget, or half of what is free."""
+    return config.memory_budget or psutil.virtual_memory().available // 2
+
+
+def fits_dense(n_stored: int, n: int, config: SpectralConfig) -> bool:
+    """Return whether the Grams of a block can be held and solved in memory.
+
+    Raises:
+        CapacityError: they cannot, and `solver='dense'` was asked for.
+    """
+    needed, budget = dense_bytes(n_stored, n), budget_of(config)
+    if needed > budget and config.solver == "dense":
+        raise CapacityError(
+            f"a dense solve of {n} samples needs {format_bytes(needed)} and the memory budget is "
+            f"{format_bytes(budget)}. Raise --memory-budget, or take --solver iterative with --top-k."
+        )
+    return needed <= budget
+
+
+@with_same_bits
+def solve_tiled(
+    operator_of: Callable[[Sequence[str]], TiledGram],
+    parameters: Mapping[str, int],
+    assignment: Mapping[str, str],
+    config: SpectralConfig,
+    *,
+    center: bool,
+    precision: RowPrecision,
+    metadata: Mapping[str, Any],
+    selection: Selection,
+    top_k: int | None = None,
+) -> Spectrum:
+    """Return the spectrum of all blocks, of each the `top_k` largest eigenvalues with residuals.
+
+    Traces, norms and the block-diagonal error are exact.
+
+    Args:
+        operator_of: parameters -> the matrix of the block that they make, centered and weighted.
+        parameters: number of elements of each parameter.
+        assignment: block key of each parameter.
+        config: solver options.
+        center: take the covariance.
+        precision: of the rows.
+        metadata: goes into the result.
+        selection: the samples.
+        top_k: how many; `None` means `config.top_k_eigenvalues`.
+
+    Raises:
+        ConvergenceError: the solver did not reach its tolerance.
+        CorruptRunError: a stored tile is missing or damaged.
+    """
+    product = torch.float64 if precision.computed == torch.float64 else config.dtype_gram
+    n, top_k = len(selection), top_k or config.top_k_eigenvalues
+    blocks: dict[str, BlockSpectrum] = {}
+    squared, dominance = 0.0, 0.0
+    groups = group_blocks(assignment)
+    for key, names in groups.items():
+        n_params = sum(parameters[name] for name in names)
+        top = listed(min(n, n_params), top_k, config)
+        if top < 1:
+            blocks[key] = empty_block(key, n, n_params)
+            continue
+        K = operator_of(names)
+        squared, dominance = squared + K.squared_norm, max(dominance, K.dominance)
+        blocks[key] = solved_block(
+            key,
+            eigen.solve_leading(K, top, seed=config.seed),
+            n_samples=n,
+            n_params=n_params,
+            top=top,
+            trace=K.trace / n,
+            norm=K.squared_norm**0.5 / n,
+            config=config,
+            product=product,
+            roundoff=precision.roundoff,
+        )
+    whole = K if len(groups) == 1 and sum(parameters.values()) else operator_of(list(assignment))
+    warn_of_dominance(product, dominance)
+    facts = result_facts(metadata, config, center=center, product=product, selection=selection, dominance=dominance)
+    facts["block_diagonal_error"] = spectra.block_diagonal_error(squared, whole.squared_norm)
+    return spectra.combine(blocks, whole.trace / n, precision.computed, facts, config.top_k_eigenvalues)
