@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import cli
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import streamfisher as sf
 from streamfisher.config import parse_bytes
-from streamfisher.costs import capture_flops, pass_flops, plain_flops, product_cost
+from streamfisher.costs import capture_flops, norm_flops, pass_flops, plain_flops, product_cost
 from streamfisher.demo import demo_samples, load_demo_model
 from streamfisher.errors import ModelError
 from streamfisher.gradients import GradientEngine
+from streamfisher.gradients.factors import FactorPair, squared_norms
 from streamfisher.losses import resolve_loss
 from streamfisher.model_trace import ModelTrace
 from streamfisher.plan import Machine, RunPlan, plan_run
@@ -167,6 +169,20 @@ def test_products_take_the_cheapest_kernel():
     assert product_cost(a_shape(512, by_id=True), "factors", 512).kernel == "tokens"
     assert capture_flops([a_shape(10)], {"w": "dense"}) == 2 * 10 * 2e6
     assert capture_flops([a_shape(10)], {"w": "factors"}) == 0
+
+
+@pytest.mark.parametrize("positions", [4, 200])
+def test_operations_of_norms_are_those_that_are_done(positions):
+    pair = FactorPair(torch.randn(3, positions, 40), torch.randn(3, positions, 50))
+    shape = a_shape(positions, m=40, n=50)
+
+    def in_place(_, a, b, *rest, out_shape=None, **options):  # torch counts baddbmm, but not when it is in place
+        return 2 * a[0] * a[1] * a[2] * b[2]
+
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: in_place}) as counter:
+        squared_norms([pair])
+    assert counter.get_total_flops() == 3 * norm_flops([shape], {"w": "factors"})
+    assert norm_flops([shape], {"w": "dense"}) == 0
 
 
 def test_a_7b_model_on_one_node_fits_in_one_wave_of_factors_and_not_as_rows():
