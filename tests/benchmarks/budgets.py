@@ -5,8 +5,8 @@
 
 Every run is a process of its own, whose peak resident set is sampled ten times a second, as is the size of the run's
 folder. `base` is the peak of a process that imports the same packages, builds the same model, takes one forward and
-backward pass of one sample, and does a whole run of a model of a few thousand parameters: the model, and what libraries
-keep for themselves (BLAS, codecs, thread pools), whatever is computed with them. The spectrum of some blocks is compared
+backward pass of one sample, and does a whole run of a model of a few thousand parameters: that is the model, and what
+libraries keep for themselves (BLAS, codecs, thread pools). The spectrum of some blocks is compared
 with that of an unbudgeted run of just their parameters.
 """
 
