@@ -210,10 +210,6 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
         )
     else:
         model = _loaded(options, config, device)
-    if state.is_main_process and not arguments.quiet and not (Path(options.out) / "manifest.json").is_file():
-        from streamfisher.plan_notice import plan_notice
-
-        print(plan_notice(model, source, options), file=sys.stderr)
     run = collect(
         model,
         source,

@@ -349,8 +349,9 @@ def test_a_run_says_its_plan_before_it_begins_and_not_again_when_it_is_resumed(t
     line = ("run", "tiny_models:causal", "tiny_models:sequences", "--out", tmp_path / "run.zarr")
     assert cli(*line) == 0
     said = capsys.readouterr().err
-    assert "Plan: a single wave, with all gradients on disk at once; " in said and "operations" in said
+    assert "Taken: a single wave, with all gradients on disk at once" in said and "It fits." in said
+    assert "not measured, because the run is short" in said
     assert cli(*line) == 0
-    assert "Plan:" not in capsys.readouterr().err
+    assert "Taken:" not in capsys.readouterr().err
     assert cli(*line[:-1], tmp_path / "quiet.zarr", "--quiet") == 0
-    assert "Plan:" not in capsys.readouterr().err
+    assert "Taken:" not in capsys.readouterr().err
