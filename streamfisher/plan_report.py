@@ -25,7 +25,7 @@ def plan_table(plan: RunPlan) -> str:
         "",
         *ways_table(plan),
         "",
-        f"Taken: {_taken(plan.chosen)}",
+        f"Taken: {taken(plan.chosen)}",
         *_columns([("stage", "operations", "read", "written", "memory", "time"), *map(_stage_row, plan.chosen.stages)]),
         "Memory is the host's, beside the model's weights. Rates: " + _rates(plan),
     ]
@@ -35,6 +35,8 @@ def plan_table(plan: RunPlan) -> str:
         lines.append("It does not fit:")
         lines += [f"  - {problem}" for problem in plan.problems()]
         disk, memory = (round_up(plan.least[what]) for what in ("disk", "memory"))
+        if plan.ways[-1].fits:
+            lines.append(f"--stream layers would fit, in {format_seconds(plan.ways[-1].seconds)}.")
         lines.append(f"The least with which waves would do: --disk-budget {disk} --memory-budget {memory}.")
     return "\n".join(lines)
 
@@ -92,7 +94,8 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 86400.0:.3g} days"
 
 
-def _taken(way: Way) -> str:
+def taken(way: Way) -> str:
+    """Return a way in words, with the number of its waves."""
     if way.name != "waves":
         return way.name
     return "a single wave, with all gradients on disk at once" if way.waves == 1 else f"{way.waves} waves"
