@@ -97,7 +97,8 @@ def test_bf16_weights_are_cast_as_they_are_read(tmp_path):
     saved(model.bfloat16(), tmp_path / "model")
     skeleton, weights = load_skeleton(tmp_path / "model", dtype=torch.float32)
     found = streamed_rows(skeleton, batches, loss, weights=weights)
-    assert_same_bits(ordinary_rows(model.float(), batches, loss), found)
+    whole = type(model).from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert_same_bits(ordinary_rows(whole, batches, loss), found)
 
 
 def test_only_what_does_not_fit_is_read_layer_by_layer(tmp_path):
@@ -127,7 +128,7 @@ def test_a_missing_tensor_is_named(tmp_path):
     del index["weight_map"]["model.layers.1.mlp.up_proj.weight"]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(
-        ModelError, match="has no tensor 'model.layers.1.mlp.up_proj.weight' for the parameter of shape"
+        ModelError, match=r"has no tensor 'model.layers.1.mlp.up_proj.weight' for the parameter of shape"
     ):
         load_skeleton(folder)
 
@@ -163,7 +164,7 @@ def example_checkpoint(folder):
     spec = importlib.util.spec_from_file_location("make_checkpoint", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main([str(folder), "--layers", "2", "--hidden", "256", "--vocabulary", "300", "--shard", "2e6"])
+    module.main([str(folder), "--layers", "2", "--hidden", "256", "--vocabulary", "1300", "--shard", "2e6"])
     return folder
 
 
@@ -183,7 +184,7 @@ def arguments(checkpoint, out, *options):
     return ["run", str(checkpoint), str(TEXT), "--out", str(out), *OPTIONS, *options]
 
 
-STREAMED = ("--stream", "layers", "--memory-budget", "6MB")
+STREAMED = ("--stream", "layers", "--memory-budget", "8.7MB")
 
 
 @pytest.fixture(scope="module")
@@ -219,11 +220,10 @@ def start(checkpoint, out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moments", [(0, 9, 17), (4, 12, 22)], ids=str)
-def test_sigkill_anywhere_gives_the_same_bits(checkpoint, undisturbed, tmp_path, moments):
+def test_sigkill_anywhere_gives_the_same_bits(checkpoint, undisturbed, tmp_path):
     out = tmp_path / "run"
     kills = 0
-    for count in moments:  # files of done units and Grams; 0: while boundaries are made
+    for count in (0, 9, 17):  # files of done units and Grams; 0: while boundaries are made
         process = start(checkpoint, out)
         deadline = time.monotonic() + 120
         while process.poll() is None and time.monotonic() < deadline:
