@@ -270,7 +270,7 @@ def _probe(
     else:
         batch = to_model(probe_batch(found, model, engine.tensors.values()), model)
     if memory is not None:
-        memory //= 2
+        memory //= 4 if isinstance(engine, StreamEngine) else 2  # a stream has weights within the budget too
     elif is_sharded(model):
         memory = sys.maxsize  # what is free differs between ranks, and all must take the same passes
     report = engine.probe(batch, memory)
