@@ -12,7 +12,7 @@ from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.moment import Moment
 from streamfisher.store import codecs
 from streamfisher.store.arrays import write_array
-from streamfisher.store.durable import read_json, write_json
+from streamfisher.store.durable import read_json, write_marker
 from streamfisher.store.integrity import require_inside
 from streamfisher.store.names import node_name
 
@@ -22,6 +22,7 @@ class MomentStore:
 
     path: Path
     n_samples: int
+    fsync: bool
     parameters: dict[str, int]
     mean: Any  # a method of `RunStore`
 
@@ -32,7 +33,7 @@ class MomentStore:
         marker.unlink(missing_ok=True)
         write_array(self.path, f"moment/{node_name(name)}", values, ("row", f"element of {name}"), {"parameter": name})
         facts = {"n_samples": self.n_samples, "count": moment.count, "crc32c": codecs.checksum(values)}
-        write_json(marker, facts)
+        write_marker(marker, facts, fsync=self.fsync)
 
     def read_moment(self, name: str) -> Moment | None:
         """Return the second moment of a parameter's valid rows; `None` where there is none for all samples.

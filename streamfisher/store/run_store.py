@@ -39,7 +39,7 @@ from streamfisher.gradients.factors import BatchFactors, matrix_shape
 from streamfisher.samples import Unit, make_units
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK, write_array
-from streamfisher.store.durable import read_json, sweep_partials, write_json
+from streamfisher.store.durable import read_json, sweep_partials, write_json, write_marker
 from streamfisher.store.factored_rows import columns_of_segments
 from streamfisher.store.factors import FactorSide, Segment, check_factors, delete_factors, segments_of, write_factors
 from streamfisher.store.grams import GramStore
@@ -93,13 +93,14 @@ class RunStore(GramStore):
         self.gram_members = self.manifest.gram_members
         self.keep: list[str] = self.manifest.layout.get("keep", ["*"])
         self.batch_tokens: int = self.manifest.layout.get("batch_tokens", self.manifest.config["batch_tokens"])
+        self.fsync = False  # flush the filesystem before each marker
         self._markers: dict[tuple[int, int], dict[str, Any]] = {}  # (wave, unit) -> its marker, once read
         self._means: set[str] = set()  # parameters whose mean is known to be what was written
         self._bound: set[tuple[str, int]] = set()  # (parameter, unit) whose chunks are known to be in their places
         self._arrays: dict[str, zarr.Array] = {}
 
-    def __reduce__(self) -> tuple[type[RunStore], tuple[Path]]:
-        return RunStore, (self.path,)
+    def __reduce__(self) -> tuple[type[RunStore], tuple[Path], dict[str, bool]]:
+        return RunStore, (self.path,), {"fsync": self.fsync}
 
     @classmethod
     def create(cls, path: str | Path, manifest: Manifest) -> RunStore:
@@ -663,7 +664,7 @@ class RunStore(GramStore):
         return found
 
     def _mark(self, name: str, content: Mapping[str, Any]) -> None:
-        write_json(self.path / "done" / f"{name}.json", dict(content))
+        write_marker(self.path / "done" / f"{name}.json", dict(content), fsync=self.fsync)
 
     def _array(self, path: str) -> zarr.Array:
         if path not in self._arrays:
