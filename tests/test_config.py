@@ -106,11 +106,6 @@ BAD = {
     "disk_budget": ["much", 0, -5],
     "use_deterministic": ["yes", 1],
     "fsync": ["yes", 1],
-    "gram_per": ["tensor", None],
-    "stream": ["blocks", 1],
-    "representation": ["sparse", None],
-    "keep_gradients": [3],
-    "disk_budget": ["lots", 0],
 }
 
 
