@@ -106,8 +106,9 @@ def _density(arguments: argparse.Namespace) -> int:
         print_json(found.to_dict())
         return 0
     print(f"{found.n_eigenvalues} eigenvalues of {found.block}, {found.n_vectors} vectors, {found.n_steps} steps:")
-    for low, high, count, error in zip(found.edges, found.edges[1:], found.counts, found.count_errors, strict=False):
-        print(f"  {low:9.2e} to {high:9.2e}  {count:10.1f} +- {error:.1f}")
+    errors = zip(found.counts, found.count_errors, found.count_quadrature_errors, strict=True)
+    for low, high, (count, error, of_steps) in zip(found.edges, found.edges[1:], errors, strict=False):
+        print(f"  {low:9.2e} to {high:9.2e}  {count:10.1f} +- {error:.1f} (vectors), {of_steps:.1f} (steps)")
     if found.scale == "log":
         print(f"  below                   {found.below:10.1f} +- {found.below_standard_error:.1f}")
     if arguments.out:

@@ -15,7 +15,7 @@ from typing import Any
 
 from streamfisher import __version__
 from streamfisher.analysis_commands import add_commands
-from streamfisher.cluster import check_scheduler, dask_client
+from streamfisher.cluster import dask_client
 from streamfisher.config import format_bytes
 from streamfisher.errors import CapacityError, ConfigError, RunError, StreamfisherError, no_memory
 from streamfisher.options import (
@@ -27,7 +27,7 @@ from streamfisher.options import (
     add_product_options,
     read_run_options,
 )
-from streamfisher.plan_commands import add_plan_command
+from streamfisher.plan_commands import add_plan_command, announce_plan
 from streamfisher.runlog import RunLog
 from streamfisher.sample_options import add_selection_options, check_target, selection_options
 from streamfisher.signals import die_with_launcher, stopping_at_once
@@ -182,13 +182,13 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     options = read_run_options(arguments)
-    if os.environ.get("RANK", "0") == "0":
-        check_scheduler(options.dask_scheduler)  # before days of gradients
-    run = _collected(options, arguments)
-    if run is None:
-        return 0
-    with dask_client(options.dask_scheduler), RunLog(run.path, "analysis"):
-        return _analyse(run, options, arguments, write=True)
+    # From the start: an address that does not answer is found before days of gradients, and waves are reduced between.
+    with dask_client(options.dask_scheduler if os.environ.get("RANK", "0") == "0" else None):
+        run = _collected(options, arguments)
+        if run is None:
+            return 0
+        with RunLog(run.path, "analysis"):
+            return _analyse(run, options, arguments, write=True)
 
 
 def _collect(arguments: argparse.Namespace) -> int:
@@ -208,11 +208,14 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     from streamfisher.stream.skeleton import load_skeleton, skeleton_is_needed
 
     config = options.config
-    if not (Path(options.out) / "manifest.json").is_file():
+    new = not (Path(options.out) / "manifest.json").is_file()
+    if new:
         check_free(Path(options.out))  # before a large model is loaded for nothing
     state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
     device = state.device if config.device == "auto" else pick_device(config.device)
     source = load_samples(options.data, tokenize=options.tokenizer(), field=options.field, max_length=config.max_length)
+    if new and state.is_main_process and not arguments.quiet:
+        announce_plan(options, source)
     weights = None
     if skeleton_is_needed(options.model, config) and not options.fsdp and options.device_map is None:
         model, weights = load_skeleton(

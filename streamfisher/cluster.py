@@ -45,13 +45,3 @@ def dask_client(address: str | None, timeout: float = TIMEOUT) -> Iterator[None]
                 f"Start some with `dask worker {address}`."
             ) from error
         yield
-
-
-def check_scheduler(address: str | None, timeout: float = TIMEOUT) -> None:
-    """Find out before a long run whether its reduction will find a cluster.
-
-    Raises:
-        ConfigError: the scheduler does not answer, or has no worker.
-    """
-    with dask_client(address, timeout):
-        pass

@@ -26,6 +26,7 @@ from streamfisher.determinism import deterministic
 from streamfisher.errors import RunMismatchError
 from streamfisher.gradients import GradientEngine, ProbeReport
 from streamfisher.gradients.state import without_packing
+from streamfisher.memory import give_back
 from streamfisher.passes import mean_pass, row_pass
 from streamfisher.provisions import Provisions
 from streamfisher.ranks import Ranks, start_ranks
@@ -274,10 +275,13 @@ def _probe(
     else:
         batch = to_model(probe_batch(found, model, engine.tensors.values()), model)
     if memory is not None:
-        memory //= 2
+        memory //= 4 if isinstance(engine, StreamEngine) else 2  # a stream has weights within the budget too
     elif is_sharded(model):
         memory = sys.maxsize  # what is free differs between ranks, and all must take the same passes
-    return engine.probe(batch, memory), *engine.shapes(batch)
+    report = engine.probe(batch, memory)
+    shapes, activations = engine.shapes(batch)
+    give_back()
+    return report, shapes, activations
 
 
 def make_manifest(

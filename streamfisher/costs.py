@@ -42,6 +42,28 @@ def capture_flops(shapes: Collection[GradientShape], held: Mapping[str, str]) ->
     )
 
 
+def norm_flops(shapes: Collection[GradientShape], held: Mapping[str, str]) -> float:
+    """Return the operations, in float64, that find one sample's squared norms where gradients are held as factors.
+
+    Over the positions, `2 T^2 (m + n)`, or by forming the product where that is fewer, `2 T m n`.
+    """
+    total = 0.0
+    for shape in shapes:
+        if held[shape.name] == "dense":
+            continue
+        positions, width = sum(shape.positions), shape.pairs[0][1].width
+        height = shape.numel / width
+        by_id = any(left.width == 1 for left, _ in shape.pairs)
+        if not by_id and positions * (height + width) > 2 * shape.numel:
+            total += 2.0 * positions * shape.numel
+        else:
+            pairs = zip(shape.pairs, shape.positions, strict=True)
+            total += positions * sum(
+                2.0 * own * (right.width + (0 if left.width == 1 else left.width)) for (left, right), own in pairs
+            )
+    return total
+
+
 def product_cost(shape: GradientShape, held: str, n_samples: int) -> ProductCost:
     """Return what the Gram of a parameter costs.
 

@@ -39,10 +39,12 @@ class SpectralDensity:
     block: str
     grid: np.ndarray  # (g,) float64, ascending: eigenvalues, or their log10 for `scale='log'`
     density: np.ndarray  # (g,) eigenvalues per unit of `grid`
-    standard_error: np.ndarray  # (g,) of the density
+    standard_error: np.ndarray  # (g,) of the density, over vectors
+    quadrature_error: np.ndarray  # (g,) how far half as many steps are from it: an estimate from above
     edges: np.ndarray  # (b + 1,) float64, eigenvalues: whole decades, or ten equal parts of a linear scale
     counts: np.ndarray  # (b,) eigenvalues between them, not smoothed
     count_errors: np.ndarray  # (b,) standard errors of the counts
+    count_quadrature_errors: np.ndarray  # (b,) how far half as many steps are from them
     below: float  # eigenvalues under the start of a log scale, zeros among them; 0 for a linear one
     below_standard_error: float
     n_eigenvalues: int  # the integral of the density, and `below`; exact
@@ -96,47 +98,35 @@ def spectral_density(
     """
     _check(n_vectors, n_steps, sigma, scale)
     n = operator.n
-    nodes, weights = quadrature(operator, n_vectors, min(n_steps, n), seed)
-    nodes = np.maximum(nodes / operator.n_samples, 0.0)
-    weights = n * weights  # (R, m), each row sums to n
-    largest = float(nodes.max())
-    if scale == "log":
-        floor = largest * _LOG_FLOOR
-        inside = nodes > floor
-        below = np.where(inside, 0.0, weights).sum(axis=1) - zeros
-        places = np.log10(np.where(inside, nodes, 1.0))
-        weights = np.where(inside, weights, 0.0)
-    else:
-        below, places = np.zeros(n_vectors), nodes
-    if largest == 0.0:  # a zero matrix: all eigenvalues are at zero
-        places, width = np.zeros_like(nodes), sigma or 1.0
-    else:
-        used = places[weights > 0]
-        width = sigma or (0.1 if scale == "log" else max(float(used.max() - used.min()), largest) / 100)
-    used = places[weights > 0] if (weights > 0).any() else np.zeros(1)
+    rules = quadrature(operator, n_vectors, min(n_steps, n), seed)
+    full, half = ((np.maximum(nodes / operator.n_samples, 0.0), n * weights) for nodes, weights in rules)
+    largest = float(full[0].max())
+    floor = largest * _LOG_FLOOR if scale == "log" else -1.0
+    used = full[0][(full[1] > 0) & (full[0] > floor)]
+    used = used if len(used) else np.ones(1)  # a zero matrix on a log scale: nothing is to be placed
+    used = np.log10(used) if scale == "log" else used
+    width = sigma or (0.1 if scale == "log" else max(float(used.max()), np.finfo(float).tiny) / 100)
     low, high = float(used.min()) - 6 * width, float(used.max()) + 6 * width
     low = min(low, -6 * width) if scale == "linear" and zeros else low
     grid = np.linspace(low, high, max(int(np.ceil((high - low) / width * _RESOLUTION)), 2) + 1)
-    each = np.stack([_smooth(place, weight, grid, width) for place, weight in zip(places, weights, strict=True)])
-    if scale == "linear" and zeros:
-        each = each - _smooth(np.zeros(1), np.full(1, float(zeros)), grid, width)
-    root = n_vectors**0.5
     if scale == "log":
         edges = 10.0 ** np.arange(np.floor(used.min()), np.floor(used.max()) + 2)
     else:
         edges = np.linspace(0.0, max(largest, np.finfo(float).tiny), 11)
-    bins = [np.histogram(place, edges, weights=weight)[0] for place, weight in zip(nodes, weights, strict=True)]
-    counts = np.stack(bins)
-    if scale == "linear":
-        counts[:, 0] -= zeros
+    place = _Placing(scale, floor, grid, width, edges, zeros)
+    density, counts, below = place(*full)
+    half_density, half_counts, _ = place(*half)
+    root = n_vectors**0.5
     return SpectralDensity(
         block=block,
         grid=grid,
-        density=each.mean(axis=0),
-        standard_error=each.std(axis=0, ddof=1) / root,
+        density=density.mean(axis=0),
+        standard_error=density.std(axis=0, ddof=1) / root,
+        quadrature_error=np.abs(half_density.mean(axis=0) - density.mean(axis=0)),
         edges=edges,
         counts=counts.mean(axis=0),
         count_errors=counts.std(axis=0, ddof=1) / root,
+        count_quadrature_errors=np.abs(half_counts.mean(axis=0) - counts.mean(axis=0)),
         below=float(below.mean()),
         below_standard_error=float(below.std(ddof=1)) / root,
         n_eigenvalues=n - zeros,
@@ -149,10 +139,45 @@ def spectral_density(
     )
 
 
-def quadrature(operator: SymmetricOperator, n_vectors: int, n_steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+@dataclass(frozen=True)
+class _Placing:
+    """Puts the nodes of each vector's quadrature where they belong on the scale."""
+
+    scale: Scale
+    floor: float
+    grid: np.ndarray
+    width: float
+    edges: np.ndarray
+    zeros: int
+
+    def __call__(self, nodes: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the density (R, g), the counts between edges (R, b) and what lies below (R,) of each vector."""
+        inside = np.where(nodes > self.floor, weights, 0.0)
+        counts = np.stack([np.histogram(v, self.edges, weights=w)[0] for v, w in zip(nodes, inside, strict=True)])
+        if self.scale == "log":
+            places = np.log10(np.where(nodes > self.floor, nodes, 1.0))
+            density = np.stack([self._smooth(v, w) for v, w in zip(places, inside, strict=True)])
+            return density, counts, (weights - inside).sum(axis=1) - self.zeros
+        density = np.stack([self._smooth(v, w) for v, w in zip(nodes, inside, strict=True)])
+        if self.zeros:
+            density = density - self._smooth(np.zeros(1), np.full(1, float(self.zeros)))
+            counts[:, 0] -= self.zeros
+        return density, counts, np.zeros(len(nodes))
+
+    def _smooth(self, places: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Return the sum of weighted Gaussians on the grid, each with a trapezoidal integral of exactly its weight."""
+        bumps = np.exp(-0.5 * ((self.grid[None, :] - places[weights > 0, None]) / self.width) ** 2)
+        total = np.trapezoid(bumps, self.grid, axis=1)
+        return (weights[weights > 0] / total) @ bumps
+
+
+def quadrature(
+    operator: SymmetricOperator, n_vectors: int, n_steps: int, seed: int
+) -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """Return nodes and weights, (R, m) each, of the spectral measures of R random unit vectors; weights sum to 1.
 
-    A vector whose Krylov space ends early (fewer distinct eigenvalues than steps) has weights of 0 from there on.
+    The second pair is of half as many steps, which are the first half of the same. A vector whose Krylov space ends
+    early (fewer distinct eigenvalues than steps) has weights of 0 from there on.
 
     Raises:
         CorruptRunError: a product is not finite.
@@ -183,19 +208,17 @@ def quadrature(operator: SymmetricOperator, n_vectors: int, n_steps: int, seed: 
             beta[r, step], V[:, r] = norm, w / norm
         if not (steps == n_steps).any():
             break
-    nodes, weights = np.zeros((n_vectors, n_steps)), np.zeros((n_vectors, n_steps))
+    return _rule(alpha, beta, steps), _rule(alpha, beta, np.minimum(steps, max(n_steps // 2, 1)))
+
+
+def _rule(alpha: np.ndarray, beta: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return nodes and weights of the Gauss quadratures of tridiagonal matrices, cut to so many `steps` each."""
+    nodes, weights = np.zeros_like(alpha), np.zeros_like(alpha)
     for r, m in enumerate(steps):
         off = beta[r, : m - 1]
         values, vectors = np.linalg.eigh(np.diag(alpha[r, :m]) + np.diag(off, 1) + np.diag(off, -1))
         nodes[r, :m], weights[r, :m] = values, vectors[0] ** 2 / np.sum(vectors[0] ** 2)
     return nodes, weights
-
-
-def _smooth(places: np.ndarray, weights: np.ndarray, grid: np.ndarray, sigma: float) -> np.ndarray:
-    """Return the sum of weighted Gaussians on the grid, each with a trapezoidal integral of exactly its weight."""
-    bumps = np.exp(-0.5 * ((grid[None, :] - places[weights > 0, None]) / sigma) ** 2)
-    bumps /= np.trapezoid(bumps, grid, axis=1)[:, None]
-    return weights[weights > 0] @ bumps
 
 
 def _check(n_vectors: int, n_steps: int, sigma: float | None, scale: str) -> None:

@@ -12,6 +12,7 @@ from streamfisher import gram as grams
 from streamfisher.blocks import assign_blocks, group_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.gram_sink import GramSink, keep_moment
+from streamfisher.memory import give_back
 from streamfisher.store import RunStore
 from streamfisher.store.layout import TILE
 from streamfisher.store.tiled import StoredTiles
@@ -50,6 +51,7 @@ def build_stored_grams(
     sink = GramSink(store, settings, subsampled=frozenset(subsets), compare=rebuild)
     grown = {} if rebuild or config.use_deterministic else _grown(store, settings, subsets)
     built = grams.build_grams(store, config, sink, keys=members, subsets=subsets, grown=grown, progress=progress)
+    give_back()
     return dict(built)
 
 

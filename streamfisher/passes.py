@@ -12,6 +12,7 @@ from torch import Tensor
 from streamfisher.claims import Claims
 from streamfisher.config import SpectralConfig
 from streamfisher.gradients import GradientEngine
+from streamfisher.memory import give_back
 from streamfisher.progress import Progress
 from streamfisher.ranks import Ranks
 from streamfisher.sharded_guard import SharedGuard
@@ -60,6 +61,7 @@ def row_pass(
             idle = idle_batches(claims.units, found.lengths, batch_tokens, ranks.index, ranks.count)
             idle_passes(engine, found, config, captured, idle, guard)
         ranks.wait("for the other ranks' gradients")
+    give_back()
 
 
 def mean_pass(

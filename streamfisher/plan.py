@@ -77,18 +77,16 @@ def plan_run(
     machine: Machine,
     rates: Rates,
     structures: int = 1,
-    stream: bool | None = None,
 ) -> RunPlan:
     """Plan a run.
 
     Args:
         trace: of the model, at the mean length of the samples.
         lengths: tokens of each sample.
-        config: of the run.
+        config: of the run; `stream='auto'` takes streamed layers where waves do not fit and they do.
         machine: what there is to work with.
         rates: of that machine.
         structures: how many block structures are solved.
-        stream: stream layers; `None` means only where waves do not fit.
     """
     planner = WayPlanner(trace, lengths, config, machine, rates, structures)
     ways = [
@@ -98,7 +96,8 @@ def plan_run(
         planner.streamed(),
     ]
     ordinary = ways[2]
-    chosen = ways[3] if stream or (stream is None and not ordinary.fits and ways[3].fits) else ordinary
+    streams = config.stream == "layers" or (config.stream == "auto" and not ordinary.fits and ways[3].fits)
+    chosen = ways[3] if streams else ordinary
     return RunPlan(
         trace=trace,
         n_samples=len(lengths),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
 from streamfisher.analysis_commands import AddCommand, print_json
 from streamfisher.config import SpectralConfig, parse_bytes
-from streamfisher.errors import CapacityError, ConfigError, DataError
+from streamfisher.errors import CapacityError, ConfigError, DataError, StreamfisherError
 from streamfisher.model_trace import ModelTrace
 from streamfisher.options import (
     RunOptions,
@@ -20,7 +23,14 @@ from streamfisher.options import (
     add_collection_options,
     read_run_options,
 )
-from streamfisher.rates import Rates, measure
+from streamfisher.rates import UNKNOWN, Rates, measure
+
+if TYPE_CHECKING:
+    from streamfisher.plan import RunPlan
+
+
+#: Runs of fewer operations take less time than measuring how much time they would take.
+_WORTH_MEASURING = 2e12
 
 
 def add_plan_command(add: AddCommand) -> None:
@@ -38,20 +48,41 @@ def add_plan_command(add: AddCommand) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from streamfisher.plan import Machine, plan_run
-    from streamfisher.skeletons import build_skeleton
-
     out = vars(arguments).pop("out", None)  # a plan writes nothing; it says which disk is meant
     options = read_run_options(arguments)
     if not options.model:
         raise ConfigError("MODEL is missing; see `streamfisher plan --help`.")
-    config = options.config
-    model = build_skeleton(options.model, dtype=config.dtype_model, trust_remote_code=options.trust_remote_code)
-    lengths, batch = _samples(options, model)
-    trace = _trace(model, batch, lengths, config)
-    folder = _existing(Path(out) if out else Path.cwd())
     if arguments.devices and arguments.device_memory is None:
         raise ConfigError(f"--devices {arguments.devices}: say how much memory each has, with --device-memory 80GB.")
+    plan = plan_of(options, arguments, _existing(Path(out) if out else Path.cwd()))
+    if arguments.json:
+        print_json(plan.to_dict())
+    else:
+        print(plan.table())
+    return 0 if plan.chosen.fits else CapacityError.exit_code
+
+
+def plan_of(options: RunOptions, machine_options: argparse.Namespace, folder: Path, source: Any = None) -> RunPlan:
+    """Return the plan of the run that options describe.
+
+    Args:
+        options: of the run.
+        machine_options: rates and devices, as `plan` takes them; what is missing is measured here.
+        folder: one that exists, on the disk of the run.
+        source: the samples, where they are loaded already because the run begins; a short run is then planned without
+            measuring how fast this machine is, which would take as long.
+
+    Raises:
+        ModelError: the model cannot be built or traced without its weights.
+        DataError: neither data nor the number and length of samples are given.
+    """
+    from streamfisher.plan import Machine, plan_run
+    from streamfisher.skeletons import build_skeleton
+
+    arguments, config = machine_options, options.config
+    model = build_skeleton(options.model, dtype=config.dtype_model, trust_remote_code=options.trust_remote_code)
+    lengths, batch = _samples(options, source)
+    trace = _trace(model, batch, lengths, config)
     disk = config.disk_budget
     memory = config.memory_budget
     machine = Machine(
@@ -60,29 +91,33 @@ def _plan(arguments: argparse.Namespace) -> int:
         devices=arguments.devices,
         device_memory=parse_bytes(arguments.device_memory, "--device-memory") if arguments.device_memory else None,
     )
-    plan = plan_run(
-        trace,
-        lengths,
-        config,
-        machine=machine,
-        rates=_rates(arguments, config, trace, lengths, folder),
-        structures=len(options.structures) * len(options.centers),
-    )
-    if arguments.json:
-        print_json(plan.to_dict())
-    else:
-        print(plan.table())
-    return 0 if plan.chosen.fits else CapacityError.exit_code
+    structures = len(options.structures) * len(options.centers)
+    plan = partial(plan_run, trace, lengths, config, machine=machine, structures=structures)
+    if source is not None:
+        short = plan(rates=UNKNOWN)
+        if sum(stage.flops for stage in short.chosen.stages) < _WORTH_MEASURING:
+            return short
+    return plan(rates=_rates(arguments, config, trace, lengths, folder))
 
 
-def _samples(options: RunOptions, model: torch.nn.Module) -> tuple[list[int], dict[str, torch.Tensor]]:
+def announce_plan(options: RunOptions, source: Any) -> None:
+    """Print the plan of a run that is about to start, or why there is none."""
+    here = argparse.Namespace(flops=None, solve_flops=None, disk=None, devices=0, device_memory=None)
+    try:
+        text = plan_of(options, here, _existing(Path(options.out)), source).table()
+    except StreamfisherError as error:
+        text = f"No plan can be made: {error}"
+    print(f"{text}\n", file=sys.stderr)
+
+
+def _samples(options: RunOptions, source: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
     """Return the length of each sample, and one sample as a batch: of the data, or as the options describe them."""
     from streamfisher.data import load_samples
     from streamfisher.samples import Samples, collate, sequence_length
 
     config = options.config
     if options.data:
-        source = load_samples(
+        source = source or load_samples(
             options.data, tokenize=options.tokenizer(), field=options.field, max_length=config.max_length
         )
         samples = Samples(source, options.samples, config.max_length)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from streamfisher.config import format_bytes
 from streamfisher.plan import RunPlan
+from streamfisher.rates import UNKNOWN
 from streamfisher.shortfalls import round_up
 from streamfisher.ways import BlockBytes, Stage, Way
 
@@ -25,7 +26,7 @@ def plan_table(plan: RunPlan) -> str:
         "",
         *ways_table(plan),
         "",
-        f"Taken: {_taken(plan.chosen)}",
+        f"Taken: {taken(plan.chosen)}",
         *_columns([("stage", "operations", "read", "written", "memory", "time"), *map(_stage_row, plan.chosen.stages)]),
         "Memory is the host's, beside the model's weights. Rates: " + _rates(plan),
     ]
@@ -35,6 +36,8 @@ def plan_table(plan: RunPlan) -> str:
         lines.append("It does not fit:")
         lines += [f"  - {problem}" for problem in plan.problems()]
         disk, memory = (round_up(plan.least[what]) for what in ("disk", "memory"))
+        if plan.ways[-1].fits:
+            lines.append(f"--stream layers would fit, in {format_seconds(plan.ways[-1].seconds)}.")
         lines.append(f"The least with which waves would do: --disk-budget {disk} --memory-budget {memory}.")
     return "\n".join(lines)
 
@@ -85,14 +88,17 @@ def format_count(value: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
+    """Return a time in the unit that suits it; a dash for none."""
+    if seconds == 0.0:
+        return "-"
     for limit, scale, unit in ((120.0, 1.0, "s"), (7200.0, 60.0, "min"), (172800.0, 3600.0, "h")):
         if seconds < limit:
             return f"{seconds / scale:.3g} {unit}"
     return f"{seconds / 86400.0:.3g} days"
 
 
-def _taken(way: Way) -> str:
+def taken(way: Way) -> str:
+    """Return a way in words, with the number of its waves."""
     if way.name != "waves":
         return way.name
     return "a single wave, with all gradients on disk at once" if way.waves == 1 else f"{way.waves} waves"
@@ -122,6 +128,8 @@ def _stage_row(stage: Stage) -> tuple[str, ...]:
 
 def _rates(plan: RunPlan) -> str:
     rates = plan.rates
+    if rates == UNKNOWN:
+        return "not measured, because the run is short; `streamfisher plan` measures them."
     return (
         f"passes {format_count(rates.passes)}/s, products {format_count(rates.products)}/s, rows of factors "
         f"{format_count(rates.forming)}/s, solve {format_count(rates.solve)}/s, write {format_bytes(rates.write)}/s, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -69,7 +70,8 @@ def predicts_next_token(model: nn.Module, loss: str | None) -> bool:
 
 def _call(spec: str) -> object:
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*to a meta parameter in the current model.*")
             return call(spec, "MODEL")
     except ConfigError:
         raise

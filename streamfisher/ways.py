@@ -19,6 +19,7 @@ from streamfisher.config import SpectralConfig
 from streamfisher.costs import (
     capture_flops,
     eigensolve_flops,
+    norm_flops,
     pass_flops,
     plain_flops,
     product_cost,
@@ -39,7 +40,9 @@ TEMPORARY = 1.5
 #: Of a memory budget, at most this share is for the activations of a batch, or for boundaries of streamed layers.
 _SHARE = 0.5
 #: Plain passes over three samples that the probe's comparisons cost.
-_PROBE_PASSES = 4
+_PROBE_PASSES = 8
+#: float64 operations take as much longer than float32 ones.
+_FLOAT64 = 2.0
 
 
 @dataclass(frozen=True)
@@ -323,9 +326,10 @@ class WayPlanner:
         plain = plain_flops(self.trace.blocks) * (guards + 3 * _PROBE_PASSES)
         total = self.n * flops + plain
         chunks, arrays = self._pieces(chosen)
-        seconds = total / self.rates.passes + size / self.rates.write
+        norms = self.n * norm_flops(self.trace.shapes, chosen)
+        seconds = total / self.rates.passes + size / self.rates.write + _FLOAT64 * norms / self.rates.forming
         seconds += chunks * self.rates.chunk_seconds + arrays * self.rates.array_seconds
-        return Stage("collect", total, 0.0, size, memory, seconds)
+        return Stage("collect", total + norms, 0.0, size, memory, seconds)
 
     def _pieces(self, chosen: Mapping[str, str]) -> tuple[int, int]:
         """Return the chunks of rows, and the arrays of factors: each tensor of each batch is one."""

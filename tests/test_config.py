@@ -94,18 +94,18 @@ BAD = {
     "storage_mode": ["disk", None],
     "store_path": [3, True],
     "store_centered": ["yes", 0],
+    "representation": ["rows", None],
+    "keep_gradients": [3, [1], {"a": 1}],
+    "gram_per": ["block", None],
+    "stream": ["all", None, True],
     "codec": ["gzip", None],
     "device": [None, 0, ""],
     "n_workers": [0, -1, "two", 1.5],
     "rank_timeout": [0, -1, "soon"],
     "memory_budget": ["lots", 0, -5],
+    "disk_budget": ["much", 0, -5],
     "use_deterministic": ["yes", 1],
     "fsync": ["yes", 1],
-    "gram_per": ["tensor", None],
-    "stream": ["blocks", 1],
-    "representation": ["sparse", None],
-    "keep_gradients": [3],
-    "disk_budget": ["lots", 0],
 }
 
 

@@ -56,19 +56,31 @@ def test_the_density_integrates_to_the_number_of_eigenvalues(scale):
 def test_with_as_many_steps_as_eigenvalues_each_quadrature_is_exact():
     values = np.linspace(1, 2, 6)
     K = matrix(values)
-    nodes, weights = quadrature(DenseOperator(K), 3, 6, seed=0)
+    (nodes, weights), _ = quadrature(DenseOperator(K), 3, 6, seed=0)
     np.testing.assert_allclose(np.sort(nodes, axis=1), np.tile(values, (3, 1)), rtol=1e-10)
     np.testing.assert_allclose(weights.sum(axis=1), 1.0)
 
 
 def test_quadrature_has_the_moments_of_each_vector():
     K = matrix(POWER_LAW)
-    nodes, weights = quadrature(DenseOperator(K), 4, 10, seed=7)
+    rules = quadrature(DenseOperator(K), 4, 10, seed=7)
     V = np.random.Generator(np.random.PCG64(7)).standard_normal((N, 4))
     V /= np.linalg.norm(V, axis=0)
-    for power in range(1, 8):
-        exact = np.einsum("nr,nr->r", V, np.linalg.matrix_power(K, power) @ V)
-        np.testing.assert_allclose((weights * nodes**power).sum(axis=1), exact, rtol=1e-9)
+    for (nodes, weights), powers in zip(rules, (range(1, 20), range(1, 10)), strict=True):  # 10 steps, and 5
+        for power in powers:
+            exact = np.einsum("nr,nr->r", V, np.linalg.matrix_power(K, power) @ V)
+            np.testing.assert_allclose((weights * nodes**power).sum(axis=1), exact, rtol=1e-9)
+
+
+def test_too_few_steps_show_in_the_quadrature_error():
+    K = N * matrix(POWER_LAW)
+    exact = np.histogram(POWER_LAW, 10.0 ** np.arange(-4, 2))[0]
+    few, many = (spectral_density(DenseOperator(K), block="b", n_vectors=20, n_steps=m) for m in (12, 200))
+    for found in (few, many):
+        places = np.searchsorted(10.0 ** np.arange(-4, 2), found.edges[:-1] * 1.01) - 1
+        error = np.abs(found.counts - exact[places])
+        assert (error <= 4 * found.count_errors + 2 * found.count_quadrature_errors + 1).all()
+    assert few.count_quadrature_errors.max() > 10 * many.count_quadrature_errors.max()
 
 
 def test_few_distinct_eigenvalues_end_the_recurrence():

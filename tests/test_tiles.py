@@ -218,3 +218,12 @@ def test_rows_of_other_norms_are_refused(tmp_path, by_tiles, monkeypatch):
         CorruptRunError, match=r"first.weight do not have the norms they were collected with \(samples 9"
     ):
         run.build_grams()
+
+
+def test_coarser_grams_and_waves_are_built_by_tiles_too(tmp_path, by_tiles):
+    run = tiny_runs.make_run(tmp_path / "run.zarr", N, gram_per="all", keep_gradients="none")
+    kept = tiny_runs.make_run(tmp_path / "kept.zarr", N)
+    assert list(run.store.gram_members) == ["all"] and (run.path / "done" / "tiles-all").is_dir()
+    assert all(run.store.is_deleted(name) for name in run.parameters)
+    rows, K = tiny_runs.rows(kept), run.store.read_gram("all")[0]
+    np.testing.assert_allclose(K, rows @ rows.T, rtol=0, atol=1e-12 * np.abs(K).max())

@@ -72,13 +72,18 @@ def _trace(model: str) -> ModelTrace:
 def plan(model: str, setting: Setting) -> RunPlan:
     """Return the plan of one of the example models."""
     return plan_run(
-        _trace(model), [TOKENS] * SAMPLES, SpectralConfig(), machine=setting.machine(), rates=setting.rates()
+        _trace(model),
+        [TOKENS] * SAMPLES,
+        SpectralConfig(stream="auto"),
+        machine=setting.machine(),
+        rates=setting.rates(),
     )
 
 
 def command(model: str, setting: Setting) -> str:
     """Return the command that prints the plan."""
-    return f"streamfisher plan examples/plan/{model} --samples {SAMPLES} --max-length {TOKENS} {setting.options()}"
+    data = f"--samples {SAMPLES} --max-length {TOKENS} --stream auto"
+    return f"streamfisher plan examples/plan/{model} {data} {setting.options()}"
 
 
 def models_table() -> str:

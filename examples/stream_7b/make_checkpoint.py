@@ -67,7 +67,7 @@ def config(layers, hidden, vocabulary):
     }
 
 
-def main():
+def main(options=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=32)
@@ -75,7 +75,7 @@ def main():
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard", type=float, default=1e9, help="bytes of a file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(options)
     arguments.folder.mkdir(parents=True)
     shards = [{}]
     sizes = [0]
