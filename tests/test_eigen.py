@@ -77,3 +77,33 @@ def test_when_every_solver_fails_nothing_is_made_up(monkeypatch):
 def test_float32_solve_is_close():
     K, expected = gram()
     np.testing.assert_allclose(eigen.solve(K, dtype=torch.float32).values, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("failing", "solver"),
+    [(1, "torch-cpu"), (2, "lapack-syevd+jitter")],
+)
+def test_a_spectrum_says_which_solver_gave_it_when_others_failed(failing, solver, monkeypatch):
+    from streamfisher import FisherSpectral, SpectralConfig
+
+    rows = np.random.default_rng(2).standard_normal((6, 9))
+    gradients = [{"a": torch.tensor(row)} for row in rows]
+
+    def solve():
+        fisher = FisherSpectral(SpectralConfig(n_workers=1))
+        return fisher.compute_fisher_spectrum(None, None, block_structure="none", precomputed_gradients=gradients)
+
+    expected, drive, calls = solve()["global"], eigen._drive, []
+
+    def fail_first(driver, matrix):
+        calls.append(driver)
+        if len(calls) <= failing:
+            raise np.linalg.LinAlgError("did not converge")
+        return drive(driver, matrix)
+
+    monkeypatch.setattr(eigen, "_drive", fail_first)
+    found = solve()["global"]
+    assert found["solver"] == solver and expected["solver"] == "lapack-syevd"
+    assert (found["jitter"] > 0) == ("jitter" in solver)
+    np.testing.assert_allclose(found["eigenvalues"], expected["eigenvalues"], rtol=1e-6)
+    assert min(found["eigenvalues"]) > 0

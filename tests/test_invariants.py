@@ -143,3 +143,63 @@ def test_gradients_that_are_not_finite_are_refused(G):
 def test_gradients_whose_squares_leave_float64_are_refused_not_turned_into_nan(G):
     with pytest.raises(CorruptRunError, match="too large for float64 products"), np.errstate(over="ignore"):
         spectrum(1e200 * G)
+
+
+def test_a_block_of_zeros_has_a_zero_spectrum_beside_one_that_has_not(G):
+    G[:, :10] = 0.0
+    found = spectrum(G, "parameter", split=10)
+    zero, other = found["per_block"]["a"], found["per_block"]["b"]
+    assert zero["trace"] == 0 and zero["numerical_rank"] == 0 and max(zero["eigenvalues"]) == 0
+    assert other["numerical_rank"] == 8
+    np.testing.assert_allclose(found["global"]["trace"], other["trace"], rtol=1e-12)
+
+
+def test_logistic_regression_has_its_closed_form():
+    generator = torch.Generator().manual_seed(4)
+    X = torch.randn(12, 5, generator=generator, dtype=torch.float64)
+    y = (torch.rand(12, generator=generator) > 0.5).double()
+    model = torch.nn.Linear(5, 1, bias=False).double()
+
+    def loss(module, batch):
+        logits = module(batch["x"])[:, 0]
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, batch["labels"], reduction="none")
+
+    import tempfile
+
+    from streamfisher import collect
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = collect(
+            model, {"x": X, "labels": y}, f"{folder}/run.zarr", loss=loss, config=SpectralConfig(chunk_size=5)
+        )
+        found = run.spectrum("none").global_.eigenvalues
+    p = torch.sigmoid(X @ model.weight.detach()[0])
+    F = (X.T * (p - y) ** 2) @ X / 12  # X^T diag((p - y)^2) X / N
+    np.testing.assert_allclose(found[:5], np.linalg.eigvalsh(F.numpy())[::-1], rtol=1e-10)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 3, 4096])
+def test_the_batch_size_changes_no_eigenvalue(batch_tokens, tmp_path):
+    from tiny_runs import make_run
+
+    one = make_run(tmp_path / "one.zarr", batch_tokens=7).spectrum("none").global_.eigenvalues
+    other = make_run(tmp_path / "other.zarr", batch_tokens=batch_tokens).spectrum("none").global_.eigenvalues
+    np.testing.assert_allclose(other, one, rtol=1e-11, atol=1e-12 * one[0])
+
+
+def test_gradients_that_leave_float16_are_refused_or_skipped_never_infinite(tmp_path):
+    import tiny_models
+
+    from streamfisher import collect
+    from streamfisher.errors import NonFiniteError, StreamfisherError
+
+    data = tiny_models.vectors()
+    data["labels"][3] = 1e5  # float16 ends at 65504
+    config = SpectralConfig(chunk_size=4, dtype_model="float16")
+    with pytest.raises(StreamfisherError, match="sample 3") as caught:
+        collect(tiny_models.regression(), data, tmp_path / "a.zarr", config=config)
+    assert isinstance(caught.value, NonFiniteError)
+    run = collect(tiny_models.regression(), data, tmp_path / "b.zarr", config=config.replace(on_nonfinite="skip"))
+    found = run.spectrum("none").global_
+    assert set(run.store.skipped()) == {3} and len(found.eigenvalues) == 7
+    assert np.isfinite(found.eigenvalues).all() and (found.eigenvalues >= 0).all()
