@@ -14,17 +14,14 @@ from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK, write_array
 from streamfisher.store.durable import read_json, write_marker
+from streamfisher.store.gram_parts import GramParts
 from streamfisher.store.integrity import check_layout, chunk_digest, require_inside
 from streamfisher.store.moments import MomentStore
 from streamfisher.store.names import node_name
-from streamfisher.store.parts import GramParts
 
 
 class GramStore(GramParts, MomentStore):
     """What a `RunStore` does with Grams."""
-
-    chunk_rows: int
-    fsync: bool
 
     def grams_done(self, settings: Mapping[str, Any]) -> set[str]:
         """Return the keys whose Gram exists for all samples and was made with `settings`."""

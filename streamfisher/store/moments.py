@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import zarr
 
@@ -15,16 +12,11 @@ from streamfisher.store.arrays import write_array
 from streamfisher.store.durable import read_json, write_marker
 from streamfisher.store.integrity import require_inside
 from streamfisher.store.names import node_name
+from streamfisher.store.part import StorePart
 
 
-class MomentStore:
+class MomentStore(StorePart):
     """What a `RunStore` does with moments."""
-
-    path: Path
-    n_samples: int
-    fsync: bool
-    parameters: dict[str, int]
-    mean: Any  # a method of `RunStore`
 
     def write_moment(self, name: str, moment: Moment) -> None:
         """Write the second moment and, as a last row, the sum of a parameter's rows: (P + 1, P); then the marker."""
