@@ -210,7 +210,7 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
         )
     else:
         model = _loaded(options, config, device)
-    if state.is_main_process and not arguments.quiet and not (Path(options.out) / "manifest.json").is_file():
+    if weights is None and new and state.is_main_process and not arguments.quiet:
         from streamfisher.plan_notice import plan_notice
 
         print(plan_notice(model, source, options), file=sys.stderr)

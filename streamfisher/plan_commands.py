@@ -92,7 +92,6 @@ def plan_of(options: RunOptions, machine_options: argparse.Namespace, folder: Pa
         machine=machine,
         rates=_rates(arguments, config, trace, lengths, folder),
         structures=len(options.structures) * len(options.centers),
-        stream=None if config.stream == "auto" else config.stream == "layers",
     )
 
 
