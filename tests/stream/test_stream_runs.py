@@ -22,7 +22,7 @@ import streamfisher as sf
 from streamfisher.errors import ConfigError, ModelError
 from streamfisher.stream.skeleton import load_skeleton, skeleton_is_needed
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "stream_7b" / "make_checkpoint.py"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "stream_7b"
 
 
 def config(**options):
@@ -160,11 +160,17 @@ def test_settings_that_need_the_whole_model_are_refused(tmp_path, options, messa
         sf.collect(model, samples, tmp_path / "run", config=config(stream="layers", **options))
 
 
-def example_checkpoint(folder):
-    spec = importlib.util.spec_from_file_location("make_checkpoint", EXAMPLE)
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main([str(folder), "--layers", "2", "--hidden", "256", "--vocabulary", "1300", "--shard", "2e6"])
+    return module
+
+
+def example_checkpoint(folder):
+    example("make_checkpoint").main(
+        [str(folder), "--layers", "2", "--hidden", "256", "--vocabulary", "1300", "--shard", "2e6"]
+    )
     return folder
 
 
@@ -207,6 +213,9 @@ def test_the_example_at_a_small_scale(checkpoint, undisturbed, tmp_path):
         for name, columns in rows.parameters.items()
     )
     assert one["global"]["trace"] == pytest.approx(squares / 12, rel=1e-5)
+    found = example("check_layer").main([str(undisturbed), str(checkpoint), str(TEXT)])
+    assert len(found) == 4
+    assert max(found.values()) < 1e-5
 
 
 def start(checkpoint, out):
