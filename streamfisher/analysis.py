@@ -14,6 +14,7 @@ from streamfisher.analyses import Analyses
 from streamfisher.blockgrams import stored_gram
 from streamfisher.config import SpectralConfig
 from streamfisher.gram_stage import build_stored_grams
+from streamfisher.runlog import RunLog
 from streamfisher.selection import select
 from streamfisher.solve import RowPrecision, describe, solve_blocks
 from streamfisher.store import RunLock, RunStore
@@ -120,7 +121,8 @@ class Run(Analyses):
     ) -> dict[str, float | None]:
         if not keys:
             return {}
-        with RunLock(self.path):
+        self.store.fsync = config.fsync
+        with RunLock(self.path), RunLog(self.path, "grams", grams=len(keys)):
             return build_stored_grams(self.store, config, keys, rebuild=rebuild, progress=progress)
 
     def gram(self, name: str, *, center: bool = False) -> np.ndarray:

@@ -17,7 +17,7 @@ from streamfisher import __version__
 from streamfisher.analysis_commands import add_commands
 from streamfisher.cluster import dask_client
 from streamfisher.config import format_bytes
-from streamfisher.errors import CapacityError, StreamfisherError, no_memory
+from streamfisher.errors import CapacityError, ConfigError, RunError, StreamfisherError, no_memory
 from streamfisher.options import (
     RunOptions,
     add_analysis_options,
@@ -28,6 +28,7 @@ from streamfisher.options import (
     read_run_options,
 )
 from streamfisher.plan_commands import add_plan_command, announce_plan
+from streamfisher.runlog import RunLog
 from streamfisher.sample_options import add_selection_options, check_target, selection_options
 from streamfisher.signals import die_with_launcher, stopping_at_once
 
@@ -124,7 +125,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_plan_command(lambda name, function, text: _command(commands, name, function, text))
     add_commands(lambda name, function, text: _command(commands, name, function, text))
-    _add_run(_command(commands, "info", _info, "what a run holds and how far it is"))
+    info = _command(commands, "info", _info, "what a run holds and how far it is")
+    _add_run(info)
+    info.add_argument("--watch", action="store_true", help="follow a run that another process writes, until it ends")
+    info.add_argument(
+        "--interval", type=float, default=5.0, metavar="SECONDS", help="between two looks (default: %(default)s)"
+    )
     verify = _command(commands, "verify", _verify, "read everything and compare checksums")
     _add_run(verify)
     verify.add_argument(
@@ -175,7 +181,10 @@ def _run(arguments: argparse.Namespace) -> int:
     # From the start: an address that does not answer is found before days of gradients, and waves are reduced between.
     with dask_client(options.dask_scheduler if os.environ.get("RANK", "0") == "0" else None):
         run = _collected(options, arguments)
-        return 0 if run is None else _analyse(run, options, arguments, write=True)
+        if run is None:
+            return 0
+        with RunLog(run.path, "analysis"):
+            return _analyse(run, options, arguments, write=True)
 
 
 def _collect(arguments: argparse.Namespace) -> int:
@@ -210,10 +219,13 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
         )
     else:
         model = _loaded(options, config, device)
+<<<<<<< HEAD
     if weights is None and new and state.is_main_process and not arguments.quiet:
         from streamfisher.plan_notice import plan_notice
 
         print(plan_notice(model, source, options), file=sys.stderr)
+=======
+>>>>>>> main
     run = collect(
         model,
         source,
@@ -314,7 +326,13 @@ def _report(arguments: argparse.Namespace) -> int:
 
 def _info(arguments: argparse.Namespace) -> int:
     from streamfisher import open_run
+    from streamfisher.watch import follow
 
+    if arguments.watch:
+        if not arguments.interval > 0:
+            raise ConfigError(f"--interval {arguments.interval}: give seconds, more than 0.")
+        complete = follow(Path(arguments.run), lambda line: print(line, flush=True), interval=arguments.interval)
+        return 0 if complete else RunError.exit_code
     _print_info(open_run(arguments.run), arguments)
     return 0
 

@@ -31,6 +31,7 @@ from streamfisher.passes import mean_pass, row_pass
 from streamfisher.provisions import Provisions
 from streamfisher.ranks import Ranks, start_ranks
 from streamfisher.reduction import is_reduced, reduce_wave, reopen_wave
+from streamfisher.runlog import RunLog
 from streamfisher.samples import make_units
 from streamfisher.shapes import GradientShape
 from streamfisher.sharding import is_sharded, reshard
@@ -126,6 +127,9 @@ def collect(
             if not ranks.is_main:
                 locks.enter_context(RankLock(path))
             store = RunStore(path)
+            store.fsync = config.fsync
+            facts = {"samples": store.n_samples, "ranks": ranks.count, "waves": len(store.waves)}
+            locks.enter_context(RunLog(path, "collect", ranks.index, device=str(state.device), **facts))
             report = ProbeReport.from_dict(store.manifest.probe)
             if streamed:
                 engine.apply_routes(report, first_samples(found, model))
@@ -230,6 +234,7 @@ def _create_or_resume(
         if len(found.samples) > store.n_samples:
             if progress:
                 tqdm.write(f"{path} grows from {store.n_samples} to {len(found.samples)} samples")
+            store.fsync = config.fsync
             grow_run(store, manifest)
         return
     check_free(path)

@@ -135,6 +135,7 @@ class SpectralConfig:
     disk_budget: int | str | None = None  # bytes or '200GB' for the run; None: what is free, with a margin
     stream: Stream = "none"  # 'layers': one layer at a time, for a model that does not fit; 'auto': where it does not
     rank_timeout: int = 1800  # seconds without a sign of progress after which ranks stop waiting for each other
+    fsync: bool = False  # flush the run's filesystem before each marker: what is marked survives a power cut
     use_deterministic: bool = False  # full determinism, CUDA included; the global state is restored
 
     def __post_init__(self) -> None:
@@ -144,7 +145,7 @@ class SpectralConfig:
             object.__setattr__(self, "keep_gradients", _kept(self.keep_gradients))
         for field in ("include", "exclude"):
             object.__setattr__(self, field, _patterns(field, getattr(self, field)))
-        for field in ("center_gradients", "store_centered", "use_deterministic"):
+        for field in ("center_gradients", "store_centered", "use_deterministic", "fsync"):
             if not isinstance(getattr(self, field), bool):
                 raise ConfigError(f"{field}={_show(getattr(self, field))} must be true or false.")
         if self.store_path is not None and not isinstance(self.store_path, str | os.PathLike):

@@ -26,7 +26,7 @@ from streamfisher.blockgrams import BlockGrams
 from streamfisher.directions import Eigenvectors, folder_name, open_eigenvectors
 from streamfisher.errors import ConfigError, CorruptRunError, RunError
 from streamfisher.store import RunLock, RunStore, codecs
-from streamfisher.store.durable import read_json, write_json
+from streamfisher.store.durable import read_json, write_json, write_marker
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.names import node_name
 
@@ -81,7 +81,7 @@ class _Job:
         return (self.marks / f"{what}.json").is_file()
 
     def mark(self, what: str, content: Any) -> None:
-        write_json(self.marks / f"{what}.json", content)
+        write_marker(self.marks / f"{what}.json", content, fsync=self.store.fsync)
 
     def marker(self, what: str) -> Any:
         return read_json(self.marks / f"{what}.json")

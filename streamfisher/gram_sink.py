@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from streamfisher import gram as grams
+from streamfisher import runlog
 from streamfisher.errors import CorruptRunError
 from streamfisher.moment import moment_of
 from streamfisher.store import RunStore
@@ -43,6 +44,7 @@ class GramSink:
                 )
         difference = self._difference(finished) if self.compare else None
         self.store.write_gram(name, finished.gram, finished.mean_products, self.settings)
+        runlog.event("gram", stage="grams", gram=name, samples=len(finished.gram))
         keep_moment(self.store, name, self.subsampled)
         return name, difference
 

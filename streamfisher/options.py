@@ -78,7 +78,7 @@ class RunOptions:
     def analysis_config(self, of_run: SpectralConfig) -> SpectralConfig:
         """Return the run's config with this command's solver and Gram options."""
         fields = ("eps", "n_workers", "memory_budget", "eigensolve_device", "dtype_gram", "dtype_eigensolve")
-        fields += ("gram_device", "solver")
+        fields += ("gram_device", "solver", "fsync")
         return of_run.replace(**{name: getattr(self.config, name) for name in fields})
 
 
@@ -296,6 +296,9 @@ def add_collection_options(parser: argparse.ArgumentParser) -> None:
         "--gram-per",
         default=None,
         help="keep a Gram for each parameter (default), layer-module, layer, or all: fewer bytes, fewer questions",
+    )
+    store.add_argument(
+        "--fsync", action="store_true", default=None, help="flush the disk before each marker, against power cuts"
     )
     store.add_argument(
         "--store-centered", action="store_true", default=None, help="write centered gradients (one more pass)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,14 @@ from streamfisher.options import (
     add_collection_options,
     read_run_options,
 )
-from streamfisher.rates import Rates, measure
+from streamfisher.rates import UNKNOWN, Rates, measure
 
 if TYPE_CHECKING:
     from streamfisher.plan import RunPlan
+
+
+#: Runs of fewer operations take less time than measuring how much time they would take.
+_WORTH_MEASURING = 2e12
 
 
 def add_plan_command(add: AddCommand) -> None:
@@ -64,7 +69,8 @@ def plan_of(options: RunOptions, machine_options: argparse.Namespace, folder: Pa
         options: of the run.
         machine_options: rates and devices, as `plan` takes them; what is missing is measured here.
         folder: one that exists, on the disk of the run.
-        source: the samples, where they are loaded already.
+        source: the samples, where they are loaded already because the run begins; a short run is then planned without
+            measuring how fast this machine is, which would take as long.
 
     Raises:
         ModelError: the model cannot be built or traced without its weights.
@@ -85,14 +91,13 @@ def plan_of(options: RunOptions, machine_options: argparse.Namespace, folder: Pa
         devices=arguments.devices,
         device_memory=parse_bytes(arguments.device_memory, "--device-memory") if arguments.device_memory else None,
     )
-    return plan_run(
-        trace,
-        lengths,
-        config,
-        machine=machine,
-        rates=_rates(arguments, config, trace, lengths, folder),
-        structures=len(options.structures) * len(options.centers),
-    )
+    structures = len(options.structures) * len(options.centers)
+    plan = partial(plan_run, trace, lengths, config, machine=machine, structures=structures)
+    if source is not None:
+        short = plan(rates=UNKNOWN)
+        if sum(stage.flops for stage in short.chosen.stages) < _WORTH_MEASURING:
+            return short
+    return plan(rates=_rates(arguments, config, trace, lengths, folder))
 
 
 def announce_plan(options: RunOptions, source: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from streamfisher.config import format_bytes
 from streamfisher.plan import RunPlan
+from streamfisher.rates import UNKNOWN
 from streamfisher.shortfalls import round_up
 from streamfisher.ways import BlockBytes, Stage, Way
 
@@ -87,7 +88,9 @@ def format_count(value: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a time in the unit that suits it."""
+    """Return a time in the unit that suits it; a dash for none."""
+    if seconds == 0.0:
+        return "-"
     for limit, scale, unit in ((120.0, 1.0, "s"), (7200.0, 60.0, "min"), (172800.0, 3600.0, "h")):
         if seconds < limit:
             return f"{seconds / scale:.3g} {unit}"
@@ -125,6 +128,8 @@ def _stage_row(stage: Stage) -> tuple[str, ...]:
 
 def _rates(plan: RunPlan) -> str:
     rates = plan.rates
+    if rates == UNKNOWN:
+        return "not measured, because the run is short; `streamfisher plan` measures them."
     return (
         f"passes {format_count(rates.passes)}/s, products {format_count(rates.products)}/s, rows of factors "
         f"{format_count(rates.forming)}/s, solve {format_count(rates.solve)}/s, write {format_bytes(rates.write)}/s, "

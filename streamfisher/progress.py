@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from streamfisher import runlog
 from streamfisher.config import format_bytes
 from streamfisher.ranks import Ranks
 from streamfisher.samples import Unit
@@ -60,7 +61,7 @@ class Progress:
     def __init__(self, ranks: Ranks, name: str, *, todo: int, total: int, shown: bool):
         self.ranks, self.name, self.todo, self.total = ranks, name, todo, total
         self.rate = Rate()
-        self._drawn = 0.0
+        self._drawn, self._last = 0.0, time.monotonic()
         self.bar = tqdm(
             total=total,
             initial=total - todo,
@@ -84,6 +85,18 @@ class Progress:
         """Count a unit that is written and marked, with its target tokens and the bytes of its rows."""
         for counter, amount in (("samples", len(unit)), ("tokens", tokens), ("bytes", size)):
             self.ranks.add(f"{self.name}/{counter}", amount)
+        now = time.monotonic()
+        seconds, self._last = max(now - self._last, 1e-9), now
+        runlog.event(
+            "unit",
+            stage=self.name,
+            unit=unit.index,
+            samples=[unit.start, unit.stop - 1],
+            tokens=tokens,
+            bytes=size,
+            seconds=round(seconds, 3),
+            samples_per_s=round(len(unit) / seconds, 3),
+        )
         self.draw()
 
     def draw(self, *, now: bool = False) -> None:

@@ -105,6 +105,7 @@ BAD = {
     "memory_budget": ["lots", 0, -5],
     "disk_budget": ["much", 0, -5],
     "use_deterministic": ["yes", 1],
+    "fsync": ["yes", 1],
 }
 
 

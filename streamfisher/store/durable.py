@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 from pathlib import Path
@@ -43,6 +44,28 @@ def write_json(path: Path, content: Any) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def sync_filesystem(folder: Path) -> None:
+    """Return when all that was written to the filesystem of `folder`, files and folders, is on the disk.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(file):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(folder))
+    finally:
+        os.close(file)
+
+
+def write_marker(path: Path, content: Any, *, fsync: bool) -> None:
+    """Write a marker; with `fsync`, once everything that it stands for is on the disk."""
+    if fsync:
+        sync_filesystem(path.parent)
+    write_json(path, content)
 
 
 def read_json(path: Path) -> Any:

@@ -13,17 +13,15 @@ import zarr
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK, write_array
-from streamfisher.store.durable import read_json, write_json
+from streamfisher.store.durable import read_json, write_marker
+from streamfisher.store.gram_parts import GramParts
 from streamfisher.store.integrity import check_layout, chunk_digest, require_inside
 from streamfisher.store.moments import MomentStore
 from streamfisher.store.names import node_name
-from streamfisher.store.parts import GramParts
 
 
 class GramStore(GramParts, MomentStore):
     """What a `RunStore` does with Grams."""
-
-    chunk_rows: int
 
     def grams_done(self, settings: Mapping[str, Any]) -> set[str]:
         """Return the keys whose Gram exists for all samples and was made with `settings`."""
@@ -62,7 +60,7 @@ class GramStore(GramParts, MomentStore):
         content["files"] = chunk_digest(self.path / "gram" / node)
         if mean_products is not None:
             content["mean_crc32c"] = codecs.checksum(mean_products)
-        write_json(self._marker_path(key), content)
+        write_marker(self._marker_path(key), content, fsync=self.fsync)
 
     def read_gram(self, key: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Return one Gram (N, N) float64 and, for centered rows, its products with the mean (N + 1,).

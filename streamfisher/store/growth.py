@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from streamfisher.errors import RunMismatchError
 from streamfisher.samples import Unit, make_units
-from streamfisher.store.durable import write_json
+from streamfisher.store.durable import write_json, write_marker
 from streamfisher.store.layout import MANIFEST_COPY
 from streamfisher.store.manifest import Manifest, differences
 from streamfisher.store.names import node_name
@@ -81,7 +81,7 @@ def grow_run(store: RunStore, manifest: Manifest) -> RunStore:
     if store.n_samples % store.chunk_rows:
         store.forget_unit(store.units[-1])
     grown = dataclasses.replace(store.manifest, data=manifest.data).to_dict()
-    write_json(store.path / "manifest.json", grown)
+    write_marker(store.path / "manifest.json", grown, fsync=store.fsync)
     write_json(store.path / MANIFEST_COPY, grown)
     return RunStore(store.path)
 

@@ -12,7 +12,7 @@ from streamfisher.config import parse_dtype
 from streamfisher.errors import CorruptRunError, RunError
 from streamfisher.samples import make_units
 from streamfisher.store import codecs
-from streamfisher.store.durable import write_json
+from streamfisher.store.durable import write_json, write_marker
 from streamfisher.store.manifest import Manifest
 from streamfisher.store.names import node_name
 
@@ -75,7 +75,7 @@ def create_run(path: Path, manifest: Manifest) -> None:
         _create_mean_arrays(root, manifest)
     root.require_group("gram")
     write_json(path / MANIFEST_COPY, manifest.to_dict())
-    write_json(path / "manifest.json", manifest.to_dict())
+    write_marker(path / "manifest.json", manifest.to_dict(), fsync=bool(manifest.config.get("fsync")))
 
 
 def check_free(path: Path) -> None:

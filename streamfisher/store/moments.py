@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import zarr
 
@@ -12,18 +9,14 @@ from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.moment import Moment
 from streamfisher.store import codecs
 from streamfisher.store.arrays import write_array
-from streamfisher.store.durable import read_json, write_json
+from streamfisher.store.durable import read_json, write_marker
 from streamfisher.store.integrity import require_inside
 from streamfisher.store.names import node_name
+from streamfisher.store.part import StorePart
 
 
-class MomentStore:
+class MomentStore(StorePart):
     """What a `RunStore` does with moments."""
-
-    path: Path
-    n_samples: int
-    parameters: dict[str, int]
-    mean: Any  # a method of `RunStore`
 
     def write_moment(self, name: str, moment: Moment) -> None:
         """Write the second moment and, as a last row, the sum of a parameter's rows: (P + 1, P); then the marker."""
@@ -32,7 +25,7 @@ class MomentStore:
         marker.unlink(missing_ok=True)
         write_array(self.path, f"moment/{node_name(name)}", values, ("row", f"element of {name}"), {"parameter": name})
         facts = {"n_samples": self.n_samples, "count": moment.count, "crc32c": codecs.checksum(values)}
-        write_json(marker, facts)
+        write_marker(marker, facts, fsync=self.fsync)
 
     def read_moment(self, name: str) -> Moment | None:
         """Return the second moment of a parameter's valid rows; `None` where there is none for all samples.

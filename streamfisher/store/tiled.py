@@ -17,7 +17,7 @@ import zarr
 from streamfisher.errors import CorruptRunError
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK
-from streamfisher.store.durable import read_json, write_json
+from streamfisher.store.durable import read_json, write_json, write_marker
 from streamfisher.store.layout import TILE
 from streamfisher.store.names import node_name
 from streamfisher.store.run_store import RunStore
@@ -97,7 +97,7 @@ class StoredTiles:
         if tile.row != tile.column:
             array[tile.columns, tile.rows] = values.T
         products = finished.mean_products
-        write_json(
+        write_marker(
             self._folder(key) / f"{tile.key}.json",
             {
                 "rows": [tile.rows.start, tile.rows.stop],
@@ -105,6 +105,7 @@ class StoredTiles:
                 "crc32c": codecs.checksum(values),
                 **({} if products is None else {"mean_products": products.tolist()}),
             },
+            fsync=self.store.fsync,
         )
         return change
 
@@ -116,7 +117,8 @@ class StoredTiles:
             ]
             self.store.write_mean_products(key, np.array([v for part in parts for v in part[:-1]] + [parts[0][-1]]))
         marker = {"settings": self.settings, "n_samples": self.store.n_samples, "tiles": self.size}
-        write_json(self.store.path / "done" / f"gram-{node_name(key)}.json", marker)
+        path = self.store.path / "done" / f"gram-{node_name(key)}.json"
+        write_marker(path, marker, fsync=self.store.fsync)
 
     def _folder(self, key: str) -> Path:
         return self.store.path / "done" / f"tiles-{node_name(key)}"

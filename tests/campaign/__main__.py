@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from campaign.workers import import_everything
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _faults(folder: Path, arguments: argparse.Namespace) -> list:
-    from campaign.fault_campaign import Campaign, plain, table
+    from campaign.fault_campaign import Campaign, table
     from campaign.faults import Disk
 
     disk = None
@@ -62,15 +63,19 @@ def _faults(folder: Path, arguments: argparse.Namespace) -> list:
         cases = [case for case in cases if arguments.only in (None, case.kind)]
         for number, case in enumerate(cases):
             campaign.run(case)
+            _save(cases[: number + 1], arguments)
             print(f"{number + 1}/{len(cases)} {case.kind}, {case.stage}: {case.ended}", file=sys.stderr, flush=True)
     finally:
         if disk is not None:
             disk.unmount()
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(plain(cases), indent=1))
     print(f"Disk faults: {'a mounted filesystem' if disk else 'injected errors'}")
     print(table(cases))
     return cases
+
+
+def _save(cases: Sequence[Any], arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps([asdict(case) for case in cases], indent=1))
 
 
 def _corruption(folder: Path, arguments: argparse.Namespace) -> list:
@@ -80,12 +85,11 @@ def _corruption(folder: Path, arguments: argparse.Namespace) -> list:
     cases = campaign.draw(arguments.cases, arguments.seed)
     for number, case in enumerate(cases):
         campaign.run(case, arguments.seed + number)
+        _save(cases[: number + 1], arguments)
         found = "named" if case.named else "not named"
         print(
             f"{number + 1}/{len(cases)} {case.operation} {case.path} {case.other}: {found}", file=sys.stderr, flush=True
         )
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps([asdict(case) for case in cases], indent=1))
     print(table(cases))
     return cases
 

@@ -12,7 +12,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from campaign import faults
@@ -78,7 +78,8 @@ _ENDINGS = {
     "SIGINT": {130, 0},
     "SIGUSR1": {138, 0},
     "exception in the model": {1, 2},
-    "no more memory": {5, 0, 1, -signal.SIGABRT, -signal.SIGSEGV},  # 1, SIGABRT, SIGSEGV: native code gave up
+    # 1, SIGABRT, SIGSEGV: native code gave up; SIGKILL: a thread could not start and the process never ended
+    "no more memory": {5, 0, 1, -signal.SIGABRT, -signal.SIGSEGV, -signal.SIGKILL},
 }
 _OTHER_ENDINGS = {0, 2, 4, 5}
 
@@ -230,6 +231,7 @@ class Campaign:
                 self.folder / "printed",
                 before=watch.install if watch else lambda: None,
                 kill_after=kill_after,
+                patience=30.0 if case.kind == "no more memory" else None,
             )
         finally:
             self._mend(run)
@@ -330,8 +332,3 @@ def table(cases: Sequence[Case]) -> str:
         survived = sum(not case.wrong for case in of_kind)
         lines.append(f"| {kind} | " + " | ".join(counts) + f" | {len(of_kind)} | {survived} |")
     return "\n".join(lines)
-
-
-def plain(cases: Sequence[Case]) -> list[dict[str, object]]:
-    """Return the cases as plain JSON values."""
-    return [asdict(case) for case in cases]

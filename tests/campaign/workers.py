@@ -68,6 +68,7 @@ def fork(
     *,
     before: Callable[[], None] = lambda: None,
     kill_after: float | None = None,
+    patience: float | None = None,
 ) -> Ending:
     """Run `command` in a forked process and say how it ended.
 
@@ -76,6 +77,7 @@ def fork(
         output: file for what it prints.
         before: called in the new process first.
         kill_after: seconds after which it gets SIGKILL.
+        patience: seconds after which it is given up and killed; `None`: 300, and giving it up is an error.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -100,12 +102,16 @@ def fork(
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(process, signal.SIGKILL)
-    status = wait(process, 120)
+    status = wait(process, patience or 300.0)
+    if status is None and patience is None:
+        raise TimeoutError(f"a command of the campaign did not end: {output.read_text(errors='replace')[-2000:]}")
+    if status is None:
+        return Ending(-signal.SIGKILL, "it did not end and was killed")
     return Ending(os.waitstatus_to_exitcode(status), output.read_text(errors="replace"))
 
 
-def wait(process: int, seconds: float) -> int:
-    """Return the status of a process that ends within `seconds`, and kill it where it does not."""
+def wait(process: int, seconds: float) -> int | None:
+    """Return the status of a process that ends within `seconds`; `None` where it did not and was killed."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found, status = os.waitpid(process, os.WNOHANG)
@@ -114,7 +120,7 @@ def wait(process: int, seconds: float) -> int:
         time.sleep(0.002)
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    raise TimeoutError(f"a command of the campaign did not end within {seconds:.0f} s")
+    return None
 
 
 def streamfisher(arguments: Sequence[object], *, pictures: bool = False) -> Callable[[], int]:

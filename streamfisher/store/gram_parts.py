@@ -15,15 +15,11 @@ from streamfisher.store.arrays import create_array, write_array
 from streamfisher.store.durable import read_json
 from streamfisher.store.integrity import require_inside
 from streamfisher.store.names import node_name
+from streamfisher.store.part import StorePart
 
 
-class GramParts:
+class GramParts(StorePart):
     """What a `RunStore` does with parts of Grams."""
-
-    path: Path
-    n_samples: int
-    centered: bool
-    gram_members: dict[str, list[str]]  # Gram key -> the parameters it sums over
 
     def create_gram(self, key: str, chunk: int, settings: Mapping[str, Any]) -> None:
         """Lay out a Gram that is going to be written tile by tile."""
