@@ -219,13 +219,6 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
         )
     else:
         model = _loaded(options, config, device)
-<<<<<<< HEAD
-    if weights is None and new and state.is_main_process and not arguments.quiet:
-        from streamfisher.plan_notice import plan_notice
-
-        print(plan_notice(model, source, options), file=sys.stderr)
-=======
->>>>>>> main
     run = collect(
         model,
         source,

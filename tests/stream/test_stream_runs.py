@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from stream.stream_models import assert_same_bits, model_and_batches, ordinary_rows, streamed_rows
 
 import streamfisher as sf
-from streamfisher.errors import ConfigError, ModelError
+from streamfisher.errors import CapacityError, ConfigError, ModelError
+from streamfisher.stream.engine import StreamEngine
 from streamfisher.stream.skeleton import load_skeleton, skeleton_is_needed
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "stream_7b"
@@ -34,6 +35,24 @@ def config(**options):
 def whole_batch(name, n=10):
     model, batches, _ = model_and_batches(name, n, n)
     return model, batches[0]
+
+
+def test_fewer_boundaries_are_kept_where_the_disk_is_small(tmp_path):
+    model, samples = whole_batch("Llama")
+    plain = sf.collect(model, samples, tmp_path / "plain", config=config())
+    small = config(stream="layers", disk_budget=140_000)
+    thinned = sf.collect(model, samples, tmp_path / "thinned", config=small)
+    assert np.array_equal(plain.spectrum().global_.eigenvalues, thinned.spectrum().global_.eigenvalues)
+
+
+def test_a_disk_without_room_for_boundaries_is_refused(tmp_path):
+    model, batches, loss = model_and_batches("Llama")
+    with StreamEngine(model, loss) as engine:
+        engine.probe(batches[0])
+        engine.thin_boundaries(4 * 7 * 64 * 10, 7 * 10)
+        assert engine.stream.forward_stream.keep_every == 2
+        with pytest.raises(CapacityError, match=r"one boundary between layers take 4.48 kB for all samples"):
+            engine.thin_boundaries(5000, 7 * 10)
 
 
 def saved(model, folder):
