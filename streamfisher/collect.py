@@ -140,7 +140,7 @@ def collect(
                 store.write_fields(found.fields)
             if config.store_centered:
                 mean_pass(store, engine, found, config, ranks, progress=progress)
-            stream = StreamedRun(engine, store, found, ranks) if streamed else None
+            stream = StreamedRun(engine, store, found, ranks, config.disk_budget) if streamed else None
             _waves(store, engine, found, config, ranks, stream, progress=progress)
     return Run(path)
 

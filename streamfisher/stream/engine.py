@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamfisher.errors import CaptureError, StreamError
+from streamfisher.config import format_bytes
+from streamfisher.errors import CapacityError, CaptureError, StreamError
 from streamfisher.gradients.engine import BatchGradients
 from streamfisher.gradients.factors import FactorPair
 from streamfisher.gradients.probe import TOLERANCE
@@ -53,6 +54,12 @@ class UnitBatches(Mapping[int, dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._ranges)
+
+    @property
+    def padded_tokens(self) -> int:
+        """The padded tokens of all batches."""
+        lengths = self.found.lengths
+        return sum(len(where) * max(lengths[number] for number in where) for where in self._ranges.values())
 
     def only(self, units: Sequence[Unit]) -> UnitBatches:
         """Return the batches of some of the units."""
@@ -178,6 +185,26 @@ class StreamEngine:
         """
         self.stream.use_boundaries(Boundaries(folder, durable=True))
         self.stream.forward_stream.after_batch = after_batch
+
+    def thin_boundaries(self, limit: int, n_tokens: int) -> None:
+        """Keep as many boundaries as fit.
+
+        Args:
+            limit: bytes for all batches.
+            n_tokens: padded tokens of all batches.
+
+        Raises:
+            CapacityError: not even two fit: one that is kept and the gradient that goes down.
+        """
+        each = self.stream.boundary_bytes(n_tokens)
+        fits = limit // max(each, 1) - 1
+        if fits < 1:
+            raise CapacityError(
+                f"the hidden states at one boundary between layers take {format_bytes(each)} for all samples, with "
+                f"their gradient {format_bytes(2 * each)}, and {format_bytes(limit)} of the disk are for them. Give or "
+                "free more disk, or take fewer samples."
+            )
+        self.stream.forward_stream.keep_every = -(-len(self.stream.segments) // fits)
 
     def begin_wave(self, names: Collection[str], batches: UnitBatches) -> None:
         """Make ready for the pass of a wave: everything it needs of these batches is there afterwards."""

@@ -22,6 +22,7 @@ from streamfisher.gradients.report import ProbeReport
 from streamfisher.gradients.state import as_it_was, without_fast_paths, without_parameter_hooks
 from streamfisher.losses import PerSampleLoss
 from streamfisher.offload import working_device
+from streamfisher.samples import padded_tokens
 from streamfisher.shapes import GradientShape
 from streamfisher.stream.backward import LOSSES, TARGETS, DamagedGradient, OpenSegment, grad_at, passed, segment_loss
 from streamfisher.stream.boundaries import MISSING, Boundaries
@@ -30,7 +31,7 @@ from streamfisher.stream.replay import grad_name, value_name
 from streamfisher.stream.routing import Names, patterns
 from streamfisher.stream.segments import Segment, Stack
 from streamfisher.stream.shell import Shell
-from streamfisher.stream.study import Study
+from streamfisher.stream.study import Study, few_samples
 from streamfisher.stream.weights import Resident
 
 
@@ -136,6 +137,7 @@ class LayerStream:
             raise CaptureError("Use the LayerStream in a with statement, which restores the model at its end.")
         study = Study(self.shell, self.selection, self.loss, self.weights, self._make_engine, self.device, self.memory)
         stack, names, found = study.run(batch, probe=report is None)
+        self._traced_tokens = padded_tokens(few_samples(batch))
         self.shapes = [study.shapes[name] for name in names.names if name in study.shapes]
         self.activations = study.activations
         self.report = found or report
@@ -150,6 +152,15 @@ class LayerStream:
         self.boundaries = boundaries
         if self._parts is not None:
             self._parts[2].boundaries = boundaries
+
+    def boundary_bytes(self, n_tokens: int) -> int:
+        """Return the bytes of the largest boundary between layers, for so many padded tokens."""
+        stack = self._studied[0]
+        kept = stack.kept()
+        sizes = [
+            sum(stack.trace.values[key].nbytes for key in segment.outputs if key in kept) for segment in stack.layers
+        ]
+        return max(sizes) * n_tokens // self._traced_tokens
 
     def forward(self, batches: Batches) -> None:
         """Fill the boundaries of all batches, layer by layer; what is there already is not made again."""

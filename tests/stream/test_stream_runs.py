@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from stream.stream_models import assert_same_bits, model_and_batches, ordinary_rows, streamed_rows
 
 import streamfisher as sf
-from streamfisher.errors import ConfigError, ModelError
+from streamfisher.errors import CapacityError, ConfigError, ModelError
+from streamfisher.stream.engine import StreamEngine
 from streamfisher.stream.skeleton import load_skeleton, skeleton_is_needed
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "stream_7b" / "make_checkpoint.py"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "stream_7b"
 
 
 def config(**options):
@@ -34,6 +35,24 @@ def config(**options):
 def whole_batch(name, n=10):
     model, batches, _ = model_and_batches(name, n, n)
     return model, batches[0]
+
+
+def test_fewer_boundaries_are_kept_where_the_disk_is_small(tmp_path):
+    model, samples = whole_batch("Llama")
+    plain = sf.collect(model, samples, tmp_path / "plain", config=config())
+    small = config(stream="layers", disk_budget=140_000)
+    thinned = sf.collect(model, samples, tmp_path / "thinned", config=small)
+    assert np.array_equal(plain.spectrum().global_.eigenvalues, thinned.spectrum().global_.eigenvalues)
+
+
+def test_a_disk_without_room_for_boundaries_is_refused(tmp_path):
+    model, batches, loss = model_and_batches("Llama")
+    with StreamEngine(model, loss) as engine:
+        engine.probe(batches[0])
+        engine.thin_boundaries(4 * 7 * 64 * 10, 7 * 10)
+        assert engine.stream.forward_stream.keep_every == 2
+        with pytest.raises(CapacityError, match=r"one boundary between layers take 4.48 kB for all samples"):
+            engine.thin_boundaries(5000, 7 * 10)
 
 
 def saved(model, folder):
@@ -160,11 +179,17 @@ def test_settings_that_need_the_whole_model_are_refused(tmp_path, options, messa
         sf.collect(model, samples, tmp_path / "run", config=config(stream="layers", **options))
 
 
-def example_checkpoint(folder):
-    spec = importlib.util.spec_from_file_location("make_checkpoint", EXAMPLE)
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.main([str(folder), "--layers", "2", "--hidden", "256", "--vocabulary", "1300", "--shard", "2e6"])
+    return module
+
+
+def example_checkpoint(folder):
+    example("make_checkpoint").main(
+        [str(folder), "--layers", "2", "--hidden", "256", "--vocabulary", "1300", "--shard", "2e6"]
+    )
     return folder
 
 
@@ -207,6 +232,9 @@ def test_the_example_at_a_small_scale(checkpoint, undisturbed, tmp_path):
         for name, columns in rows.parameters.items()
     )
     assert one["global"]["trace"] == pytest.approx(squares / 12, rel=1e-5)
+    found = example("check_layer").main([str(undisturbed), str(checkpoint), str(TEXT)])
+    assert len(found) == 4
+    assert max(found.values()) < 1e-5
 
 
 def start(checkpoint, out):
