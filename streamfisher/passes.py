@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
@@ -33,33 +34,17 @@ def row_pass(
     progress: bool,
 ) -> None:
     """Write the gradients of one wave of every unit that has no marker; returns when all ranks are done."""
-    together = is_sharded(engine.model)
     name = "gradients" if len(store.waves) == 1 else f"wave {wave + 1} of {len(store.waves)}"
-    claims = Claims(ranks, name, store.todo(stage_of(wave)), store.units, together=together)
+    claims = Claims(ranks, name, store.todo(stage_of(wave)), store.units, together=is_sharded(engine.model))
     captured = wave_capture(store, wave)
     mean = {name: store.mean(name, 0, columns) for name, columns in store.parameters.items()} if store.centered else {}
-    batch_tokens = store.batch_tokens
-    guard = SharedGuard(engine, found, config, claims.units, ranks, captured.names, batch_tokens) if together else None
     with _bar(claims, store, progress) as bar:
-        records = gradient_units(
-            engine,
-            found,
-            claims,
-            config,
-            captured=captured,
-            batch_tokens=batch_tokens,
-            after_batch=ranks.alive,
-            shared_guard=guard,
-        )
-        for record in records:
+        for record in _records(store, engine, found, config, ranks, claims, captured):
             if mean:
                 record = _subtract(record, mean)
             rows = {name: values.cpu() for name, values in record.rows.items()}
             store.write_unit(dataclasses.replace(record, rows=rows, wave=wave))
             bar.done(record.unit, int(record.n_targets.sum()), _bytes_of(record, rows, store))
-        if guard is not None:
-            idle = idle_batches(claims.units, found.lengths, batch_tokens, ranks.index, ranks.count)
-            idle_passes(engine, found, config, captured, idle, guard)
         ranks.wait("for the other ranks' gradients")
     give_back()
 
@@ -70,33 +55,44 @@ def mean_pass(
     """Add up the rows of every unit in float64; the mean is their sum over the valid samples."""
     if ranks.share("the mean", (store.path / "done" / "mean.json").is_file()):
         return
-    together = is_sharded(engine.model)
-    claims = Claims(ranks, "mean", store.todo("mean"), store.units, together=together)
+    claims = Claims(ranks, "mean", store.todo("mean"), store.units, together=is_sharded(engine.model))
     captured = Captured(list(store.parameters))
-    batch_tokens = store.batch_tokens
-    guard = SharedGuard(engine, found, config, claims.units, ranks, captured.names, batch_tokens) if together else None
     with _bar(claims, store, progress) as bar:
-        records = gradient_units(
-            engine,
-            found,
-            claims,
-            config,
-            captured=captured,
-            batch_tokens=batch_tokens,
-            after_batch=ranks.alive,
-            shared_guard=guard,
-        )
-        for record in records:
+        for record in _records(store, engine, found, config, ranks, claims, captured):
             sums = {name: rows.sum(dim=0, dtype=torch.float64).cpu().numpy() for name, rows in record.rows.items()}
             store.write_mean_part(record.unit, sums, len(record.unit) - len(record.skipped))
             bar.done(record.unit, int(record.n_targets.sum()), 8 * sum(store.parameters.values()))
-        if guard is not None:
-            idle = idle_batches(claims.units, found.lengths, batch_tokens, ranks.index, ranks.count)
-            idle_passes(engine, found, config, captured, idle, guard)
         ranks.wait("for the other ranks' part of the mean")
     if ranks.is_main:
         store.finish_mean()
     ranks.wait("for the mean")
+
+
+def _records(
+    store: RunStore,
+    engine: GradientEngine,
+    found: Survey,
+    config: SpectralConfig,
+    ranks: Ranks,
+    claims: Claims,
+    captured: Captured,
+) -> Iterator[UnitRecord]:
+    """Yield the gradients of the units that this rank claims; with sharded weights, go along with the others' too."""
+    names, batch_tokens = captured.names, store.batch_tokens
+    guard = SharedGuard(engine, found, config, claims.units, ranks, names, batch_tokens) if claims.together else None
+    yield from gradient_units(
+        engine,
+        found,
+        claims,
+        config,
+        captured=captured,
+        batch_tokens=batch_tokens,
+        after_batch=ranks.alive,
+        shared_guard=guard,
+    )
+    if guard is not None:
+        idle = idle_batches(claims.units, found.lengths, batch_tokens, ranks.index, ranks.count)
+        idle_passes(engine, found, config, captured, idle, guard)
 
 
 def wave_capture(store: RunStore, wave: int) -> Captured:

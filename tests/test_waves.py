@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from rank_processes import bytes_of, command, finished, launch, wait_for
 from test_factors import llama, sequences
 
 import streamfisher as sf
@@ -225,3 +226,24 @@ def test_waves_are_as_few_as_fit_in_the_order_of_the_model():
     assert [wave.parameters for wave in waves] == [("a", "b"), ("c", "d"), ("e",)]
     memory = sizes(shapes).of(["a"]).memory
     assert len(cut_waves(sizes(shapes), WaveLimits(disk=1 << 40, memory=memory))) == 5
+
+
+#: Of the Grams of 30 samples and 4 parameters, and of half of their rows.
+TIGHT = ["--disk-budget", str(8 * 30**2 * 4 + 2000)]
+
+
+@pytest.mark.slow
+def test_waves_of_several_ranks_that_were_killed_have_the_bytes_of_one(tmp_path):
+    whole, one, out = tmp_path / "whole.zarr", tmp_path / "one.zarr", tmp_path / "run.zarr"
+    finished(launch(1, command(whole), 0, SECONDS="0"))
+    finished(launch(1, command(one, "slow", "thirty_vectors", *TIGHT), 0, SECONDS="0"))
+    arguments = command(out, "slow", "thirty_vectors", *TIGHT)
+    process = launch(2, arguments, 29541, SECONDS="0.02")
+    wait_for(lambda: any((out / "done").glob("rows.1-*.json")))
+    process.kill()
+    process.communicate(timeout=60)
+    finished(launch(3, arguments, 29542, SECONDS="0"))
+    assert len(sf.open_run(out).store.waves) == 3
+    assert bytes_of(out) == bytes_of(one)
+    same = {path: content for path, content in bytes_of(whole).items() if path.startswith(("gram/", "samples/"))}
+    assert same == {path: content for path, content in bytes_of(out).items() if path.startswith(("gram/", "samples/"))}
