@@ -72,7 +72,7 @@ def mean_pass(
         return
     together = is_sharded(engine.model)
     claims = Claims(ranks, "mean", store.todo("mean"), store.units, together=together)
-    captured = Captured(list(store.parameters))
+    captured = Captured(list(store.parameters), columns=store.parameters)
     batch_tokens = store.batch_tokens
     guard = SharedGuard(engine, found, config, claims.units, ranks, captured.names, batch_tokens) if together else None
     with _bar(claims, store, progress) as bar:
@@ -104,7 +104,7 @@ def wave_capture(store: RunStore, wave: int) -> Captured:
     names = store.waves[wave]
     factored = [name for name in names if store.representation(name) == "factors"]
     dense = [name for name in names if store.representation(name) == "dense"]
-    return Captured(dense, factored, partial(store.write_factors, wave=wave))
+    return Captured(dense, factored, partial(store.write_factors, wave=wave), store.parameters)
 
 
 def _bytes_of(record: UnitRecord, rows: dict[str, Tensor], store: RunStore) -> int:
