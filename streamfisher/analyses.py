@@ -14,13 +14,15 @@ from streamfisher.blocks import assign_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.directions import Eigenvectors
 from streamfisher.eigenvectors import compute_eigenvectors
+from streamfisher.error_bars import with_error_bars
+from streamfisher.errors import RunError
 from streamfisher.partial import PartialGrams
 from streamfisher.reduction.granularity import check_grouping
 from streamfisher.selection import Normalization, SampleChoice, select
 from streamfisher.solving.density import Scale, SpectralDensity
 from streamfisher.solving.solve import RowPrecision
 from streamfisher.spectrum import Spectrum
-from streamfisher.store import RunStore
+from streamfisher.store import Manifest, RunStore
 from streamfisher.uncertainty import Growth, grow
 from streamfisher.uncertainty import bootstrap as resample
 
@@ -29,6 +31,7 @@ class Analyses:
     """The part of `Run` that answers questions; `Run` brings the store and builds the Grams."""
 
     store: RunStore
+    manifest: Manifest
     config: SpectralConfig
     parameters: Any  # a property of `Run`: {parameter name: number of elements}
     n_samples: Any  # a property of `Run`: N
@@ -107,6 +110,21 @@ class Analyses:
             else lambda name: None,
         )
 
+    def require_exact(self, what: str, config: SpectralConfig | None = None) -> None:
+        """Refuse what projected gradients or drawn columns cannot give.
+
+        Raises:
+            RunError: the run was collected with projections, or Grams are of drawn columns.
+        """
+        if self.config.project is not None:
+            raise RunError(
+                f"{self.store.path} was collected with --project {self.config.project}: its gradients are random "
+                f"projections, and {what} cannot be had from them. Collect another run without --project."
+            )
+        drawn = (config or self.config).max_params_per_block
+        if drawn is not None:
+            raise RunError(f"{self.store.path}: max_params_per_block={drawn} draws columns, and {what} takes all.")
+
     def spectrum(
         self,
         block_structure: str | Mapping[str, str] | None = None,
@@ -118,6 +136,7 @@ class Analyses:
         normalization: Normalization = "samples",
         partial: bool = False,
         bootstrap: int = 0,
+        exact: bool = False,
         config: SpectralConfig | None = None,
         progress: bool = False,
     ) -> Spectrum:
@@ -132,15 +151,19 @@ class Analyses:
             normalization: by 'samples' or 'tokens'.
             partial: accept an unfinished run.
             bootstrap: how many resamples to draw for intervals of all metrics, see `uncertainty`; 0 means none.
+            exact: refuse where eigenvalues would be estimates.
             config: solver and Gram options.
             progress: show a bar while Grams are built.
 
         Raises:
+            RunError: `exact` is asked for and the run holds projections, or columns are drawn.
             StreamfisherError: as `block_grams`.
         """
+        if exact:
+            self.require_exact("an exact spectrum", config)
         options = {"weights": weights, "normalization": normalization, "partial": partial}
         found = self.block_grams(block_structure, center, samples, **options, config=config, progress=progress)
-        spectrum = found.spectrum(top_k)
+        spectrum = with_error_bars(self.manifest, self.store, found, found.spectrum(top_k))
         if bootstrap:
             spectrum = dataclasses.replace(
                 spectrum, bootstrap=resample(found, spectrum, bootstrap, seed=found.config.seed)
@@ -234,5 +257,6 @@ class Analyses:
         Raises:
             StreamfisherError: as `eigenvectors.compute_eigenvectors`.
         """
+        self.require_exact("eigenvectors", options.get("config"))
         found = self.block_grams(block_structure, center, **options)
         return compute_eigenvectors(self.store, found, block, top, overwrite=overwrite, progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ class Run(Analyses):
     @property
     def parameters(self) -> dict[str, int]:
         """Return `{parameter name: number of elements}` of the captured parameters."""
-        return dict(self.store.parameters)
+        return {item["name"]: math.prod(item["shape"]) for item in self.manifest.parameters}
 
     @property
     def losses(self) -> np.ndarray:
@@ -160,6 +161,7 @@ class Run(Analyses):
             "gradients_deleted": [name for name in self.parameters if store.is_deleted(name)],
             "factored_parameters": [name for name in self.parameters if store.representation(name) == "factors"],
             "total_params": sum(self.parameters.values()),
+            "projected_parameters": [name for name, size in self.parameters.items() if store.parameters[name] < size],
             "bytes_on_disk": store.bytes_on_disk(),
             "config": dict(self.manifest.config),
             "model": dict(self.manifest.model),

@@ -117,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_analysis_options(spectrum)
     add_cluster_options(spectrum)
     add_selection_options(spectrum)
+    spectrum.add_argument("--exact", action="store_true", help="refuse a run whose eigenvalues are estimates")
     spectrum.add_argument("--out", default=None, help="write the spectrum to this JSON file")
 
     report = _command(commands, "report", _report, "a page about a stored run, or a picture of its eigenvalues")
@@ -291,7 +292,7 @@ def _spectrum(arguments: argparse.Namespace) -> int:
 
     run = open_run(arguments.run)
     options = read_run_options(arguments, base=run.config)
-    chosen = selection_options(arguments, run.n_samples, run)
+    chosen = {**selection_options(arguments, run.n_samples, run), "exact": arguments.exact}
     if arguments.out:
         check_target(Path(arguments.out))
     with dask_client(options.dask_scheduler):

@@ -28,6 +28,7 @@ from streamfisher.gradients import GradientEngine, ProbeReport
 from streamfisher.gradients.state import without_packing
 from streamfisher.memory import give_back
 from streamfisher.passes import mean_pass, row_pass
+from streamfisher.projection import Projection, projected
 from streamfisher.provisions import Provisions
 from streamfisher.ranks import Ranks, start_ranks
 from streamfisher.reduction.wave import is_reduced, reduce_wave, reopen_wave
@@ -178,7 +179,7 @@ def _waves(
 
 def make_engine(model: nn.Module, found: Survey, config: SpectralConfig) -> GradientEngine:
     """Return the gradient engine that `config` asks for; a context manager."""
-    return GradientEngine(
+    engine = GradientEngine(
         model,
         found.loss,
         include=config.include,
@@ -186,6 +187,10 @@ def make_engine(model: nn.Module, found: Survey, config: SpectralConfig) -> Grad
         dtype_compute=config.dtype_compute,
         deterministic=config.use_deterministic,
     )
+    if config.project is not None:
+        shapes = {name: info.shape for name, info in engine.parameters.items()}
+        engine.projection = Projection(config.project, config.seed, shapes)
+    return engine
 
 
 def stream_engine(model: nn.Module, found: Survey, config: SpectralConfig, weights: Resident | None) -> StreamEngine:
@@ -242,7 +247,7 @@ def _create_or_resume(
     if progress:
         tqdm.write(report.summary())
     provided = provisions.provide(
-        shapes,
+        projected(shapes, config.project),
         found.lengths,
         config,
         path,
@@ -296,6 +301,8 @@ def make_manifest(
     store_dtype = config.dtype_store or engine.row_dtype
     itemsize = torch.finfo(store_dtype).bits // 8
     n = len(found.samples)
+    projection = engine.projection if isinstance(engine, GradientEngine) else None
+    columns = {} if projection is None else projection.columns
     return Manifest(
         config=config.to_dict(),
         identity=config.identity(),
@@ -305,7 +312,8 @@ def make_manifest(
                 "name": info.name,
                 "shape": list(info.shape),
                 "dtype": dtype_name(info.dtype),
-                "chunk_columns": chunk_columns(info.numel, n, config.chunk_size, itemsize),
+                **({"columns": columns[info.name]} if info.name in columns else {}),
+                "chunk_columns": chunk_columns(columns.get(info.name, info.numel), n, config.chunk_size, itemsize),
             }
             for info in engine.parameters.values()
         ],

@@ -149,7 +149,8 @@ def compare(
     overlaps = []
     for (i, a), (j, b) in itertools.pairwise(enumerate(opened)):
         for key in shared if top else ():
-            if _same_parameters(grams[i], grams[j], key) and not opened[i].config.max_params_per_block:
+            estimated = opened[i].config.max_params_per_block or a.config.project or b.config.project
+            if _same_parameters(grams[i], grams[j], key) and not estimated:
                 found = subspace_overlap(a, b, grams[i], grams[j], key, top)
                 if found is not None:
                     overlaps.append(Overlap(key, (names[i], names[j]), *found))

@@ -51,6 +51,7 @@ IDENTITY_FIELDS = (
     "bitround",
     "store_centered",
     "representation",
+    "project",
     "gram_per",
     "on_nonfinite",
     "use_deterministic",
@@ -125,6 +126,7 @@ class SpectralConfig:
     store_path: str | None = None  # folder for storage_mode='streaming'; None: a temporary one
     store_centered: bool = False  # write centered gradient chunks (a mean pass first)
     representation: HeldAs = "auto"  # 'dense' rows, 'factors' of linear layers, or of each parameter the smaller
+    project: int | None = None  # numbers of a row: larger gradients are projected at random; None: exact
     keep_gradients: tuple[str, ...] | None = None  # 'all', 'none' or glob patterns; None: all, unless there are waves
     gram_per: GramPer = "parameter"  # one Gram for each; 'layer-module', 'layer', 'all': fewer, for large N
     codec: Codec = "blosc-lz4"
@@ -174,13 +176,18 @@ class SpectralConfig:
         self._check_choice("dtype_eigensolve", (torch.float32, torch.float64))
         for field in ("chunk_size", "batch_tokens", "top_k_eigenvalues", "rank_timeout"):
             self._check_integer(field, 1)
-        for field in ("max_length", "max_params_per_block", "n_workers", "tokens_per_sequence"):
+        for field in ("max_length", "max_params_per_block", "n_workers", "tokens_per_sequence", "project"):
             if getattr(self, field) is not None:
                 self._check_integer(field, 1)
         if self.tokens_per_sequence is not None and self.sample_unit != "token":
             raise ConfigError(
                 f"tokens_per_sequence={self.tokens_per_sequence} draws tokens and sample_unit is "
                 f"{self.sample_unit!r}; set sample_unit='token'."
+            )
+        if self.project is not None and self.representation == "factors":
+            raise ConfigError(
+                f"project={self.project} makes rows of at most {self.project} numbers, and representation='factors' "
+                "keeps what rows are made of; leave out --project, or take representation='auto'."
             )
         self._check_integer("seed", 0)
         self._check_integer("guard_every", 0)

@@ -22,7 +22,7 @@ from streamfisher.blocks import assign_blocks, group_blocks
 from streamfisher.collect import collect, make_engine, make_manifest
 from streamfisher.config import SpectralConfig
 from streamfisher.determinism import deterministic
-from streamfisher.errors import DataError
+from streamfisher.errors import ConfigError, DataError
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.gram import MemoryRows
 from streamfisher.samples import Samples, make_units
@@ -79,6 +79,11 @@ class FisherSpectral:
             block_structure=self.config.block_structure if block_structure is None else block_structure,
             center_gradients=self.config.center_gradients if center_gradients is None else center_gradients,
         )
+        if config.project is not None and config.storage_mode != "streaming":
+            raise ConfigError(
+                f"project={config.project} makes a stored run smaller, and storage_mode={config.storage_mode!r} stores "
+                "none; set storage_mode='streaming', or leave project out."
+            )
         given = precomputed_gradients
         if given is None:
             given = getattr(self.gradient_cache, "per_sample_gradients", None) or None

@@ -283,6 +283,13 @@ def add_collection_options(parser: argparse.ArgumentParser) -> None:
         "--representation", default=None, help="dense rows, factors of linear layers, or auto (default): the smaller"
     )
     store.add_argument(
+        "--project",
+        type=int,
+        default=None,
+        metavar="K",
+        help="project larger gradients to K random numbers: an estimate, with error bars (default: exact)",
+    )
+    store.add_argument(
         "--disk-budget", default=None, metavar="SIZE", help="of the run, for example 200GB (default: what is free)"
     )
     store.add_argument(

@@ -56,7 +56,7 @@ def mean_pass(
     if ranks.share("the mean", (store.path / "done" / "mean.json").is_file()):
         return
     claims = Claims(ranks, "mean", store.todo("mean"), store.units, together=is_sharded(engine.model))
-    captured = Captured(list(store.parameters))
+    captured = Captured(list(store.parameters), columns=store.parameters)
     with _bar(claims, store, progress) as bar:
         for record in _records(store, engine, found, config, ranks, claims, captured):
             sums = {name: rows.sum(dim=0, dtype=torch.float64).cpu().numpy() for name, rows in record.rows.items()}
@@ -100,7 +100,7 @@ def wave_capture(store: RunStore, wave: int) -> Captured:
     names = store.waves[wave]
     factored = [name for name in names if store.representation(name) == "factors"]
     dense = [name for name in names if store.representation(name) == "dense"]
-    return Captured(dense, factored, partial(store.write_factors, wave=wave))
+    return Captured(dense, factored, partial(store.write_factors, wave=wave), store.parameters)
 
 
 def _bytes_of(record: UnitRecord, rows: dict[str, Tensor], store: RunStore) -> int:

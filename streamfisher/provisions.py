@@ -102,7 +102,7 @@ def provide(
     names = [shape.name for shape in shapes]
     n_grams = len(gram_keys(names, config.gram_per))
     gram_bytes = 8 * n_samples**2 * n_grams
-    means = 8 * sum(shape.numel for shape in shapes) * (len(make_units(n_samples, config.chunk_size)) + 1)
+    means = 8 * sum(shape.columns for shape in shapes) * (len(make_units(n_samples, config.chunk_size)) + 1)
     limits = WaveLimits(
         disk=_disk(config, path) - gram_bytes - (means if config.store_centered else 0),
         memory=int(memory - (activations * batch_tokens if config.memory_budget else 0)),

@@ -40,7 +40,7 @@ def choose_representation(
     sharers = Counter(key for shape in shapes for key in {side.key for pair in shape.pairs for side in pair})
     chosen: dict[str, Representation] = {}
     for shape in shapes:
-        as_factors = bool(shape.pairs)
+        as_factors = bool(shape.pairs) and shape.projected is None
         if choice == "auto":
             as_factors = as_factors and shape.numel >= SMALL
             as_factors = as_factors and _factor_share(shape, sharers) < shape.numel * row_itemsize
@@ -61,7 +61,7 @@ def sample_bytes(
     shapes: Sequence[GradientShape], chosen: Mapping[str, Representation], row_itemsize: int
 ) -> tuple[int, float]:
     """Return the bytes of one sample of these parameters: of its rows, and of its factors, what is shared once."""
-    rows = sum(shape.numel * row_itemsize for shape in shapes if chosen[shape.name] == "dense")
+    rows = sum(shape.columns * row_itemsize for shape in shapes if chosen[shape.name] == "dense")
     sides: dict[str, float] = {}
     for shape in shapes:
         if chosen[shape.name] == "factors":

@@ -28,11 +28,17 @@ class GradientShape:
     dtype: torch.dtype  # of the parameter in the model
     pairs: tuple[tuple[Factor, Factor], ...] = ()  # (L, R) of each use: g_i = sum_t L_it^T R_it; (): rows only
     positions: tuple[float, ...] = ()  # mean number of positions of a sample, of each use
+    projected: int | None = None  # numbers of a row that is projected; None: the row is exact
 
     @property
     def numel(self) -> int:
         """Return P_k."""
         return int(torch.Size(self.shape).numel())
+
+    @property
+    def columns(self) -> int:
+        """Return the numbers of a row as it is stored."""
+        return self.numel if self.projected is None else self.projected
 
 
 def shapes_of_batch(

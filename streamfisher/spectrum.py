@@ -59,6 +59,7 @@ class BlockSpectrum:
         None  # (r,) float64, |F v - lambda v|: an eigenvalue lies within it; None: all solved
     )
     solved_side: str = "samples"  # of the N x N matrix; 'parameters': of the P x P one
+    error_bars: dict[str, float | None] | None = None  # metric -> relative error of a projected run; None: exact
 
     @property
     def relative_errors(self) -> np.ndarray:
@@ -182,6 +183,8 @@ def _with_eigenvalues(block: BlockSpectrum) -> dict[str, Any]:
     found = block.metrics | {"eigenvalues": [float(value) for value in block.eigenvalues]}
     if block.residuals is not None:
         found["residuals"] = [float(value) for value in block.residuals]
+    if block.error_bars is not None:
+        found["error_bars"] = dict(block.error_bars)
     return found
 
 

@@ -33,6 +33,7 @@ class Captured:
     dense: Collection[str]  # parameters whose rows are formed
     factored: Collection[str] = ()  # parameters whose factors are kept instead
     write_factors: FactorWriter | None = None
+    columns: Mapping[str, int] | None = None  # numbers of a row; None: P
 
     @property
     def names(self) -> list[str]:
@@ -69,7 +70,7 @@ def gradient_units(
     captured = captured or Captured(list(engine.parameters))
     buffer: dict[str, Tensor] = {}
     for unit in units:
-        buffer = buffer or engine.allocate(min(config.chunk_size, len(found.samples)), captured.dense)
+        buffer = buffer or engine.allocate(min(config.chunk_size, len(found.samples)), captured.dense, captured.columns)
         numbers = range(unit.start, unit.stop)
         losses, targets = np.empty(len(unit)), np.empty(len(unit), dtype=np.int64)
         norms = {name: np.zeros(len(unit)) for name in captured.names}
@@ -137,7 +138,7 @@ def idle_passes(
     shared_guard: SharedGuard,
 ) -> None:
     """Take part in `count` passes of sharded weights without a batch of this rank: sample 0, whose rows are dropped."""
-    rows = engine.allocate(1, captured.dense) if count else {}
+    rows = engine.allocate(1, captured.dense, captured.columns) if count else {}
     for _ in range(count):
         batch = to_model(collate([found.samples[0]]), engine.model)
         if config.labels == "model":

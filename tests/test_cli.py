@@ -422,6 +422,7 @@ EVERY_OPTION = {
     "store_path": "elsewhere",
     "store_centered": True,
     "representation": "dense",
+    "project": 500,
     "keep_gradients": ["norm.*"],
     "gram_per": "layer",
     "codec": "zstd",

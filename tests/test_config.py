@@ -95,6 +95,7 @@ BAD = {
     "store_path": [3, True],
     "store_centered": ["yes", 0],
     "representation": ["rows", None],
+    "project": [0, -4, 2.5, "many", True],
     "keep_gradients": [3, [1], {"a": 1}],
     "gram_per": ["block", None],
     "stream": ["all", None, True],

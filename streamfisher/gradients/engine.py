@@ -6,7 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -39,6 +39,9 @@ from streamfisher.model_call import batch_size
 from streamfisher.offload import working_device
 from streamfisher.samples import padded_tokens
 from streamfisher.shapes import GradientShape, shapes_of_batch
+
+if TYPE_CHECKING:
+    from streamfisher.projection import Projection, Sides
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class GradientEngine:
             self.row_dtype = torch.promote_types(self.row_dtype, parameter.dtype)
         self.capture = Capture(self.model)
         self.plain = PlainAutograd(self.model, loss, self.capture, self.slots)
+        self.projection: Projection | None = None  # serves buffers that are as narrow as it makes a row
         self.notes: tuple[str, ...] = ()  # what is done otherwise than the model would by itself
         self.noise = 0.0  # by how much plain autograd differs between a sample in a batch and alone
         self._groups: list[Group] | None = None
@@ -209,17 +213,31 @@ class GradientEngine:
         if self._undo is not None:
             self.capture.install(self._groups)
 
-    def allocate(self, n_rows: int, names: Collection[str] | None = None) -> dict[str, Tensor]:
+    def allocate(
+        self, n_rows: int, names: Collection[str] | None = None, columns: Mapping[str, int] | None = None
+    ) -> dict[str, Tensor]:
         """Return buffers `(n_rows, P_k)` in `row_dtype` on each parameter's device, to be reused for every batch.
 
         Args:
             n_rows: rows of each buffer.
             names: of which parameters; `None` means all.
+            columns: numbers of a row of parameters that are to be projected.
         """
+        widths = {name: p.numel() for name, p in self.tensors.items()} | dict(columns or {})
         return {
-            name: torch.zeros(n_rows, p.numel(), dtype=self.row_dtype, device=working_device(self.model, name, p))
+            name: torch.zeros(n_rows, widths[name], dtype=self.row_dtype, device=working_device(self.model, name, p))
             for name, p in self.tensors.items()
             if names is None or name in names
+        }
+
+    def _projected(self, out: Mapping[str, Tensor]) -> dict[str, Sides]:
+        """Return the projections of those parameters whose buffers are as narrow as a projected row."""
+        if self.projection is None:
+            return {}
+        return {
+            name: self.projection.sides(name, rows.device, rows.dtype)
+            for name, rows in out.items()
+            if rows.shape[1] == self.projection.columns.get(name)
         }
 
     def rows(
@@ -229,8 +247,9 @@ class GradientEngine:
 
         Args:
             batch: a dict of batched tensors, B samples.
-            out: as from `allocate`, with at least B rows; row slices of larger buffers will do. Parameters that are
-                neither in `out` nor in `factored` are not formed, and the backward pass stops at the lowest that is.
+            out: as from `allocate`, with at least B rows; row slices of larger buffers will do. Where a buffer is
+                as narrow as `projection` makes a row, the row is projected. Parameters that are neither in `out` nor
+                in `factored` are not formed, and the backward pass stops at the lowest that is.
             factored: parameters, of those in `factorable`, of which the factors are returned instead.
 
         Raises:
@@ -246,7 +265,8 @@ class GradientEngine:
         slow = [name for name in names if name in self._per_sample or name in pending]
         if slow or losses is None:
             rows = {name: out[name] if name in out else self._row_buffer(name, batch) for name in slow}
-            losses = self.plain.one_by_one(batch, rows, {name: self.tensors[name] for name in slow})
+            tensors = {name: self.tensors[name] for name in slow}
+            losses = self.plain.one_by_one(batch, rows, tensors, self._projected(rows))
             factors |= {name: [self._as_factors(name, rows[name])] for name in slow if name in factored}
         return BatchGradients(losses.detach().double().cpu(), self.loss.n_targets(batch).cpu(), factors)
 
@@ -300,6 +320,7 @@ class GradientEngine:
         wanted = {*out, *factors, *names}
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in wanted}
         _, grads = self.plain.gradients(batch, tensors)
+        projected = self._projected(out)
         sums, squares = {}, []
         for name in tensors:
             if name not in out and name not in factors:
@@ -315,6 +336,9 @@ class GradientEngine:
         differences = {}
         for (name, value), square in zip(sums.items(), squares, strict=True):
             grad = grads[name]
+            if grad is not None and name in projected:  # a projection is linear, so the sums agree as they do without
+                side = self.projection.sides(name, grad.device, torch.float64)
+                grad = side.project(grad.double())[0]
             difference = float(torch.as_tensor(value - (0.0 if grad is None else grad.double())).norm())
             # Rows may cancel in the sum: their own size is what rounding is relative to.
             scale = max(square**0.5, whole * self.floor / self.tolerance)
@@ -359,7 +383,9 @@ class GradientEngine:
         **options: Any,
     ) -> Pass:
         n_samples = batch_size(batch)
-        sink = RowSink(out, n_samples, {name: self.parameters[name].shape for name in names}, factored)
+        shapes = {name: self.parameters[name].shape for name in names}
+        served = {name: out[name] for name in names if name in out}
+        sink = RowSink(out, n_samples, shapes, factored, self._projected(served))
         return Pass(sink, position_counts(batch, n_samples), **options)
 
     def _backward(self, batch: Mapping[str, Any], state: Pass) -> Tensor:

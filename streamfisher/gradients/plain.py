@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from streamfisher.losses import PerSampleLoss
 from streamfisher.model_call import batch_size, sample_of
 from streamfisher.offload import used_leaves
 from streamfisher.sharding import reshard, whole
+
+if TYPE_CHECKING:
+    from streamfisher.projection import Sides
 
 
 class PlainAutograd:
@@ -49,7 +52,13 @@ class PlainAutograd:
         flat = {n: None if g is None else whole(g.detach()).reshape(-1) for n, g in zip(tensors, grads, strict=True)}
         return loss.detach(), flat
 
-    def one_by_one(self, batch: Mapping[str, Any], out: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
+    def one_by_one(
+        self,
+        batch: Mapping[str, Any],
+        out: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+        projected: Mapping[str, Sides] | None = None,
+    ) -> Tensor:
         """Fill the rows of `tensors` in `out` by a forward and backward pass for each sample; return the losses."""
         if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
             raise CaptureError(
@@ -62,6 +71,9 @@ class PlainAutograd:
             for name, grad in grads.items():
                 if grad is None:
                     out[name][i].zero_()
+                elif projected and name in projected:
+                    row = grad.to(device=out[name].device, dtype=out[name].dtype)
+                    out[name][i].copy_(projected[name].project(row)[0])
                 else:
                     out[name][i].copy_(grad)
             losses.append(loss)

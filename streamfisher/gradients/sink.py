@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from streamfisher.gradients.factors import FactorPair
+
+if TYPE_CHECKING:
+    from streamfisher.projection import Sides
 
 
 class RowSink:
@@ -15,7 +19,8 @@ class RowSink:
 
     Tied parameters and modules that are called several times contribute more than once. A parameter that nothing
     contributed to has the gradient zero: `finish` writes it, because the buffers are reused. Of parameters in
-    `factored` the factors are kept instead of their product.
+    `factored` the factors are kept instead of their product. Those in `projected` are projected before they are
+    multiplied, and their rows are `(B, k1 k2)`.
     """
 
     def __init__(
@@ -24,8 +29,10 @@ class RowSink:
         n_samples: int,
         shapes: Mapping[str, tuple[int, ...]],
         factored: Collection[str] = (),
+        projected: Mapping[str, Sides] | None = None,
     ) -> None:
         self.n_samples = n_samples
+        self.projected = dict(projected or {})
         self.rows = {name: out[name][:n_samples] for name in shapes if name not in factored}  # (B, P_k) each
         self.factors: dict[str, list[FactorPair]] = {name: [] for name in shapes if name in factored}
         self.shapes = dict(shapes)
@@ -46,6 +53,13 @@ class RowSink:
             return
         rows = self.rows[name]
         left, right = left.to(rows.dtype), right.to(rows.dtype)
+        if name in self.projected:
+            sides = self.projected[name]
+            left, right = sides.project_left(left), sides.project_right(right)
+        self._multiply(name, left, right)
+
+    def _multiply(self, name: str, left: Tensor, right: Tensor) -> None:
+        rows = self.rows[name]
         target = rows.unflatten(1, (left.shape[1], right.shape[2]))
         if name in self.written:
             target.baddbmm_(left, right)
@@ -59,6 +73,8 @@ class RowSink:
             raise ValueError(f"{name}: a rule formed a gradient that is no product of two factors")
         rows = self.rows[name]
         value = value.reshape(self.n_samples, -1)
+        if name in self.projected:
+            value = self.projected[name].project(value.to(rows.dtype))
         if value.shape != rows.shape:
             raise ValueError(f"{name}: a rule formed {tuple(value.shape)} where {tuple(rows.shape)} is needed")
         if name in self.written:
@@ -73,10 +89,16 @@ class RowSink:
             self.factors[name].append(FactorPair(index, value))
             return
         rows = self.rows[name]
+        n_entries, width = self.shapes[name]
+        if name in self.projected:
+            sides = self.projected[name]
+            value, width = sides.project_right(value.to(rows.dtype)), sides.shape.k2
+            if sides.left is not None:
+                self._multiply(name, sides.left[index].transpose(1, 2), value)
+                return
         if name not in self.written:
             rows.zero_()
             self.written.add(name)
-        n_entries, width = self.shapes[name]
         if rows.is_contiguous():
             offset = torch.arange(self.n_samples, device=index.device).unsqueeze(1) * n_entries
             flat = (index + offset).reshape(-1)

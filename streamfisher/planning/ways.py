@@ -29,6 +29,7 @@ from streamfisher.planning.costs import (
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
 from streamfisher.planning.shortfalls import Machine, Shortfalls, or_any
+from streamfisher.projection import projected
 from streamfisher.reduction.granularity import gram_keys
 from streamfisher.representation import choose_representation, sample_bytes
 from streamfisher.samples import make_batches, make_units
@@ -133,7 +134,8 @@ class WayPlanner:
         self.lengths = list(lengths)
         self.n = len(lengths)
         self.structures = structures
-        self.shapes = {shape.name: shape for shape in trace.shapes}
+        self.rows = projected(trace.shapes, config.project)
+        self.shapes = {shape.name: shape for shape in self.rows}
         double = any(shape.dtype == torch.float64 for shape in trace.shapes)
         row_dtype = torch.float64 if double else config.dtype_compute
         self.store_dtype = config.dtype_store or row_dtype
@@ -172,7 +174,7 @@ class WayPlanner:
     def sizes(self, chosen: Mapping[str, str]) -> WaveSizes:
         """Return the sizes of groups of parameters that are held so."""
         return WaveSizes(
-            self.trace.shapes,
+            self.rows,
             chosen,
             n_samples=self.n,
             unit_rows=min(self.config.chunk_size, self.n),
@@ -184,7 +186,7 @@ class WayPlanner:
     def held(self, representation: str) -> dict[str, str]:
         """Return how each parameter is held."""
         return choose_representation(
-            self.trace.shapes,
+            self.rows,
             representation,
             row_itemsize=self.stored_itemsize,
             centered=self.config.store_centered,

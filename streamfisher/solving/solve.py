@@ -51,6 +51,7 @@ def describe(
         "model_mode": "eval",
         "skipped_samples": {str(sample): reason for sample, reason in skipped.items()},
         "excluded_parameters": dict(manifest.excluded),
+        **projection_facts(manifest),
         "coverage_parameters": manifest.probe.get("coverage_parameters"),
         "coverage_squared_norm": manifest.probe.get("coverage_norm"),
         "dtype_model": ", ".join(sorted({item["dtype"] for item in manifest.parameters})),
@@ -62,6 +63,15 @@ def describe(
         "seed": config.seed,
         "collected_with": dict(manifest.versions),
     }
+
+
+def projection_facts(manifest: Manifest) -> dict[str, Any]:
+    """Return what every result of a projected run says about it; nothing for an exact run."""
+    if manifest.config.get("project") is None:
+        return {}
+    n_projected = sum("columns" in item for item in manifest.parameters)
+    facts = {"numbers": manifest.config["project"], "seed": manifest.config["seed"], "parameters": n_projected}
+    return {"projection": facts}
 
 
 def with_same_bits(solve: Callable[..., Spectrum]) -> Callable[..., Spectrum]:

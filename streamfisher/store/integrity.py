@@ -7,6 +7,7 @@ chunks, which costs 4 bytes of reading per chunk to check.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -121,6 +122,13 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
             _require_whole(item["chunk_columns"], f"chunk_columns of {name}")
             if float(np.prod([float(size) for size in item["shape"]])) > 2.0**62:
                 raise CorruptRunError(f"manifest.json: the shape {item['shape']} of {name} is larger than any array.")
+            elements = math.prod(item["shape"])
+            _require_whole(item.get("columns", 1), f"columns of {name}")
+            if "columns" in item and (item["columns"] > elements or manifest["config"].get("project") is None):
+                raise CorruptRunError(
+                    f"manifest.json: {name} has {item['columns']} columns of {elements} elements in a run whose option "
+                    f"project is {manifest['config'].get('project')!r}."
+                )
             if rows * item["chunk_columns"] * dtype.itemsize > _LARGEST_CHUNK:
                 raise CorruptRunError(
                     f"manifest.json: chunks of {name} have {rows} x {item['chunk_columns']} numbers, more than any run."

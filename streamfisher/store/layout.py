@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 import zarr
 
@@ -13,7 +12,7 @@ from streamfisher.errors import CorruptRunError, RunError
 from streamfisher.samples import make_units
 from streamfisher.store import codecs
 from streamfisher.store.durable import write_json, write_marker
-from streamfisher.store.manifest import Manifest
+from streamfisher.store.manifest import Manifest, columns_of
 from streamfisher.store.names import node_name
 
 #: Columns of one product of the Gram; chunk widths are multiples of it.
@@ -54,7 +53,7 @@ def create_run(path: Path, manifest: Manifest) -> None:
             continue
         gradients.create_array(
             node_name(item["name"]),
-            shape=(n, int(np.prod(item["shape"], dtype=np.int64))),
+            shape=(n, columns_of(item)),
             chunks=(layout["chunk_rows"], item["chunk_columns"]),
             dtype=codecs.stored_dtype(dtype),
             fill_value=codecs.fill_value(dtype),
@@ -130,7 +129,7 @@ def _create_sample_arrays(root: zarr.Group, manifest: Manifest) -> None:
 def _create_mean_arrays(root: zarr.Group, manifest: Manifest) -> None:
     n_units = len(make_units(manifest.data["n_samples"], manifest.layout["chunk_rows"]))
     for item in manifest.parameters:
-        columns = int(np.prod(item["shape"], dtype=np.int64))
+        columns = columns_of(item)
         for group, shape, dimensions in (
             ("mean", (columns,), (f"element of {item['name']}",)),
             ("mean_parts", (n_units, columns), ("unit", f"element of {item['name']}")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class Manifest:
     config: dict[str, Any]  # every option as it was when the run was created
     identity: dict[str, Any]  # the options that decide stored bits
     model: dict[str, Any]  # class, fingerprint, n_params
-    parameters: list[dict[str, Any]]  # captured: name, shape, dtype, columns per chunk; in the model's order
+    parameters: list[dict[str, Any]]  # captured: name, shape, dtype, columns and those of a chunk; in the model's order
     excluded: dict[str, str]  # parameter name -> why it is not captured
     data: dict[str, Any]  # n_samples, what N counts, chunk digests
     loss: dict[str, Any]  # which loss, and how it reduces
@@ -104,6 +105,11 @@ class Manifest:
 def _version_of(values: Mapping[str, Any]) -> Any:
     found = values.get("versions")
     return found.get("streamfisher") if isinstance(found, dict) else None
+
+
+def columns_of(item: Mapping[str, Any]) -> int:
+    """Return the numbers of a stored row of one of a manifest's parameters: P, or fewer where rows are projected."""
+    return int(item.get("columns", math.prod(item["shape"])))
 
 
 def differences(stored: Manifest, now: Manifest) -> list[str]:

@@ -42,7 +42,7 @@ from streamfisher.store.factors import write_factors
 from streamfisher.store.grams import GramStore
 from streamfisher.store.integrity import check_layout, chunk_digest, require_inside
 from streamfisher.store.layout import MANIFEST_COPY, create_run
-from streamfisher.store.manifest import Manifest
+from streamfisher.store.manifest import Manifest, columns_of
 from streamfisher.store.means import MeanStore
 from streamfisher.store.names import node_name
 from streamfisher.store.part import stage_of
@@ -78,8 +78,8 @@ class RunStore(RowReader, SampleValues, WaveState, MeanStore, GramStore):
                 "Name another folder, or delete this one if it is the remains of a run that never began."
             )
         self.manifest = Manifest.from_dict(read_json(self.path / "manifest.json"))
-        self.parameters: dict[str, int] = {
-            item["name"]: int(np.prod(item["shape"], dtype=np.int64)) for item in self.manifest.parameters
+        self.parameters: dict[str, int] = {  # numbers of a stored row
+            item["name"]: columns_of(item) for item in self.manifest.parameters
         }
         self.n_samples: int = self.manifest.data["n_samples"]
         self.chunk_rows: int = self.manifest.layout["chunk_rows"]

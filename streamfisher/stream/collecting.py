@@ -31,6 +31,11 @@ def check_streamable(model: nn.Module, config: SpectralConfig) -> None:
             "store_centered=True takes a pass over all parameters at once, and stream='layers' has none. Leave it out: "
             "--center gives the covariance of uncentered gradients too."
         )
+    if config.project is not None:
+        raise ConfigError(
+            f"project={config.project} and stream='layers' do not go together. Use --stream none, where waves keep "
+            "within the budgets, or leave out --project: a stream deletes its exact gradients layer by layer."
+        )
     if config.labels == "model":
         raise ConfigError(
             "labels='model' draws labels from the whole model's output before each batch, which stream='layers' does "

@@ -224,12 +224,14 @@ class StreamEngine:
         """Return whether two waves are parts of one segment."""
         return self._segment_of(names) == self._segment_of(others)
 
-    def allocate(self, n_rows: int, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """Return buffers `(n_rows, P_k)` in `row_dtype`, to be reused for every batch."""
+    def allocate(
+        self, n_rows: int, names: Collection[str] | None = None, columns: Mapping[str, int] | None = None
+    ) -> dict[str, Tensor]:
+        """Return buffers `(n_rows, P_k)` in `row_dtype`, to be reused, see `GradientEngine.allocate`."""
         wanted = self.parameters if names is None else [name for name in self.parameters if name in names]
+        widths = {name: self.parameters[name].numel for name in wanted} | dict(columns or {})
         return {
-            name: torch.zeros(n_rows, self.parameters[name].numel, dtype=self.row_dtype, device=self.stream.device)
-            for name in wanted
+            name: torch.zeros(n_rows, widths[name], dtype=self.row_dtype, device=self.stream.device) for name in wanted
         }
 
     def rows(
