@@ -12,13 +12,13 @@ from streamfisher.alignment import Alignment, align
 from streamfisher.blockgrams import BlockGrams, stored_gram
 from streamfisher.blocks import assign_blocks
 from streamfisher.config import SpectralConfig
-from streamfisher.density import Scale, SpectralDensity
 from streamfisher.directions import Eigenvectors
 from streamfisher.eigenvectors import compute_eigenvectors
-from streamfisher.granularity import check_grouping
 from streamfisher.partial import PartialGrams
+from streamfisher.reduction.granularity import check_grouping
 from streamfisher.selection import Normalization, SampleChoice, select
-from streamfisher.solve import RowPrecision
+from streamfisher.solving.density import Scale, SpectralDensity
+from streamfisher.solving.solve import RowPrecision
 from streamfisher.spectrum import Spectrum
 from streamfisher.store import RunStore
 from streamfisher.uncertainty import Growth, grow

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from streamfisher import gram as grams
 from streamfisher.analyses import Analyses
 from streamfisher.blockgrams import stored_gram
 from streamfisher.config import SpectralConfig
-from streamfisher.gram_stage import build_stored_grams
+from streamfisher.reduction import gram as grams
+from streamfisher.reduction.gram_stage import build_stored_grams
 from streamfisher.runlog import RunLog
 from streamfisher.selection import select
-from streamfisher.solve import RowPrecision, describe, solve_blocks
+from streamfisher.solving.solve import RowPrecision, describe, solve_blocks
 from streamfisher.store import RunLock, RunStore
 
 __all__ = ["RowPrecision", "Run", "describe", "open_run", "solve_blocks"]

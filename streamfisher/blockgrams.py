@@ -14,18 +14,18 @@ import numpy as np
 
 from streamfisher.blocks import group_blocks
 from streamfisher.config import SpectralConfig, format_bytes
-from streamfisher.density import SpectralDensity, spectral_density
 from streamfisher.determinism import one_thread
 from streamfisher.errors import CapacityError, ConfigError
-from streamfisher.lanczos import DenseOperator
-from streamfisher.moment import Moment
 from streamfisher.partial import PartialGrams
+from streamfisher.reduction.moment import Moment
 from streamfisher.selection import Selection
-from streamfisher.solve import RowPrecision, add, solve_blocks
+from streamfisher.solving.density import SpectralDensity, spectral_density
+from streamfisher.solving.lanczos import DenseOperator
+from streamfisher.solving.solve import RowPrecision, add, solve_blocks
+from streamfisher.solving.tiled_gram import ReadTile, TiledGram
+from streamfisher.solving.tiled_solve import budget_of, fits_dense, solve_tiled
 from streamfisher.spectrum import Spectrum, uncenter
 from streamfisher.store import RunStore
-from streamfisher.tiled_gram import ReadTile, TiledGram
-from streamfisher.tiled_solve import budget_of, fits_dense, solve_tiled
 
 
 @dataclass(frozen=True)

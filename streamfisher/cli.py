@@ -27,7 +27,7 @@ from streamfisher.options import (
     add_product_options,
     read_run_options,
 )
-from streamfisher.plan_commands import add_plan_command, announce_plan
+from streamfisher.planning.commands import add_plan_command, announce_plan
 from streamfisher.runlog import RunLog
 from streamfisher.sample_options import add_selection_options, check_target, selection_options
 from streamfisher.signals import die_with_launcher, stopping_at_once

@@ -30,7 +30,7 @@ from streamfisher.memory import give_back
 from streamfisher.passes import mean_pass, row_pass
 from streamfisher.provisions import Provisions
 from streamfisher.ranks import Ranks, start_ranks
-from streamfisher.reduction import is_reduced, reduce_wave, reopen_wave
+from streamfisher.reduction.wave import is_reduced, reduce_wave, reopen_wave
 from streamfisher.runlog import RunLog
 from streamfisher.samples import make_units
 from streamfisher.shapes import GradientShape

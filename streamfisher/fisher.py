@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamfisher import gram as grams
 from streamfisher.analysis import RowPrecision, describe, solve_blocks
 from streamfisher.blocks import assign_blocks, group_blocks
 from streamfisher.collect import collect, make_engine, make_manifest
 from streamfisher.config import SpectralConfig
 from streamfisher.determinism import deterministic
 from streamfisher.errors import DataError
-from streamfisher.gram import MemoryRows
+from streamfisher.reduction import gram as grams
+from streamfisher.reduction.gram import MemoryRows
 from streamfisher.samples import Samples, make_units
 from streamfisher.spectrum import NORMALIZATION, Spectrum
 from streamfisher.survey import probe_batch, survey, to_model

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from streamfisher import gram as grams
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import RunError
+from streamfisher.reduction import gram as grams
 from streamfisher.store import RunStore
 
 #: Grams of an unfinished run are kept in memory up to this size in all; further ones are computed again when needed.

@@ -13,7 +13,7 @@ import torch
 
 from streamfisher.config import SpectralConfig, format_bytes
 from streamfisher.errors import CapacityError, ConfigError
-from streamfisher.granularity import gram_keys
+from streamfisher.reduction.granularity import gram_keys
 from streamfisher.representation import choose_representation, sample_bytes
 from streamfisher.samples import make_batches, make_units
 from streamfisher.shapes import GradientShape

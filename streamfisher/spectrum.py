@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from streamfisher.metrics import effective_rank, shape_metrics
-from streamfisher.noise import backward_noise
+from streamfisher.solving.noise import backward_noise
 
 if TYPE_CHECKING:
     from streamfisher.uncertainty import Bootstrap

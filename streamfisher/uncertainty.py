@@ -28,8 +28,8 @@ import threadpoolctl
 from streamfisher.blockgrams import BlockGrams
 from streamfisher.config import format_bytes
 from streamfisher.errors import CapacityError, ConfigError
-from streamfisher.gram import _scheduler
 from streamfisher.metrics import SCALAR_METRICS, frobenius
+from streamfisher.reduction.gram import _scheduler
 from streamfisher.selection import Selection
 from streamfisher.spectrum import BlockSpectrum, Spectrum, union
 

@@ -14,7 +14,7 @@ from command_line import arrays, cli, contents
 from streamfisher import SpectralConfig, open_run
 from streamfisher import cli as command_line
 from streamfisher.cli import build_parser
-from streamfisher.gram import gram_settings
+from streamfisher.reduction.gram import gram_settings
 
 MODEL, DATA = "tiny_models:causal", "tiny_models:sequences"
 TEXT = "for line in lines:\n    total += line\n" * 3

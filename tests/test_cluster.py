@@ -17,11 +17,11 @@ from command_line import cli
 from tiny_models import TinyRegression, vectors
 
 import streamfisher as sf
-from streamfisher import gram as grams
 from streamfisher.cluster import dask_client
 from streamfisher.errors import ConfigError
-from streamfisher.gram import MemoryRows, build_grams
-from streamfisher.products import NumpySum, TorchSum, complete, panel_sum
+from streamfisher.reduction import gram as grams
+from streamfisher.reduction.gram import MemoryRows, build_grams
+from streamfisher.reduction.products import NumpySum, TorchSum, complete, panel_sum
 from streamfisher.store.layout import PANEL
 
 TESTS = Path(__file__).parent

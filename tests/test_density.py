@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from streamfisher import tiled_gram
 from streamfisher.cli import main
-from streamfisher.density import quadrature, spectral_density
 from streamfisher.errors import ConfigError, CorruptRunError
-from streamfisher.lanczos import DenseOperator
+from streamfisher.solving import tiled_gram
+from streamfisher.solving.density import quadrature, spectral_density
+from streamfisher.solving.lanczos import DenseOperator
 
 N = 400
 

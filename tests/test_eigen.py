@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from streamfisher import eigen
 from streamfisher.errors import CorruptRunError
+from streamfisher.solving import eigen
 
 
 def gram(n=20, p=50, scale=1.0):

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 import streamfisher as sf
-from streamfisher import factor_gram
 from streamfisher.blocks import assign_blocks, group_blocks
 from streamfisher.errors import ConfigError, CorruptRunError
-from streamfisher.products import NumpySum, TorchSum
+from streamfisher.reduction import factor_gram
+from streamfisher.reduction.products import NumpySum, TorchSum
 from streamfisher.verify import verify
 
 

@@ -7,7 +7,7 @@ import torch
 import streamfisher as sf
 from streamfisher import SpectralConfig
 from streamfisher.errors import CapacityError, CorruptRunError
-from streamfisher.gram import FOLD, MemoryRows, build_grams, draw_columns, panels_per_slab
+from streamfisher.reduction.gram import FOLD, MemoryRows, build_grams, draw_columns, panels_per_slab
 from streamfisher.store.layout import PANEL
 
 

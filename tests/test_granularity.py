@@ -4,7 +4,7 @@ import pytest
 
 from streamfisher.blocks import assign_blocks
 from streamfisher.errors import ConfigError
-from streamfisher.granularity import check_grouping, gram_groups, gram_keys, possible_structures
+from streamfisher.reduction.granularity import check_grouping, gram_groups, gram_keys, possible_structures
 
 NAMES = [
     "model.embed_tokens.weight",

@@ -5,8 +5,8 @@ import pytest
 from tiny_models import TinyCausal, TinyRegression, sequences, vectors
 
 import streamfisher as sf
-from streamfisher import gram as grams
 from streamfisher.errors import RunError, RunMismatchError
+from streamfisher.reduction import gram as grams
 from streamfisher.store import RunStore
 
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from streamfisher import SpectralConfig, blocksolver, lanczos
-from streamfisher.blocksolver import block_spectrum
+from streamfisher import SpectralConfig
 from streamfisher.errors import ConvergenceError, CorruptRunError
-from streamfisher.lanczos import DenseOperator, leading
+from streamfisher.solving import blocksolver, lanczos
+from streamfisher.solving.blocksolver import block_spectrum
+from streamfisher.solving.lanczos import DenseOperator, leading
 
 N = 300
 SPECTRA = {

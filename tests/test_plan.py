@@ -15,18 +15,18 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import streamfisher as sf
 from streamfisher.config import parse_bytes
-from streamfisher.costs import capture_flops, norm_flops, pass_flops, plain_flops, product_cost
 from streamfisher.demo import demo_samples, load_demo_model
 from streamfisher.errors import ModelError
 from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.factors import FactorPair, squared_norms
 from streamfisher.losses import resolve_loss
-from streamfisher.model_trace import ModelTrace
-from streamfisher.plan import Machine, RunPlan, plan_run
-from streamfisher.rates import Rates, measure
+from streamfisher.planning.costs import capture_flops, norm_flops, pass_flops, plain_flops, product_cost
+from streamfisher.planning.model_trace import ModelTrace
+from streamfisher.planning.plan import Machine, RunPlan, plan_run
+from streamfisher.planning.rates import Rates, measure
+from streamfisher.planning.skeletons import build_skeleton
+from streamfisher.planning.tracing import trace_model
 from streamfisher.shapes import Factor, GradientShape
-from streamfisher.skeletons import build_skeleton
-from streamfisher.tracing import trace_model
 
 SHAPES = Path(__file__).parents[1] / "examples" / "plan"
 WAVES = sf.SpectralConfig()

@@ -9,7 +9,7 @@ import torch
 from streamfisher import SpectralConfig
 from streamfisher import spectrum as spectra
 from streamfisher.analysis import RowPrecision, solve_blocks
-from streamfisher.noise import noise_floor
+from streamfisher.solving.noise import noise_floor
 
 PRECISION = RowPrecision(torch.float64, 2.0**-53)
 

@@ -5,9 +5,9 @@ import pytest
 import tiny_runs
 
 import streamfisher as sf
-from streamfisher import tiled_gram, tiled_solve
 from streamfisher.config import format_bytes
 from streamfisher.errors import CapacityError, ConfigError, CorruptRunError
+from streamfisher.solving import tiled_gram, tiled_solve
 from streamfisher.store.layout import node_name
 
 N = 40

@@ -8,13 +8,13 @@ import tiny_models
 import tiny_runs
 
 import streamfisher as sf
-from streamfisher import gram_stage
 from streamfisher.errors import CapacityError, CorruptRunError
-from streamfisher.gram import MemoryRows, build_grams, draw_columns
+from streamfisher.reduction import gram_stage
+from streamfisher.reduction.gram import MemoryRows, build_grams, draw_columns
+from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles, tile_bytes, tile_workers, tiles_of, whole_bytes
 from streamfisher.store import RunStore
 from streamfisher.store.arrays import CHUNK
 from streamfisher.store.layout import PANEL, TILE, node_name
-from streamfisher.tiles import build_tiled_grams, needs_tiles, tile_bytes, tile_workers, tiles_of, whole_bytes
 from streamfisher.verify import verify
 
 N = 30

@@ -14,7 +14,7 @@ from streamfisher.blockgrams import BlockGrams
 from streamfisher.errors import ConfigError
 from streamfisher.metrics import SCALAR_METRICS
 from streamfisher.selection import select
-from streamfisher.solve import RowPrecision
+from streamfisher.solving.solve import RowPrecision
 from streamfisher.uncertainty import bootstrap, multiplicities
 
 

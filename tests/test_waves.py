@@ -8,8 +8,8 @@ import torch
 from test_factors import llama, sequences
 
 import streamfisher as sf
-from streamfisher import reduction
 from streamfisher.errors import CapacityError, ConfigError, RunError, RunMismatchError
+from streamfisher.reduction import wave as reduction
 from streamfisher.shapes import Factor, GradientShape
 from streamfisher.store import RunStore
 from streamfisher.verify import verify

@@ -17,12 +17,12 @@ import torch
 
 from streamfisher import SpectralConfig
 from streamfisher.config import format_bytes
-from streamfisher.model_trace import ModelTrace
-from streamfisher.plan import Machine, RunPlan, plan_run
-from streamfisher.plan_report import way_row
-from streamfisher.rates import Rates
-from streamfisher.skeletons import build_skeleton
-from streamfisher.tracing import trace_model
+from streamfisher.planning.model_trace import ModelTrace
+from streamfisher.planning.plan import Machine, RunPlan, plan_run
+from streamfisher.planning.rates import Rates
+from streamfisher.planning.report import way_row
+from streamfisher.planning.skeletons import build_skeleton
+from streamfisher.planning.tracing import trace_model
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "planning.md"

@@ -6,7 +6,7 @@ import numpy as np
 import zarr
 
 from streamfisher.errors import CorruptRunError, unreadable
-from streamfisher.moment import Moment
+from streamfisher.reduction.moment import Moment
 from streamfisher.store import codecs
 from streamfisher.store.arrays import write_array
 from streamfisher.store.durable import read_json, write_marker

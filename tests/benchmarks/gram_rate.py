@@ -23,11 +23,11 @@ import psutil
 import torch
 
 import streamfisher as sf
-from streamfisher import gram as grams
 from streamfisher.config import dtype_name, format_bytes, parse_bytes
+from streamfisher.reduction import gram as grams
+from streamfisher.reduction.tiles import build_tiled_grams, tile_bytes
 from streamfisher.store import Manifest, RunStore, UnitRecord, versions
 from streamfisher.store.layout import PANEL, chunk_columns
-from streamfisher.tiles import build_tiled_grams, tile_bytes
 
 CHUNK_ROWS = 32
 

@@ -136,7 +136,7 @@ class Watch:
         """See everything from now on; for good, as audit hooks cannot be removed."""
         import torch
 
-        from streamfisher import eigen
+        from streamfisher.solving import eigen
 
         sys.addaudithook(self._audit)
         fsync, drive = os.fsync, eigen._drive

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from streamfisher.model_trace import BlockCost
+from streamfisher.planning.model_trace import BlockCost
 from streamfisher.shapes import GradientShape
 
 #: Pairwise products are formed in float64, which costs twice as much as the float32 products of slabs.

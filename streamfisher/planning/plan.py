@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamfisher.config import SpectralConfig, dtype_name
-from streamfisher.model_trace import ModelTrace
-from streamfisher.rates import Rates
-from streamfisher.shortfalls import Machine
-from streamfisher.ways import BlockBytes, Way, WayPlanner
+from streamfisher.planning.model_trace import ModelTrace
+from streamfisher.planning.rates import Rates
+from streamfisher.planning.shortfalls import Machine
+from streamfisher.planning.ways import BlockBytes, Way, WayPlanner
 
 __all__ = ["Machine", "RunPlan", "plan_run"]
 
@@ -41,7 +41,7 @@ class RunPlan:
 
     def table(self) -> str:
         """Return the plan as text."""
-        from streamfisher.plan_report import plan_table
+        from streamfisher.planning.report import plan_table
 
         return plan_table(self)
 

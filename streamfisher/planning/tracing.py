@@ -17,9 +17,9 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from streamfisher.errors import ConfigError, ModelError
-from streamfisher.forward_watch import ForwardWatch
 from streamfisher.model_call import call_model, is_encoder_decoder
-from streamfisher.model_trace import ModelTrace
+from streamfisher.planning.forward_watch import ForwardWatch
+from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.shapes import GradientShape
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from streamfisher import lanczos
 from streamfisher.errors import CorruptRunError
+from streamfisher.solving import lanczos
 
 #: Below this size a GPU gains nothing over LAPACK in float64.
 _CUDA_SIZE = 4096

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamfisher.config import format_bytes
-from streamfisher.plan import RunPlan
-from streamfisher.rates import UNKNOWN
-from streamfisher.shortfalls import round_up
-from streamfisher.ways import BlockBytes, Stage, Way
+from streamfisher.planning.plan import RunPlan
+from streamfisher.planning.rates import UNKNOWN
+from streamfisher.planning.shortfalls import round_up
+from streamfisher.planning.ways import BlockBytes, Stage, Way
 
 
 def plan_table(plan: RunPlan) -> str:

@@ -8,16 +8,16 @@ from typing import Any
 import psutil
 import torch
 
-from streamfisher import eigen
 from streamfisher import spectrum as spectra
 from streamfisher.blocks import group_blocks
-from streamfisher.blocksolver import empty_block, listed, solved_block
 from streamfisher.config import SpectralConfig, format_bytes
 from streamfisher.errors import CapacityError
 from streamfisher.selection import Selection
-from streamfisher.solve import RowPrecision, result_facts, warn_of_dominance, with_same_bits
+from streamfisher.solving import eigen
+from streamfisher.solving.blocksolver import empty_block, listed, solved_block
+from streamfisher.solving.solve import RowPrecision, result_facts, warn_of_dominance, with_same_bits
+from streamfisher.solving.tiled_gram import TiledGram
 from streamfisher.spectrum import BlockSpectrum, Spectrum
-from streamfisher.tiled_gram import TiledGram
 
 
 def dense_bytes(n_stored: int, n: int) -> int:

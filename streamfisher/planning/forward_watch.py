@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from streamfisher.blocks import assign_blocks, layer_key
 from streamfisher.gradients.rules import rules_for
-from streamfisher.model_trace import BlockCost, LayerCall
+from streamfisher.planning.model_trace import BlockCost, LayerCall
 from streamfisher.shapes import Factor, GradientShape
 
 _ID_BYTES = 4  # token ids are stored as int32

@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig, dtype_name, format_bytes
 from streamfisher.errors import CapacityError, CorruptRunError
-from streamfisher.factor_gram import choose_kernel, factor_gram, slab_memory
 from streamfisher.gradients.factors import matrix_shape
-from streamfisher.products import complete, panel_sum
+from streamfisher.reduction.factor_gram import choose_kernel, factor_gram, slab_memory
+from streamfisher.reduction.products import complete, panel_sum
 from streamfisher.store.layout import PANEL
 
 #: Columns of one Dask task, at most: enough products to outweigh one addition of an N x N sum.

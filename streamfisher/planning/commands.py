@@ -15,7 +15,6 @@ import torch
 from streamfisher.analysis_commands import AddCommand, print_json
 from streamfisher.config import SpectralConfig, parse_bytes
 from streamfisher.errors import CapacityError, ConfigError, DataError, StreamfisherError
-from streamfisher.model_trace import ModelTrace
 from streamfisher.options import (
     RunOptions,
     add_analysis_options,
@@ -23,10 +22,11 @@ from streamfisher.options import (
     add_collection_options,
     read_run_options,
 )
-from streamfisher.rates import UNKNOWN, Rates, measure
+from streamfisher.planning.model_trace import ModelTrace
+from streamfisher.planning.rates import UNKNOWN, Rates, measure
 
 if TYPE_CHECKING:
-    from streamfisher.plan import RunPlan
+    from streamfisher.planning.plan import RunPlan
 
 
 #: Runs of fewer operations take less time than measuring how much time they would take.
@@ -76,8 +76,8 @@ def plan_of(options: RunOptions, machine_options: argparse.Namespace, folder: Pa
         ModelError: the model cannot be built or traced without its weights.
         DataError: neither data nor the number and length of samples are given.
     """
-    from streamfisher.plan import Machine, plan_run
-    from streamfisher.skeletons import build_skeleton
+    from streamfisher.planning.plan import Machine, plan_run
+    from streamfisher.planning.skeletons import build_skeleton
 
     arguments, config = machine_options, options.config
     model = build_skeleton(options.model, dtype=config.dtype_model, trust_remote_code=options.trust_remote_code)
@@ -144,8 +144,8 @@ def _trace(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], lengths: list[int], config: SpectralConfig
 ) -> ModelTrace:
     """Trace one sample of the mean length."""
-    from streamfisher.skeletons import predicts_next_token
-    from streamfisher.tracing import captured_names, trace_model
+    from streamfisher.planning.skeletons import predicts_next_token
+    from streamfisher.planning.tracing import captured_names, trace_model
 
     mean = sum(lengths) / len(lengths)
     names = captured_names(model, config.include, config.exclude)

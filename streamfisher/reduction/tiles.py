@@ -21,11 +21,11 @@ import torch
 from dask.callbacks import Callback
 from tqdm import tqdm
 
-from streamfisher import gram as grams
 from streamfisher.config import SpectralConfig, format_bytes
 from streamfisher.errors import CapacityError, CorruptRunError
-from streamfisher.gram import ColumnSubset
-from streamfisher.products import scaled_product
+from streamfisher.reduction import gram as grams
+from streamfisher.reduction.gram import ColumnSubset
+from streamfisher.reduction.products import scaled_product
 from streamfisher.store.layout import PANEL, TILE
 
 

@@ -13,10 +13,10 @@ import torch
 
 from streamfisher import spectrum as spectra
 from streamfisher.blocks import group_blocks
-from streamfisher.blocksolver import block_spectrum
 from streamfisher.config import SpectralConfig, dtype_name
 from streamfisher.determinism import one_thread
 from streamfisher.selection import Selection
+from streamfisher.solving.blocksolver import block_spectrum
 from streamfisher.spectrum import Spectrum
 from streamfisher.store import Manifest, versions
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from streamfisher.errors import ConfigError, CorruptRunError
-from streamfisher.lanczos import SymmetricOperator
+from streamfisher.solving.lanczos import SymmetricOperator
 
 Scale = Literal["log", "linear"]
 

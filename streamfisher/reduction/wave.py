@@ -6,10 +6,10 @@ import os
 
 from tqdm import tqdm
 
-from streamfisher import gram as grams
 from streamfisher.config import SpectralConfig
-from streamfisher.gram_stage import build_stored_grams
 from streamfisher.ranks import Ranks
+from streamfisher.reduction import gram as grams
+from streamfisher.reduction.gram_stage import build_stored_grams
 from streamfisher.store import RunStore
 
 

@@ -16,7 +16,8 @@ import torch
 
 from streamfisher.blocks import assign_blocks
 from streamfisher.config import SpectralConfig
-from streamfisher.costs import (
+from streamfisher.errors import CapacityError
+from streamfisher.planning.costs import (
     capture_flops,
     eigensolve_flops,
     norm_flops,
@@ -25,13 +26,12 @@ from streamfisher.costs import (
     product_cost,
     streamed_flops,
 )
-from streamfisher.errors import CapacityError
-from streamfisher.granularity import gram_keys
-from streamfisher.model_trace import ModelTrace
-from streamfisher.rates import Rates
+from streamfisher.planning.model_trace import ModelTrace
+from streamfisher.planning.rates import Rates
+from streamfisher.planning.shortfalls import Machine, Shortfalls, or_any
+from streamfisher.reduction.granularity import gram_keys
 from streamfisher.representation import choose_representation, sample_bytes
 from streamfisher.samples import make_batches, make_units
-from streamfisher.shortfalls import Machine, Shortfalls, or_any
 from streamfisher.store.layout import PANEL, chunk_columns
 from streamfisher.waves import WaveLimits, WaveSizes, cut_waves, is_kept
 

@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 
 from streamfisher.config import Codec
 from streamfisher.errors import StreamfisherError
-from streamfisher.model_trace import LayerCall
-from streamfisher.products import panel_sum
+from streamfisher.planning.model_trace import LayerCall
+from streamfisher.reduction.products import panel_sum
 from streamfisher.store import codecs
 from streamfisher.store.layout import PANEL
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from streamfisher.config import format_bytes
 from streamfisher.errors import CapacityError
-from streamfisher.products import ArrayModule, PanelSum
+from streamfisher.reduction.products import ArrayModule, PanelSum
 from streamfisher.store.factors import Segment
 from streamfisher.store.layout import PANEL
 

@@ -8,12 +8,12 @@ import warnings
 import numpy as np
 import torch
 
-from streamfisher import eigen
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConvergenceError, CorruptRunError
-from streamfisher.lanczos import DenseOperator
 from streamfisher.metrics import frobenius
-from streamfisher.noise import noise_floor
+from streamfisher.solving import eigen
+from streamfisher.solving.lanczos import DenseOperator
+from streamfisher.solving.noise import noise_floor
 from streamfisher.spectrum import BlockSpectrum
 
 #: `solver='auto'` looks for the largest eigenvalues only from so many samples on, and where they are so few of them.

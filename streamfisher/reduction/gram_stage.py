@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from streamfisher import gram as grams
 from streamfisher.blocks import assign_blocks, group_blocks
 from streamfisher.config import SpectralConfig
-from streamfisher.gram_sink import GramSink, keep_moment
 from streamfisher.memory import give_back
+from streamfisher.reduction import gram as grams
+from streamfisher.reduction.gram_sink import GramSink, keep_moment
+from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles
+from streamfisher.solving.tiled_solve import budget_of
 from streamfisher.store import RunStore
 from streamfisher.store.layout import TILE
 from streamfisher.store.tiled import StoredTiles
-from streamfisher.tiled_solve import budget_of
-from streamfisher.tiles import build_tiled_grams, needs_tiles
 
 
 def build_stored_grams(

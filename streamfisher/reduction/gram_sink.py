@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from streamfisher import gram as grams
 from streamfisher import runlog
 from streamfisher.errors import CorruptRunError
-from streamfisher.moment import moment_of
+from streamfisher.reduction import gram as grams
+from streamfisher.reduction.moment import moment_of
 from streamfisher.store import RunStore
 
 
