@@ -19,6 +19,7 @@ from streamfisher.gradients.capture import Capture
 from streamfisher.gradients.factors import FactorPair, matrix_shape, squared_norms, total
 from streamfisher.gradients.groups import GENERIC, Group, Pass
 from streamfisher.gradients.layout import position_counts
+from streamfisher.gradients.norms import norm
 from streamfisher.gradients.parameters import ParameterInfo, select_parameters
 from streamfisher.gradients.plain import PlainAutograd
 from streamfisher.gradients.probe import FLOOR, TOLERANCE, run_probe
@@ -327,7 +328,7 @@ class GradientEngine:
                 continue
             if name in factors:
                 pairs = factors[name]
-                sums[name] = total(pairs, self.parameters[name].shape, self.row_dtype).double() if pairs else 0.0
+                sums[name] = total(pairs, self.parameters[name].shape, self.row_dtype) if pairs else None
                 squares.append(float(squared_norms(pairs).sum()) if pairs else 0.0)
             else:
                 sums[name] = out[name][:n_samples].sum(0, dtype=torch.float64)
@@ -339,7 +340,10 @@ class GradientEngine:
             if grad is not None and name in projected:  # a projection is linear, so the sums agree as they do without
                 side = self.projection.sides(name, grad.device, torch.float64)
                 grad = side.project(grad.double())[0]
-            difference = float(torch.as_tensor(value - (0.0 if grad is None else grad.double())).norm())
+            if value is None or grad is None:
+                difference = 0.0 if value is grad else norm(grad if value is None else value)
+            else:
+                difference = norm(value, grad)
             # Rows may cancel in the sum: their own size is what rounding is relative to.
             scale = max(square**0.5, whole * self.floor / self.tolerance)
             differences[name] = difference / scale if scale else difference

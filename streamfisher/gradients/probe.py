@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from streamfisher.errors import CaptureError, LossError
 from streamfisher.gradients.candidates import Candidate, NoiseSearch, groups_of, options_of
 from streamfisher.gradients.groups import Group
+from streamfisher.gradients.norms import norm
 from streamfisher.gradients.report import ParameterReport, ProbeReport
 from streamfisher.model_call import batch_size, sample_of
 
@@ -212,7 +213,7 @@ def _reference(engine: GradientEngine, samples: list[dict[str, Any]], parts: Seq
         for index, part in enumerate(parts):
             loss, grads = engine.plain_gradients(sample, names=part, left_out=index == 0)
             for name, grad in grads.items():
-                square = 0.0 if grad is None else float(grad.double().square().sum())
+                square = 0.0 if grad is None else norm(grad) ** 2
                 whole += square
                 if name in squares:
                     squares[name] += square
@@ -288,10 +289,10 @@ def _error(row: Tensor | None, truth: Tensor | None, whole: float, floor: float)
     if truth is None and row is None:
         return 0.0, False
     if truth is None or row is None:
-        size = float((row if truth is None else truth).double().norm())
+        size = norm(row if truth is None else truth)
         return (0.0, False) if size == 0.0 else (float("inf"), size > floor * whole)
-    difference = float((row.reshape(-1).double() - truth.reshape(-1).double()).norm())
-    size = float(truth.double().norm())
+    difference = norm(row, truth)
+    size = norm(truth)
     if difference == 0.0:
         return 0.0, False
     # `not <=`, so that a NaN is an error and never an agreement.
