@@ -285,8 +285,8 @@ def test_a_disagreement_on_every_path_stops_with_the_name(monkeypatch):
     loss = resolve_loss(model, batch)
     one_by_one = PlainAutograd.one_by_one
 
-    def wrong(self, batch, out, tensors):
-        result = one_by_one(self, batch, out, tensors)
+    def wrong(self, batch, out, tensors, *projection):
+        result = one_by_one(self, batch, out, tensors, *projection)
         for name in tensors:
             out[name].mul_(1.01)
         return result
