@@ -250,6 +250,8 @@ def _facts(run: Run, spectrum: Spectrum) -> str:
     facts = _run_facts(run)
     meta = spectrum.metadata
     facts["products, eigensolve"] = f"{meta.get('dtype_gram')}, {meta.get('dtype_eigensolve')}"
+    if meta.get("projection"):
+        facts["projection"] = f"rows are random projections to at most {meta['projection']['numbers']} numbers"
     if meta.get("parameter_subsampling"):
         facts["parameter subsampling"] = f"{meta['parameter_subsampling']} columns per block, rescaled"
     if meta.get("samples"):

@@ -29,6 +29,11 @@ def table(spectrum: Spectrum) -> str:
     error = spectrum.metadata.get("block_diagonal_error")
     if error is not None and len(spectrum.blocks) > 1:
         lines.append(f"Relative error of the block-diagonal approximation (Frobenius): {error:.3g}")
+    projection = spectrum.metadata.get("projection")
+    if projection is not None:
+        error = spectrum.global_.error_bars["trace"] if spectrum.global_.error_bars else None
+        known = "" if error is None else f", trace to {100 * error:.2g} %"
+        lines.append(f"Estimated from random projections to {projection['numbers']} numbers (--project){known}")
     skipped = spectrum.metadata.get("skipped_samples") or {}
     if skipped:
         lines.append(f"Skipped, {len(skipped)} in all: sample {', '.join(list(skipped)[:8])}.")

@@ -255,6 +255,8 @@ def test_exact_questions_are_refused(tmp_path, capsys):
         run.spectrum(exact=True)
     assert cli("spectrum", run.path, "--exact", "--quiet") != 0
     assert "--project 4" in capsys.readouterr().err
+    assert cli("spectrum", run.path, "--quiet") == 0
+    assert "Estimated from random projections to 4 numbers (--project), trace to" in capsys.readouterr().out
     assert cli("spectrum", run.path, "--quiet", "--json") == 0
     assert json.loads(capsys.readouterr().out)["metadata"]["projection"]["numbers"] == 4
 
