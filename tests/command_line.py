@@ -16,11 +16,11 @@ def cli(*arguments: object) -> int:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return every file below a folder with its bytes, but for the lock (it names its last holder)."""
+    """Return every file below a folder with its bytes, but for the lock and the log, which say what was tried last."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "lock"
+        if path.is_file() and path.name not in ("lock", "log.jsonl")
     }
 
 

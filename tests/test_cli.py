@@ -423,6 +423,8 @@ EVERY_OPTION = {
     "store_centered": True,
     "representation": "dense",
     "project": 500,
+    "stream": "none",
+    "fsync": True,
     "keep_gradients": ["norm.*"],
     "gram_per": "layer",
     "codec": "zstd",
@@ -495,6 +497,7 @@ OPTIONS = {
         *("--samples", "--max-length", "--batch-tokens", "--blocks", "--center", "--dtype", "--seed", "--device"),
         *("--deterministic", "--config", "--out", "--field", "--tokenizer", "--on-nonfinite", "--store-centered"),
         *("--include", "--exclude", "--store-dtype", "--bitround", "--codec", "--memory-budget", "--workers", "--eps"),
+        *("--disk-budget", "--representation", "--keep-gradients", "--gram-per", "--stream", "--project", "--fsync"),
     ],
     "collect": ["--samples", "--max-length", "--out", "--config", "--store-centered"],
     "gram": ["--rebuild", "--gram-dtype", "--workers", "--memory-budget", "RUN.zarr"],
@@ -504,8 +507,9 @@ OPTIONS = {
     "density": ["--block", "--vectors", "--steps", "--sigma", "--scale", "--out", "--solver", "RUN.zarr"],
     "compare": ["--top", "--out", "RUN.zarr"],
     "export": ["--to", "--out", "RUN.zarr"],
-    "info": ["RUN.zarr"],
+    "info": ["--watch", "RUN.zarr"],
     "verify": ["--dry-run", "RUN.zarr"],
+    "plan": ["--samples", "--max-length", "--flops", "--disk", "--devices", "--memory-budget", "--disk-budget"],
     "demo": ["--out", "--samples"],
 }
 
