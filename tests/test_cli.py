@@ -504,7 +504,7 @@ OPTIONS = {
     "compare": ["--top", "--out", "RUN.zarr"],
     "export": ["--to", "--out", "RUN.zarr"],
     "info": ["RUN.zarr"],
-    "verify": ["--dry-run", "RUN.zarr"],
+    "verify": ["--dry-run", "--deep", "RUN.zarr"],
     "demo": ["--out", "--samples"],
 }
 
