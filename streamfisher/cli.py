@@ -24,7 +24,9 @@ from streamfisher.options import (
     add_cluster_options,
     add_collection_options,
     add_common_options,
+    add_deep_options,
     add_product_options,
+    read_deep_options,
     read_run_options,
 )
 from streamfisher.planning.commands import add_plan_command, announce_plan
@@ -141,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument(
         "--dry-run", action="store_true", help="only say what is damaged; otherwise the next `run` computes it again"
     )
+    add_deep_options(verify)
     return parser
 
 
@@ -343,7 +346,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     problems: list[Problem] = verify_manifest(Path(arguments.run), repair=not arguments.dry_run)
     if not (problems and arguments.dry_run):
         run = open_run(arguments.run)
-        problems += verify(run, repair=not arguments.dry_run, progress=not arguments.quiet)
+        deep = _deep(run, arguments)
+        problems += verify(run, repair=not arguments.dry_run, progress=not arguments.quiet, **deep)
     if arguments.json:
         print(json.dumps([vars(problem) for problem in problems]))
     else:
@@ -351,7 +355,32 @@ def _verify(arguments: argparse.Namespace) -> int:
             print(problem)
         if not problems:
             print(f"{run.path} is intact as far as it is finished.")
+            if deep:
+                print(f"{deep['deep']} random samples are what the model gives.")
     return CorruptRunError.exit_code if problems else 0
+
+
+def _deep(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Load what `verify --deep` takes; nothing without it.
+
+    Model and data are never taken from the manifest: a run from elsewhere must not choose what is loaded.
+    """
+    if arguments.deep is None:
+        return {}
+    from streamfisher.data import load_samples
+    from streamfisher.models import pick_device
+    from streamfisher.ranks import start_ranks
+
+    options = read_deep_options(arguments, run.config)
+    config = options.config
+    device = (
+        start_ranks(cpu=False, timeout=config.rank_timeout).device
+        if config.device == "auto"
+        else pick_device(config.device)
+    )
+    source = load_samples(options.data, tokenize=options.tokenizer(), field=options.field, max_length=config.max_length)
+    model = _loaded(options, config, device)
+    return {"deep": arguments.deep, "model": model, "samples": source, "seed": arguments.seed}
 
 
 def _spectra(

@@ -144,6 +144,33 @@ def read_run_options(arguments: argparse.Namespace, base: SpectralConfig | None 
     )
 
 
+def read_deep_options(arguments: argparse.Namespace, base: SpectralConfig) -> RunOptions:
+    """Return model and data of `verify --deep`, with the settings of the run.
+
+    Args:
+        arguments: parsed.
+        base: the run's config; of it only the device may be another.
+
+    Raises:
+        ConfigError: model or data are missing, or a value cannot be used.
+    """
+    _require_whole("deep", arguments.deep, 1, "compare at least 1 sample")
+    for key in ("model", "data"):
+        if not getattr(arguments, key):
+            raise ConfigError(
+                f"{key.upper()} is missing: streamfisher verify RUN.zarr MODEL DATA --deep {arguments.deep}"
+            )
+    return RunOptions(
+        config=base if arguments.device is None else base.replace(device=arguments.device),
+        model=arguments.model,
+        data=arguments.data,
+        field=arguments.field,
+        tokenizer_spec=arguments.tokenizer,
+        trust_remote_code=arguments.trust_remote_code,
+        device_map=arguments.device_map,
+    )
+
+
 def _require_whole(option: str, value: Any, least: int, remedy: str) -> None:
     if value is None:
         return
@@ -310,6 +337,26 @@ def add_collection_options(parser: argparse.ArgumentParser) -> None:
     store.add_argument(
         "--store-centered", action="store_true", default=None, help="write centered gradients (one more pass)"
     )
+
+
+def add_deep_options(parser: argparse.ArgumentParser) -> None:
+    """Add what `verify --deep` takes: how many samples, and the model and data that the run was made with."""
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="for --deep: as the run was given it")
+    parser.add_argument("data", metavar="DATA", nargs="?", help="for --deep: as the run was given it")
+    group = parser.add_argument_group("deep")
+    group.add_argument(
+        "--deep",
+        type=int,
+        default=None,
+        metavar="K",
+        help="compute the gradients of K random samples again with the model, and compare",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: %(default)s)")
+    group.add_argument("--field", default="text", help="of a .jsonl that holds the text (default: %(default)s)")
+    group.add_argument("--tokenizer", default=None, help="as the run was given it (default: the model's own)")
+    group.add_argument("--device", default=None, help="auto, cpu, cuda, cuda:1 (default: that of the run)")
+    group.add_argument("--device-map", default=None, metavar="MAP", help="spread a large model, as for `run`")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code of a checkpoint")
 
 
 def add_cluster_options(parser: argparse.ArgumentParser) -> None:

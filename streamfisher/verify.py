@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from streamfisher.analysis import Run
-from streamfisher.errors import CorruptRunError
+from streamfisher.errors import ConfigError, CorruptRunError
 from streamfisher.samples import Unit
 from streamfisher.store import RunLock, codecs, stage_of
 from streamfisher.store.durable import read_json
@@ -40,20 +41,39 @@ class Problem:
         return f"{self.what}{where}{samples}: {self.detail}"
 
 
-def verify(run: Run, *, repair: bool = True, progress: bool = False) -> list[Problem]:
+def verify(
+    run: Run,
+    *,
+    repair: bool = True,
+    progress: bool = False,
+    deep: int | None = None,
+    model: nn.Module | None = None,
+    samples: Any = None,
+    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
+    seed: int = 0,
+) -> list[Problem]:
     """Read every finished unit and Gram and compare checksums.
 
     Args:
         run: to check.
         repair: remove the markers of what is damaged, so that the next `run` computes it again.
         progress: show a bar.
+        deep: of so many random samples, compute the gradients again and compare, once all checksums are right.
+        model: for `deep`, the one that the run was made with, on its device.
+        samples: for `deep`, those that the run was made with.
+        loss: for `deep`, the one that `collect` was given.
+        seed: of the choice of samples.
 
     Returns:
         What is wrong; empty where everything that is marked as finished is intact.
 
     Raises:
-        RunError: `repair` is asked for while another process writes the run.
+        RunError: `repair` is asked for while another process writes the run; or, for `deep`, nothing is finished.
+        ConfigError: `deep` is asked for without a model and samples, or of less than one sample.
+        RunMismatchError: for `deep`, model, data or loss are not those of the run.
     """
+    if deep is not None and (model is None or samples is None):
+        raise ConfigError(f"deep={deep} computes gradients again, which takes model= and samples=.")
     store = run.store
     metadata = wrong_metadata(run.path, run.manifest)
     problems = [Problem("metadata", None, None, None, f"{name} is not as the manifest has it") for name in metadata]
@@ -82,6 +102,11 @@ def verify(run: Run, *, repair: bool = True, progress: bool = False) -> list[Pro
     problems += [*mean, *(problem for _, problem in parts), *(problem for _, problem in fields)]
     problems += [problem for _, problem in eigenvectors]
     problems += [Problem("result", None, None, None, f"{name} is not what was written") for name in results]
+    if deep is not None and not problems:
+        from streamfisher.deep_verify import deep_problems  # the one place where verifying takes a model
+
+        problems = deep_problems(run, model, samples, count=deep, loss=loss, seed=seed)
+        damaged, damaged_grams = _to_compute_again(run, problems)
     if repair and problems:
         with RunLock(run.path):
             for unit, wave in damaged:
@@ -102,6 +127,19 @@ def verify(run: Run, *, repair: bool = True, progress: bool = False) -> list[Pro
                 (run.path / name).unlink(missing_ok=True)
                 (run.path / "done" / "results" / f"{name}.json").unlink(missing_ok=True)
     return problems
+
+
+def _to_compute_again(run: Run, problems: Sequence[Problem]) -> tuple[list[tuple[Unit, int]], list[str]]:
+    """Return the units, with their waves, and the Grams that hold something else than the model gives."""
+    store = run.store
+    units = set()
+    for problem in problems:
+        if problem.what == "gram":
+            continue
+        waves = range(len(store.waves)) if problem.parameter is None else [store.wave_of(problem.parameter)]
+        units |= {(store.units[problem.first_sample // store.chunk_rows], wave) for wave in waves}
+    grams = [problem.parameter for problem in problems if problem.what == "gram"]
+    return sorted(units, key=lambda pair: (pair[1], pair[0].index)), grams
 
 
 def verify_manifest(path: Path, *, repair: bool = True) -> list[Problem]:
@@ -245,7 +283,7 @@ def _check_factors(run: Run, unit: Unit, wave: int, names: Sequence[str]) -> lis
 def _check_samples(run: Run, unit: Unit, wave: int) -> list[Problem]:
     """Check what was seen per sample against the unit's marker; missing chunks read as fill values."""
     store, problems = run.store, []
-    waves = [other for other in range(len(store.waves)) if unit.index in store.done_units(stage_of(other))]
+    waves = [other for other in range(len(store.waves)) if store.is_done(unit, other)]
     for what in ("valid", "n_targets", "squared_norm", "loss"):
         try:
             values = store.read_sample_values(what, unit)

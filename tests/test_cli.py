@@ -508,7 +508,7 @@ OPTIONS = {
     "compare": ["--top", "--out", "RUN.zarr"],
     "export": ["--to", "--out", "RUN.zarr"],
     "info": ["--watch", "RUN.zarr"],
-    "verify": ["--dry-run", "RUN.zarr"],
+    "verify": ["--dry-run", "--deep", "RUN.zarr"],
     "plan": ["--samples", "--max-length", "--flops", "--disk", "--devices", "--memory-budget", "--disk-budget"],
     "demo": ["--out", "--samples"],
 }

@@ -30,6 +30,7 @@ class StorePart:
     fsync: bool  # flush the filesystem before each marker
     marker: Any
     done_units: Any
+    is_done: Any
     factor_entries: Any
     wave_of: Any
     mean: Any

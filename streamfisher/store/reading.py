@@ -91,7 +91,7 @@ class RowReader(StorePart):
     def factor_entries(self, unit: Unit, wave: int) -> list[dict[str, Any]]:
         """Return what the marker of a unit says of its batches' factors; empty where it has none or is not done."""
         if (wave, unit.index) not in self._markers:
-            if unit.index not in self.done_units(stage_of(wave)):
+            if not self.is_done(unit, wave):
                 return []
             self._markers[wave, unit.index] = self.marker(unit, wave)
         return self._markers[wave, unit.index].get("factors", [])

@@ -116,6 +116,10 @@ class RunStore(RowReader, SampleValues, WaveState, MeanStore, GramStore):
         names = (path.stem[len(prefix) :] for path in (self.path / "done").glob(f"{prefix}*.json"))
         return {int(name) for name in names if len(name) >= 6 and name.isdecimal() and int(name) < len(self.units)}
 
+    def is_done(self, unit: Unit, wave: int = 0) -> bool:
+        """Return whether one unit has its marker in a wave: one look, where `done_units` lists the folder."""
+        return (self.path / "done" / f"{stage_of(wave)}-{unit.index:06d}.json").is_file()
+
     def todo(self, stage: str = "rows") -> list[Unit]:
         """Return the units of `stage` that are not done yet."""
         done = self.done_units(stage)
@@ -179,7 +183,7 @@ class RunStore(RowReader, SampleValues, WaveState, MeanStore, GramStore):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Put what other waves have found beside this one's: norms of their parameters, and samples they skipped."""
         where = slice(unit.start, unit.stop)
-        done = [w for w in range(len(self.waves)) if w != wave and unit.index in self.done_units(stage_of(w))]
+        done = [w for w in range(len(self.waves)) if w != wave and self.is_done(unit, w)]
         try:
             found = self._array("samples/squared_norm")[where]
         except (ValueError, RuntimeError, OSError):  # damaged, and now written anew

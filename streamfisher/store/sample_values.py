@@ -84,9 +84,7 @@ class SampleValues(StorePart):
         Raises:
             CorruptRunError: they are not, or a marker is damaged.
         """
-        markers = {
-            wave: self.marker(unit, wave) for wave, done in enumerate(self._done_in_waves()) if unit.index in done
-        }
+        markers = {wave: self.marker(unit, wave) for wave in range(len(self.waves)) if self.is_done(unit, wave)}
         if what == "valid":
             skipped = {int(sample) for marker in markers.values() for sample in marker["skipped"]}
             right = np.array_equal(values, [sample not in skipped for sample in range(unit.start, unit.stop)])
