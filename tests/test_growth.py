@@ -126,7 +126,7 @@ def test_stopped_while_it_grows_a_run_is_the_old_one_or_goes_on(last, tmp_path, 
                 raise StopError
             calls.append(lengthen(*arguments))
 
-        patch.setattr(growth, "write_json" if last else "_lengthen", stop)
+        patch.setattr(growth, "write_marker" if last else "_lengthen", stop)
         with pytest.raises(StopError):
             collected(tmp_path / "run", 24)
     if last:
