@@ -121,7 +121,7 @@ def test_stopped_while_it_grows_a_run_is_the_old_one_or_goes_on(last, tmp_path, 
     with monkeypatch.context() as patch:
         lengthen, calls = growth._lengthen, []
 
-        def stop(*arguments):
+        def stop(*arguments, **options):
             if last or calls:
                 raise StopError
             calls.append(lengthen(*arguments))
