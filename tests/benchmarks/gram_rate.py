@@ -59,7 +59,7 @@ def make_store(path: Path, n: int, p: int, codec: str, decay: float = 0.0) -> Ru
     for unit in store.units:
         rows = torch.from_numpy(generator.standard_normal((len(unit), p), dtype=np.float32))
         rows *= torch.arange(1, p + 1, dtype=torch.float32) ** -decay
-        norms = torch.linalg.vecdot(rows, rows).double().numpy()[:, None]
+        norms = {"weight": torch.linalg.vecdot(rows, rows).double().numpy()}
         store.write_unit(
             UnitRecord(unit, {"weight": rows}, np.zeros(len(unit)), np.ones(len(unit), dtype=np.int64), norms, {})
         )
