@@ -24,7 +24,8 @@ from streamfisher.config import SpectralConfig
 from streamfisher.determinism import deterministic
 from streamfisher.errors import ConfigError, DataError
 from streamfisher.reduction import gram as grams
-from streamfisher.reduction.gram import MemoryRows
+from streamfisher.reduction.rows import MemoryRows
+from streamfisher.reduction.subsets import draw_columns
 from streamfisher.samples import Samples, make_units
 from streamfisher.spectrum import NORMALIZATION, Spectrum
 from streamfisher.survey import probe_batch, survey, to_model
@@ -169,7 +170,7 @@ def _from_gradients(gradients: Sequence[Mapping[str, Tensor]], config: SpectralC
 
 def _solve(rows: MemoryRows, config: SpectralConfig, facts: Mapping[str, Any]) -> Spectrum:
     assignment = assign_blocks(rows.parameters, config.block_structure)
-    subsets = grams.draw_columns(rows.parameters, group_blocks(assignment), config.max_params_per_block, config.seed)
+    subsets = draw_columns(rows.parameters, group_blocks(assignment), config.max_params_per_block, config.seed)
     finished = grams.build_grams(rows, config, _keep, subsets=subsets)
     by_name = {parameter.name: parameter.gram for parameter in finished}
     dtypes = {values.dtype for values in rows.rows.values()}

@@ -21,12 +21,16 @@ class FinishedRows:
         self.samples = samples  # (n,) int64, ascending
         self.parameters = store.parameters
         self.n_samples = len(samples)
+        self.numpy_row_dtype = store.numpy_row_dtype
+        self.decoding_bytes = store.decoding_bytes + store.numpy_row_dtype.itemsize
 
     def chunk_columns(self, name: str) -> int:
         """Return the columns that are read together."""
         return self.store.chunk_columns(name)
 
-    def columns(self, name: str, start: int, stop: int, rows: slice | None = None) -> np.ndarray:
+    def columns(
+        self, name: str, start: int, stop: int, rows: slice | None = None, *, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """Return (n, stop - start), or a range of these rows: unwritten ones are dropped before anyone sees them."""
         chosen = self.samples if rows is None else self.samples[rows]
         if len(chosen) == 0:

@@ -15,7 +15,6 @@ exclude the value itself. `bias` (mean of the resamples less the value) shows ho
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ from streamfisher.blockgrams import BlockGrams
 from streamfisher.config import format_bytes
 from streamfisher.errors import CapacityError, ConfigError
 from streamfisher.metrics import SCALAR_METRICS, frobenius
-from streamfisher.reduction.gram import _scheduler
+from streamfisher.reduction.tasks import scheduler, worker_count
 from streamfisher.selection import Selection
 from streamfisher.spectrum import BlockSpectrum, Spectrum, union
 
@@ -170,7 +169,7 @@ def _resample_block(
     # What each draw of a sample adds to Z; with equal weights and 'samples' it is 1.
     shares = selection.added()
     rows = _small_side(K, n_params) if 2 * n_params < n and count else None
-    workers = grams.config.n_workers or len(os.sched_getaffinity(0))
+    workers = worker_count(grams.config)
     tasks = [
         dask.delayed(_resample, pure=False)(
             K, rows, weights, shares, grams.center, count, seed, range(start, min(start + _TASK_RESAMPLES, n_resamples))
@@ -178,7 +177,7 @@ def _resample_block(
         for start in range(0, n_resamples, _TASK_RESAMPLES)
     ]
     with threadpoolctl.threadpool_limits(1):
-        parts = dask.compute(*tasks, **_scheduler(workers))
+        parts = dask.compute(*tasks, **scheduler(workers))
     eigenvalues, traces, norms = (np.concatenate(column) for column in zip(*parts, strict=True))
     return eigenvalues, traces, norms
 

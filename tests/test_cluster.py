@@ -20,8 +20,9 @@ import streamfisher as sf
 from streamfisher.cluster import dask_client
 from streamfisher.errors import ConfigError
 from streamfisher.reduction import gram as grams
-from streamfisher.reduction.gram import MemoryRows, build_grams
+from streamfisher.reduction.gram import build_grams
 from streamfisher.reduction.products import NumpySum, TorchSum, complete, panel_sum
+from streamfisher.reduction.rows import MemoryRows
 from streamfisher.store.layout import PANEL
 
 TESTS = Path(__file__).parent
@@ -135,7 +136,7 @@ def test_a_cluster_gives_the_bits_of_the_threads(n_workers, tmp_path):
 class SlowRows(MemoryRows):
     """Rows that take their time, so that a worker can be killed in the middle."""
 
-    def columns(self, name, start, stop):
+    def columns(self, name, start, stop, rows=None, *, out=None):
         time.sleep(0.1)
         return super().columns(name, start, stop)
 

@@ -7,7 +7,11 @@ import torch
 import streamfisher as sf
 from streamfisher import SpectralConfig
 from streamfisher.errors import CapacityError, CorruptRunError
-from streamfisher.reduction.gram import FOLD, MemoryRows, build_grams, draw_columns, panels_per_slab
+from streamfisher.reduction import gram as grams
+from streamfisher.reduction.gram import FOLD, build_grams
+from streamfisher.reduction.rows import MemoryRows
+from streamfisher.reduction.slabs import SlabPlan, plan_slabs, read_slabs
+from streamfisher.reduction.subsets import draw_columns
 from streamfisher.store.layout import PANEL
 
 
@@ -64,8 +68,84 @@ def test_missing_rows_are_refused_by_sample():
 
 
 def test_a_budget_below_one_panel_says_what_would_do():
-    with pytest.raises(CapacityError, match=r"1000 samples need .* budget is 1 MB. Lower n_workers"):
-        panels_per_slab(1000, 2, 1_000_000)
+    with pytest.raises(CapacityError, match=r"1000 samples need .* with 2 workers .* budget is 1 MB. Lower n_workers"):
+        grams_of(random_rows(n=1000, widths=(3,)), n_workers=2, memory_budget="1MB")
+
+
+class CopiedRows(MemoryRows):
+    """Rows that are copied into the buffer, as those of a store are."""
+
+    def __init__(self, rows, chunk):
+        super().__init__(rows)
+        self.chunk = chunk
+
+    def chunk_columns(self, name):
+        return self.chunk
+
+    def columns(self, name, start, stop, rows=None, *, out=None):
+        if out is None:
+            return super().columns(name, start, stop, rows)
+        out[...] = self.rows[name][:, start:stop]
+        return out
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("panels", [1, 2, 7])
+def test_slabs_follow_each_other_without_a_gap(panels, ahead):
+    rows = CopiedRows(random_rows(widths=(5 * PANEL + 3,), dtype=np.float32), 2 * PANEL)
+    plan = SlabPlan(panels * PANEL, ahead, 0)
+    parts = []
+    for left, slab in read_slabs(rows, "p0", PANEL, 5 * PANEL + 3, plan):
+        assert left == PANEL + sum(part.shape[1] for part in parts)
+        parts.append(slab.copy())
+    np.testing.assert_array_equal(np.concatenate(parts, axis=1), rows.rows["p0"][:, PANEL:])
+
+
+def test_an_error_while_reading_ahead_is_raised_where_the_slab_is_asked_for():
+    class Torn(CopiedRows):
+        def columns(self, name, start, stop, rows=None, *, out=None):
+            if start:
+                raise CorruptRunError("a chunk cannot be read")
+            return super().columns(name, start, stop, rows, out=out)
+
+    rows = Torn(random_rows(widths=(4 * PANEL,)), PANEL)
+    slabs = read_slabs(rows, "p0", 0, 4 * PANEL, SlabPlan(PANEL, True, 0))
+    assert next(slabs)[0] == 0
+    with pytest.raises(CorruptRunError, match="a chunk cannot be read"):
+        next(slabs)
+
+
+def test_slabs_are_whole_chunks_read_ahead_where_the_budget_allows_it():
+    rows = CopiedRows({"p0": np.zeros((16, 40 * PANEL), dtype=np.float32)}, 4 * PANEL)
+    single = np.dtype("float32")
+    panel, sums = 16 * PANEL, 24 * 16**2
+    assert plan_slabs(rows, "p0", single, 10**9) == SlabPlan(4 * PANEL, True, 4 * panel * 8)
+    assert plan_slabs(rows, "p0", single, sums + 4 * panel * 8 - 1) == SlabPlan(4 * PANEL, False, 4 * panel * 4)
+    assert plan_slabs(rows, "p0", single, sums + 3 * panel * 4) == SlabPlan(3 * PANEL, False, 3 * panel * 4)
+    assert plan_slabs(rows, "p0", np.dtype("float64"), sums + 20 * panel).columns == PANEL
+
+
+def test_the_sums_of_many_folds_do_not_pile_up(monkeypatch):
+    alive, most = 0, 0
+    add_up = grams._fold
+
+    class Counted(np.ndarray):
+        def __del__(self):
+            nonlocal alive
+            alive -= 1
+
+    def counted(*arguments):
+        nonlocal alive, most
+        found, products = add_up(*arguments)
+        alive += 1
+        most = max(most, alive)
+        return found.view(Counted), products
+
+    monkeypatch.setattr(grams, "FOLD", PANEL)
+    monkeypatch.setattr(grams, "_fold", counted)
+    rows = random_rows(n=4, widths=(30 * PANEL,))
+    np.testing.assert_allclose(grams_of(rows, n_workers=2)["p0"], rows["p0"] @ rows["p0"].T, rtol=1e-12)
+    assert 0 < most <= 8
 
 
 def test_subsampling_is_the_same_in_every_process_and_unbiased_in_scale():

@@ -8,8 +8,8 @@ import tiny_runs
 
 import streamfisher as sf
 from streamfisher.errors import CorruptRunError
-from streamfisher.reduction.gram import MemoryRows
 from streamfisher.reduction.moment import moment_of
+from streamfisher.reduction.rows import MemoryRows
 from streamfisher.store.durable import read_json, write_json
 from streamfisher.store.layout import node_name
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from streamfisher import FisherSpectral, SpectralConfig
 from streamfisher.blocks import assign_blocks
-from streamfisher.reduction.gram import draw_columns
+from streamfisher.reduction.subsets import draw_columns
 
 
 class TinyCausalModel(nn.Module):
@@ -87,7 +87,7 @@ def test_01_a_sum_not_a_mean(model, batch):
 def test_02_subsampling_is_seeded_by_a_stable_hash():
     """Python salts `hash()` differently in every process; SHA-1 of the block's name it is not."""
     code = (
-        "from streamfisher.reduction.gram import draw_columns; "
+        "from streamfisher.reduction.subsets import draw_columns; "
         "print(draw_columns({'a': 1000}, {'layer_0': ['a']}, 5, 42)['a'].columns.tolist())"
     )
     here = draw_columns({"a": 1000}, {"layer_0": ["a"]}, 5, 42)["a"].columns.tolist()

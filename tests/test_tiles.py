@@ -10,7 +10,9 @@ import tiny_runs
 import streamfisher as sf
 from streamfisher.errors import CapacityError, CorruptRunError
 from streamfisher.reduction import gram_stage
-from streamfisher.reduction.gram import MemoryRows, build_grams, draw_columns
+from streamfisher.reduction.gram import build_grams
+from streamfisher.reduction.rows import MemoryRows
+from streamfisher.reduction.subsets import draw_columns
 from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles, tile_bytes, tile_workers, tiles_of, whole_bytes
 from streamfisher.store import RunStore
 from streamfisher.store.arrays import CHUNK

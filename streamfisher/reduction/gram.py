@@ -2,8 +2,9 @@
 
 The columns of G are read in slabs. Each slab is multiplied in panels of `PANEL` columns (float32 or float64 products)
 and added up in float64, which keeps the error of float32 products near 2e-8 of the largest eigenvalue. One Dask task
-*folds* many slabs into one N x N sum; the folds of a parameter are added in the order of its columns. Panels and folds
-depend on the data only, so neither the memory budget nor the number of workers changes a bit of the result.
+*folds* many slabs into one N x N sum; the folds of a parameter are added in the order of its columns, each as soon as
+it and the sum before it are there. Panels and folds depend on the data only, so neither the memory budget nor the
+number of workers changes a bit of the result.
 
 Gradients that are held as factors are reduced by `factor_gram.py`, one task for each parameter.
 
@@ -12,19 +13,14 @@ After a run has grown, only the products with its new rows are formed (`products
 
 from __future__ import annotations
 
-import hashlib
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import dask
 import numpy as np
 import psutil
-import threadpoolctl
 import torch
-from dask.callbacks import Callback
 from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig, dtype_name, format_bytes
@@ -32,65 +28,27 @@ from streamfisher.errors import CapacityError, CorruptRunError
 from streamfisher.gradients.factors import matrix_shape
 from streamfisher.reduction.factor_gram import choose_kernel, factor_gram, slab_memory
 from streamfisher.reduction.products import complete, panel_sum
+from streamfisher.reduction.rows import GradientRows
+from streamfisher.reduction.slabs import least_bytes, plan_slabs, read_slabs, sums_bytes
+from streamfisher.reduction.subsets import ColumnSubset
+from streamfisher.reduction.tasks import (
+    TaskBar,
+    active_client,
+    blas_threads,
+    compute,
+    compute_on,
+    limit_threads,
+    worker_count,
+)
 from streamfisher.store.layout import PANEL
 
-#: Columns of one Dask task, at most: enough products to outweigh one addition of an N x N sum.
-FOLD = 64 * PANEL
+#: Columns of one Dask task, at most: enough products to outweigh one addition of an N x N sum, and few enough that a
+#: single wide parameter keeps many workers busy.
+FOLD = 16 * PANEL
 
 #: Parameters of fewer columns are multiplied in float64 whatever `dtype_gram` is. The rounding errors of float32
 #: products average out over the columns, to `u / sqrt(P)`; over a few they do not, and there float64 costs nothing.
 WIDE = 16 * PANEL
-
-
-class GradientRows(Protocol):
-    """Anything that holds per-sample gradients by columns: a run on disk, or arrays in memory."""
-
-    n_samples: int
-    parameters: Mapping[str, int]  # name -> number of columns
-
-    def chunk_columns(self, name: str) -> int:
-        """Return the columns that are read together at no extra cost."""
-
-    def columns(self, name: str, start: int, stop: int, rows: slice | None = None) -> np.ndarray:
-        """Return (N, stop - start) float32 or float64, or a range of those rows."""
-
-    def mean(self, name: str, start: int, stop: int) -> np.ndarray | None:
-        """Return the mean gradient that was subtracted from the rows, or `None`."""
-
-    def representation(self, name: str) -> str:
-        """Return 'factors' where there are `segments` and a `shape` to reduce instead of columns, else 'dense'."""
-
-
-class MemoryRows:
-    """Gradient rows held in memory, `{name: (N, P_k)}`, with the same face as a stored run."""
-
-    def __init__(self, rows: Mapping[str, np.ndarray]):
-        self.rows = dict(rows)
-        self.parameters = {name: values.shape[1] for name, values in rows.items()}
-        self.n_samples = next(iter(rows.values())).shape[0] if rows else 0
-
-    def chunk_columns(self, name: str) -> int:
-        """Return `PANEL`: any column is as near as any other."""
-        return PANEL
-
-    def columns(self, name: str, start: int, stop: int, rows: slice | None = None) -> np.ndarray:
-        """Return a view of (N, stop - start), or of a range of those rows."""
-        return self.rows[name][rows or slice(None), start:stop]
-
-    def mean(self, name: str, start: int, stop: int) -> None:
-        """Return `None`: rows in memory are never centered."""
-
-    def representation(self, name: str) -> str:
-        """Return 'dense'."""
-        return "dense"
-
-
-@dataclass(frozen=True)
-class ColumnSubset:
-    """Columns of one parameter drawn at random, and the factor that keeps the expected Gram the true one."""
-
-    columns: np.ndarray  # int64, ascending
-    scale: float  # P_b / k: the Gram of the drawn columns is multiplied by it
 
 
 @dataclass(frozen=True)
@@ -111,6 +69,10 @@ class _Products:
     budget: int  # bytes for one worker
 
 
+#: New rows of a Gram, (N - known, N) float64, and the rows times their mean, (N + 1,), where they are centered.
+_Fold = tuple[np.ndarray, np.ndarray | None]
+
+
 @dataclass(frozen=True)
 class ParameterGram:
     """The Gram of the rows of one parameter, or of a group of them, as they are held."""
@@ -118,41 +80,6 @@ class ParameterGram:
     name: str  # the parameter's, or the group's key
     gram: np.ndarray  # (N, N) float64, exactly symmetric
     mean_products: np.ndarray | None  # (N + 1,): rows times the mean, and its square; only for centered rows
-
-
-def draw_columns(
-    parameters: Mapping[str, int], blocks: Mapping[str, Sequence[str]], max_params: int | None, seed: int
-) -> dict[str, ColumnSubset]:
-    """Draw at most `max_params` columns of each block, the same in every process and run.
-
-    The generator is seeded with `seed` and the SHA-1 of the block's name. With k of P_b columns drawn, the Gram is
-    scaled by P_b / k, so its expectation is the Gram of the whole block.
-
-    Args:
-        parameters: columns of each parameter.
-        blocks: parameters of each block.
-        max_params: k; `None` draws nothing.
-        seed: of the run.
-
-    Returns:
-        The subset of each parameter of the blocks that are larger than `max_params`.
-    """
-    subsets: dict[str, ColumnSubset] = {}
-    if max_params is None:
-        return subsets
-    for key, names in blocks.items():
-        total = sum(parameters[name] for name in names)
-        if total <= max_params:
-            continue
-        word = int.from_bytes(hashlib.sha1(key.encode()).digest()[:8], "little")
-        generator = np.random.Generator(np.random.PCG64([seed, word]))
-        drawn = np.sort(generator.choice(total, size=max_params, replace=False, shuffle=False))
-        offset = 0
-        for name in names:
-            inside = drawn[(drawn >= offset) & (drawn < offset + parameters[name])] - offset
-            subsets[name] = ColumnSubset(inside.astype(np.int64), total / max_params)
-            offset += parameters[name]
-    return subsets
 
 
 def gram_settings(config: SpectralConfig) -> dict[str, Any]:
@@ -201,52 +128,56 @@ def build_grams(
     subsets, grown = subsets or {}, grown or {}
     names = [name for members in keys.values() for name in members]
     factored = {name for name in names if rows.representation(name) == "factors" and name not in subsets}
-    workers, panels, budget = _share_memory(rows, names, factored, config)
-    client = _client()
-    products = _Products(config.dtype_gram, config.gram_device, None if client is None else _threads(1, config), budget)
+    workers, budget = _share_memory(rows, names, factored, config)
+    client = active_client()
+    products = _Products(
+        config.dtype_gram, config.gram_device, None if client is None else blas_threads(1, config), budget
+    )
     tasks, n_folds = [], 0
+    held = dask.delayed(rows, traverse=False)  # one node of the graph: a cluster's workers open a run once each
     for key, members in keys.items():
         known = grown[key].known if key in grown else 0
-        folds = []
+        total = None
         for name in members:
             if name in factored:
-                folds.append(dask.delayed(_factor_fold, pure=False)(rows, name, products, known))
-                continue
-            folds += [
-                dask.delayed(_fold, pure=False)(rows, name, start, stop, panels, products, subsets.get(name), known)
-                for start, stop in _fold_ranges(rows.parameters[name])
-            ]
-        n_folds += len(folds)
-        tasks.append(dask.delayed(_finish, pure=False)(key, folds, grown.get(key), sink))
+                folds = [dask.delayed(_factor_fold, pure=False)(held, name, products, known)]
+            else:
+                folds = [
+                    dask.delayed(_fold, pure=False)(held, name, start, stop, products, subsets.get(name), known)
+                    for start, stop in _fold_ranges(rows.parameters[name])
+                ]
+            n_folds += len(folds)
+            for fold in folds:
+                total = fold if total is None else dask.delayed(_add, pure=False)(total, fold)
+        tasks.append(dask.delayed(_finish, pure=False)(key, total, grown.get(key), sink))
     if client is not None:
-        return _on_cluster(client, tasks, progress)
-    with threadpoolctl.threadpool_limits(_threads(workers, config)), _Progress(n_folds, enabled=progress):
-        return list(dask.compute(*tasks, **_scheduler(workers)))
+        return compute_on(client, tasks, progress)
+    with tqdm(total=n_folds, desc="Gram", unit="fold", disable=not progress) as bar:
+        return compute(tasks, workers, config, TaskBar(bar, "_fold", "_factor_fold"))
 
 
 def _share_memory(
     rows: GradientRows, names: Sequence[str], factored: set[str], config: SpectralConfig
-) -> tuple[int, int, int]:
-    """Return workers, panels of a slab of rows, and bytes for each worker; fewer workers where memory asks for it.
+) -> tuple[int, int]:
+    """Return workers, and bytes for each; fewer workers where memory asks for it.
 
     Raises:
         CapacityError: not even one worker can work within the budget.
     """
     budget = config.memory_budget or psutil.virtual_memory().available // 2
-    workers = config.n_workers or len(os.sched_getaffinity(0))
-    least = max((_factor_memory(rows, name, config) for name in factored), default=0)
+    workers = worker_count(config)
+    of_factors = max((_factor_memory(rows, name, config) for name in factored), default=0)
+    of_rows = least_bytes(rows.n_samples) if len(factored) < len(names) else 0
+    least, what = max((of_factors, " of factors"), (of_rows, ""))
     if config.n_workers is None:
-        panel = 24 * rows.n_samples**2 + 20 * rows.n_samples * PANEL
-        each = max(least, panel if len(factored) < len(names) else 0, 1)
-        workers = max(1, min(workers, int(budget // each)))
+        workers = max(1, min(workers, int(budget // max(least, 1))))
     if least > budget // workers:
         raise CapacityError(
-            f"{rows.n_samples} samples need {format_bytes(least * workers)} for the reduction of factors with "
+            f"{rows.n_samples} samples need {format_bytes(least * workers)} for the reduction{what} with "
             f"{workers} workers and the budget is {format_bytes(budget)}. Lower n_workers (1 needs "
             f"{format_bytes(least)}) or raise memory_budget."
         )
-    panels = panels_per_slab(rows.n_samples, workers, budget) if len(factored) < len(names) else 1
-    return workers, panels, int(budget // workers)
+    return workers, int(budget // workers)
 
 
 def _factor_memory(rows: Any, name: str, config: SpectralConfig) -> int:
@@ -258,9 +189,9 @@ def _factor_memory(rows: Any, name: str, config: SpectralConfig) -> int:
     if kernel == "slabs":
         return slab_memory(positions, shape, rows.n_samples, itemsize)[0]
     if kernel == "tokens":
-        return 24 * rows.n_samples**2 + 64 * 32 * positions  # the sums of 64 columns
+        return sums_bytes(rows.n_samples) + 64 * 32 * positions  # the sums of 64 columns
     longest = max((sum(segment.lengths) for segment in segments), default=0)
-    return 24 * rows.n_samples**2 + 24 * longest * sum(shape)  # the factors of two batches
+    return sums_bytes(rows.n_samples) + 24 * longest * sum(shape)  # the factors of two batches
 
 
 def _product_dtype(rows: Any, name: str, dtype_gram: torch.dtype) -> np.dtype:
@@ -269,34 +200,13 @@ def _product_dtype(rows: Any, name: str, dtype_gram: torch.dtype) -> np.dtype:
     return np.dtype("float64" if wide or getattr(rows, "numpy_row_dtype", None) == np.float64 else "float32")
 
 
-def panels_per_slab(n_samples: int, workers: int, budget: int) -> int:
-    """Return how many panels each worker may hold so that the reduction stays within its budget.
-
-    A worker holds a slab as read and as multiplied, the sum, one product and the fold it adds to:
-    `N S (4 + 4 + 4) + 20 N^2` bytes with float32 products, counted here as if they were float64.
-
-    Raises:
-        CapacityError: one panel per worker is already more than the budget.
-    """
-    fixed = workers * 24 * n_samples**2
-    panel = workers * 20 * n_samples * PANEL
-    if fixed + panel > budget:
-        raise CapacityError(
-            f"{n_samples} samples need {format_bytes(fixed + panel)} for the reduction with {workers} workers and the "
-            f"budget is {format_bytes(budget)}. Lower n_workers (1 needs {format_bytes((fixed + panel) / workers)}) or "
-            "raise memory_budget."
-        )
-    return int(min((budget - fixed) // panel, FOLD // PANEL))
-
-
 def _fold_ranges(n_columns: int) -> list[tuple[int, int]]:
     return [(start, min(start + FOLD, n_columns)) for start in range(0, max(n_columns, 1), FOLD)]
 
 
-def _factor_fold(rows: Any, name: str, how: _Products, known: int) -> tuple[np.ndarray, None]:
+def _factor_fold(rows: Any, name: str, how: _Products, known: int) -> _Fold:
     """Return the rows from `known` on of the Gram of a parameter that is held as factors."""
-    if how.threads is not None:
-        threadpoolctl.threadpool_limits(how.threads)
+    limit_threads(how.threads)
     found = factor_gram(
         rows.segments(name),
         matrix_shape(rows.shape(name)),
@@ -314,55 +224,43 @@ def _fold(
     name: str,
     start: int,
     stop: int,
-    panels: int,
     how: _Products,
     subset: ColumnSubset | None,
     known: int,
-) -> tuple[np.ndarray, np.ndarray | None]:
+) -> _Fold:
     """Return the rows from `known` on of the Gram of columns `start` to `stop`, and those columns times the mean."""
-    if how.threads is not None:
-        threadpoolctl.threadpool_limits(how.threads)
+    limit_threads(how.threads)
     total = panel_sum(rows.n_samples, known, how.device)
     products = None
     product_dtype = _product_dtype(rows, name, how.dtype)
-    chunk = rows.chunk_columns(name)
-    # Whole chunks at a time, so that none is read twice.
-    width = max(panels * PANEL // max(chunk, 1) * chunk, min(chunk, panels * PANEL), 1)
-    for left in range(start, stop, width):
-        right = min(left + width, stop)
-        slab = rows.columns(name, left, right)
+    for left, slab in read_slabs(rows, name, start, stop, plan_slabs(rows, name, product_dtype, how.budget)):
         if slab.dtype != np.float64:  # of float64 rows, products are never formed in less
             slab = slab.astype(product_dtype, copy=False)
-        mean = rows.mean(name, left, right)
-        for first in range(0, right - left, PANEL):
+        mean = rows.mean(name, left, left + slab.shape[1])
+        for first in range(0, slab.shape[1], PANEL):
             panel = slab[:, first : first + PANEL]
+            inside = slice(None) if subset is None else subset.inside(left + first, left + first + panel.shape[1])
             if subset is not None:
-                inside = _inside(subset.columns, left + first, left + first + panel.shape[1])
                 panel = panel[:, inside]
-            panel = np.ascontiguousarray(panel)
             total.add(panel)
             if mean is not None:
-                part = mean[first : first + PANEL]
-                part = part if subset is None else part[inside]
+                part = mean[first : first + PANEL][inside]
                 here = np.append(panel.astype(np.float64) @ part, part @ part)
                 products = here if products is None else products + here
-        del slab
     if subset is None:
         return total.result(), products
     return total.result() * subset.scale, None if products is None else products * subset.scale
 
 
-def _finish(
-    name: str,
-    folds: list[tuple[np.ndarray, np.ndarray | None]],
-    grown: GrownGram | None,
-    sink: Callable[[ParameterGram], Any],
-) -> Any:
-    """Add the folds in the order of the columns, check, and hand the Gram on."""
-    gram, products = folds[0]
-    for more, more_products in folds[1:]:
-        gram = gram + more
-        products = None if products is None else products + more_products
+def _add(total: _Fold, fold: _Fold) -> _Fold:
+    """Add the next fold, in the order of the columns. Neither is changed: a cluster may do a task again."""
+    (gram, products), (more, more_products) = total, fold
+    return gram + more, None if products is None else products + more_products
+
+
+def _finish(name: str, total: _Fold, grown: GrownGram | None, sink: Callable[[ParameterGram], Any]) -> Any:
+    """Put the new rows to those that are known, check, and hand the Gram on."""
+    gram, products = total
     gram = complete(gram, None if grown is None else grown.read(name)[: grown.known, : grown.known])
     if not np.isfinite(gram).all():
         samples = np.flatnonzero(~np.isfinite(gram.diagonal()))
@@ -373,59 +271,6 @@ def _finish(
     return sink(ParameterGram(name, gram, products))
 
 
-def _inside(columns: np.ndarray, start: int, stop: int) -> np.ndarray:
-    first, last = np.searchsorted(columns, [start, stop])
-    return columns[first:last] - start
-
-
 def _list(samples: np.ndarray) -> str:
     shown = ", ".join(str(sample) for sample in samples[:8])
     return shown + (f" and {len(samples) - 8} more" if len(samples) > 8 else "")
-
-
-def _client() -> Any:
-    """Return the active distributed client, or `None`."""
-    distributed = sys.modules.get("distributed")  # a client can only be active where it was imported
-    if distributed is None:
-        return None
-    try:
-        return distributed.default_client()
-    except ValueError:
-        return None
-
-
-def _scheduler(workers: int) -> dict[str, Any]:
-    """Use the active distributed client where there is one, else threads."""
-    return {"scheduler": "threads", "num_workers": workers} if _client() is None else {}
-
-
-def _on_cluster(client: Any, tasks: Sequence[Any], progress: bool) -> list[Any]:
-    """Compute the tasks on a cluster; a worker that dies has its tasks done again by another."""
-    from distributed import as_completed
-
-    futures = client.compute(list(tasks))
-    with tqdm(total=len(futures), desc="Gram", unit="parameter", disable=not progress) as bar:
-        for _ in as_completed(futures):
-            bar.update(1)
-    return client.gather(futures)
-
-
-def _threads(workers: int, config: SpectralConfig) -> int:
-    """Share the cores between the workers' BLAS calls; one thread each where bits must not depend on the machine."""
-    return 1 if config.use_deterministic else max(1, len(os.sched_getaffinity(0)) // workers)
-
-
-class _Progress(Callback):
-    """One bar over the folds of all parameters."""
-
-    def __init__(self, total: int, *, enabled: bool):
-        super().__init__()
-        self.bar = tqdm(total=total, desc="Gram", unit="fold", disable=not enabled)
-
-    def _posttask(self, key: Any, *_: Any) -> None:
-        if str(key[0] if isinstance(key, tuple) else key).startswith(("_fold-", "_factor_fold-")):
-            self.bar.update(1)
-
-    def __exit__(self, *error: Any) -> None:
-        self.bar.close()
-        super().__exit__(*error)

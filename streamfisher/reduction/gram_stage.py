@@ -13,6 +13,7 @@ from streamfisher.config import SpectralConfig
 from streamfisher.memory import give_back
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.gram_sink import GramSink, keep_moment
+from streamfisher.reduction.subsets import ColumnSubset, draw_columns
 from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles
 from streamfisher.solving.tiled_solve import budget_of
 from streamfisher.store import RunStore
@@ -42,7 +43,7 @@ def build_stored_grams(
     """
     settings = grams.gram_settings(config)
     blocks = group_blocks(assign_blocks(store.parameters, config.block_structure))
-    subsets = grams.draw_columns(store.parameters, blocks, config.max_params_per_block, config.seed)
+    subsets = draw_columns(store.parameters, blocks, config.max_params_per_block, config.seed)
     members = {key: store.gram_members[key] for key in keys}
     budget = budget_of(config)
     names = [name for some in members.values() for name in some]
@@ -59,7 +60,7 @@ def _build_tiles(
     store: RunStore,
     config: SpectralConfig,
     members: Mapping[str, Sequence[str]],
-    subsets: Mapping[str, grams.ColumnSubset],
+    subsets: Mapping[str, ColumnSubset],
     budget: int,
     *,
     rebuild: bool,

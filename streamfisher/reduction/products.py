@@ -153,6 +153,12 @@ class NumpySum:
 
     def add(self, panel: np.ndarray) -> None:
         """Add the products of a panel."""
+        if self.known == 0:
+            with np.errstate(over="ignore", invalid="ignore"):
+                product = panel @ panel.T
+            if _in_range(product, panel.shape[1]):
+                self.total += product
+                return
         exponent = _exponent(panel)
         if exponent:
             panel = np.ldexp(panel, -exponent)
@@ -207,6 +213,17 @@ class _full_precision:  # noqa: N801 - a context manager that reads as a phrase
 
     def __exit__(self, *error: object) -> None:
         torch.set_float32_matmul_precision(self.before)
+
+
+def _in_range(product: np.ndarray, columns: int) -> bool:
+    """Return whether a panel's product with itself needed no scaling.
+
+    The largest entry of its diagonal is between the square of the panel's largest entry and `columns` times that.
+    """
+    if product.dtype != np.float32:
+        return True
+    largest = float(product.diagonal().max(initial=0.0))
+    return columns * _SAFE_PEAK[0] ** 2 < largest < _SAFE_PEAK[1] ** 2
 
 
 def _exponent(panel: np.ndarray) -> int:

@@ -8,7 +8,6 @@ symmetric. A tile is written whole and then marked; a run that was killed goes o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
@@ -16,33 +15,26 @@ from typing import Any, Protocol
 
 import dask
 import numpy as np
-import threadpoolctl
 import torch
-from dask.callbacks import Callback
 from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig, format_bytes
 from streamfisher.errors import CapacityError, CorruptRunError
-from streamfisher.reduction import gram as grams
-from streamfisher.reduction.gram import ColumnSubset
+from streamfisher.reduction.gram import WIDE
 from streamfisher.reduction.products import scaled_product
+from streamfisher.reduction.rows import GradientRows
+from streamfisher.reduction.slabs import least_bytes
+from streamfisher.reduction.subsets import ColumnSubset
+from streamfisher.reduction.tasks import (
+    TaskBar,
+    active_client,
+    blas_threads,
+    compute,
+    compute_on,
+    limit_threads,
+    worker_count,
+)
 from streamfisher.store.layout import PANEL, TILE
-
-
-class TileRows(Protocol):
-    """Gradient rows that are read by columns and ranges of rows."""
-
-    n_samples: int
-    parameters: Mapping[str, int]
-
-    def chunk_columns(self, name: str) -> int:
-        """Return the columns that are read together at no extra cost."""
-
-    def columns(self, name: str, start: int, stop: int, rows: slice | None = None) -> np.ndarray:
-        """Return (rows, stop - start) float32 or float64."""
-
-    def mean(self, name: str, start: int, stop: int) -> np.ndarray | None:
-        """Return the mean gradient that was subtracted from the rows, or `None`."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +83,7 @@ def tiles_of(n_samples: int, size: int = TILE) -> list[Tile]:
 
 def whole_bytes(n_samples: int, workers: int) -> int:
     """Return the least memory in which whole Grams are built: `workers (24 N^2 + 20 N PANEL)`."""
-    return workers * (24 * n_samples**2 + 20 * n_samples * PANEL)
+    return workers * least_bytes(n_samples)
 
 
 def tile_bytes(workers: int, chunk_columns: int, size: int = TILE) -> int:
@@ -124,7 +116,7 @@ def tile_workers(workers: int, budget: int, chunk_columns: int, size: int = TILE
 
 
 def build_tiled_grams(
-    rows: TileRows,
+    rows: GradientRows,
     config: SpectralConfig,
     sink: TileSink,
     keys: Mapping[str, Sequence[str]],
@@ -142,7 +134,7 @@ def build_tiled_grams(
         sink: receives each tile in the task that finished it.
         keys: the parameters of each Gram.
         budget: bytes that all workers together may use.
-        subsets: columns to use of some parameters, see `gram.draw_columns`.
+        subsets: columns to use of some parameters, see `subsets.draw_columns`.
         size: rows of a tile; `None` means `TILE`.
         progress: show a bar.
 
@@ -154,9 +146,9 @@ def build_tiled_grams(
     """
     tiles = tiles_of(rows.n_samples, size or TILE)
     widest = max(rows.chunk_columns(name) for names in keys.values() for name in names)
-    workers = tile_workers(config.n_workers or len(os.sched_getaffinity(0)), budget, widest, size or TILE)
-    client = grams._client()
-    threads = None if client is None else grams._threads(1, config)
+    workers = tile_workers(worker_count(config), budget, widest, size or TILE)
+    client = active_client()
+    threads = None if client is None else blas_threads(1, config)
     built: dict[str, list[Any]] = {}
     todo = {key: sink.todo(key, tiles) for key in keys}
     with tqdm(total=sum(map(len, todo.values())), desc="Gram", unit="tile", disable=not progress) as bar:
@@ -166,28 +158,15 @@ def build_tiled_grams(
                 for tile in todo[key]
             ]
             if client is not None:
-                built[key] = grams._on_cluster(client, tasks, False)
+                built[key] = compute_on(client, tasks, False)
             else:
-                with threadpoolctl.threadpool_limits(grams._threads(workers, config)), _TileBar(bar):
-                    built[key] = list(dask.compute(*tasks, scheduler="threads", num_workers=workers))
+                built[key] = compute(tasks, workers, config, TaskBar(bar, "_build_and_write"))
             sink.finish(key, tiles)
     return built
 
 
-class _TileBar(Callback):
-    """Moves a bar on with each tile that is finished."""
-
-    def __init__(self, bar: tqdm):
-        super().__init__()
-        self.bar = bar
-
-    def _posttask(self, key: Any, *_: Any) -> None:
-        if str(key[0] if isinstance(key, tuple) else key).startswith("_build_and_write-"):
-            self.bar.update(1)
-
-
 def _build_and_write(
-    rows: TileRows,
+    rows: GradientRows,
     key: str,
     names: Sequence[str],
     tile: Tile,
@@ -196,13 +175,12 @@ def _build_and_write(
     sink: TileSink,
     threads: int | None,
 ) -> Any:
-    if threads is not None:
-        threadpoolctl.threadpool_limits(threads)
+    limit_threads(threads)
     return sink.write(key, build_tile(rows, names, tile, config, subsets))
 
 
 def build_tile(
-    rows: TileRows, names: Sequence[str], tile: Tile, config: SpectralConfig, subsets: Mapping[str, ColumnSubset]
+    rows: GradientRows, names: Sequence[str], tile: Tile, config: SpectralConfig, subsets: Mapping[str, ColumnSubset]
 ) -> FinishedTile:
     """Return one tile of the Gram of some parameters together.
 
@@ -223,7 +201,7 @@ def build_tile(
         scale = 1.0 if subset is None else subset.scale
         for left in range(0, rows.parameters[name], width):
             right = min(left + width, rows.parameters[name])
-            inside = slice(None) if subset is None else grams._inside(subset.columns, left, right)
+            inside = slice(None) if subset is None else subset.inside(left, right)
             product, mean = _slab_product(rows, name, tile, left, right, inside, config)
             total += product if subset is None else scale * product
             if mean is not None:
@@ -238,10 +216,10 @@ def build_tile(
 
 
 def _slab_product(
-    rows: TileRows, name: str, tile: Tile, left: int, right: int, inside: slice | np.ndarray, config: SpectralConfig
+    rows: GradientRows, name: str, tile: Tile, left: int, right: int, inside: slice | np.ndarray, config: SpectralConfig
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the tile of one slab of columns, and what its rows have in common with the mean that was subtracted."""
-    wide = config.dtype_gram == torch.float64 or rows.parameters[name] < grams.WIDE
+    wide = config.dtype_gram == torch.float64 or rows.parameters[name] < WIDE
     diagonal = tile.row == tile.column
 
     def read(samples: slice) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch
 import zarr
 from torch import Tensor
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr.core.buffer.cpu import NDBuffer
 
 from streamfisher.config import Codec
 
@@ -78,13 +79,25 @@ def encode(rows: Tensor, dtype: torch.dtype) -> np.ndarray:
     return rounded.numpy()
 
 
-def decode(stored: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Return stored rows as float32, or float64 where they were stored so."""
-    if dtype == torch.bfloat16:
-        return torch.from_numpy(stored).view(torch.bfloat16).float().numpy()
-    if dtype == torch.float16:
-        return stored.astype(np.float32)
-    return stored
+def decode(stored: np.ndarray, dtype: torch.dtype, out: np.ndarray | None = None) -> np.ndarray:
+    """Return stored rows as float32, or float64 where they were stored so; in `out`, if given, of that dtype."""
+    if out is None:
+        if dtype not in (torch.bfloat16, torch.float16):
+            return stored
+        out = np.empty(stored.shape, dtype=np.float32)
+    if dtype == torch.bfloat16:  # the upper half of the bits of a float32
+        np.left_shift(stored, 16, out=out.view(np.uint32), dtype=np.uint32, casting="unsafe")
+    else:
+        out[...] = stored
+    return out
+
+
+def read_into(array: zarr.Array, rows: slice, columns: slice, dtype: torch.dtype, out: np.ndarray) -> np.ndarray:
+    """Read rows that are stored as `dtype` into `out`, float32 or float64 as `decode` returns, and return it."""
+    if array.dtype == out.dtype:
+        array.get_basic_selection((rows, columns), out=NDBuffer.from_numpy_array(out))
+        return out
+    return decode(array[rows, columns], dtype, out)
 
 
 def checksum(array: np.ndarray) -> int:

@@ -44,7 +44,9 @@ class RowReader(StorePart):
         """Return the shape of a parameter."""
         return next(tuple(item["shape"]) for item in self.manifest.parameters if item["name"] == name)
 
-    def columns(self, name: str, start: int, stop: int, rows: slice | None = None) -> np.ndarray:
+    def columns(
+        self, name: str, start: int, stop: int, rows: slice | None = None, *, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """Return columns `start` to `stop` of a parameter's rows: (n, stop - start) float32 or float64.
 
         Args:
@@ -52,27 +54,31 @@ class RowReader(StorePart):
             start: first column.
             stop: one past the last column.
             rows: consecutive samples; `None` means all N.
+            out: an array of that shape and of `numpy_row_dtype` to read into, where the rows are held as rows.
 
         Raises:
             CorruptRunError: a chunk fails its checksum.
             RunError: the gradients were deleted after they were reduced.
         """
         first, last, _ = (rows or slice(None)).indices(self.n_samples)
+        stop = min(stop, self.parameters[name])
         self._require_kept(name)
         if self.representation(name) == "factors":
             segments = self.segments(name)
             shape = matrix_shape(self.shape(name))
             return columns_of_segments(segments, shape, start, stop, first, last, self.numpy_row_dtype)
         self._require_bound(name)
+        array = self._array(f"gradients/{node_name(name)}")
+        if out is None:
+            out = np.empty((last - first, stop - start), dtype=self.numpy_row_dtype)
         try:
-            stored = self._array(f"gradients/{node_name(name)}")[first:last, start:stop]
+            return codecs.read_into(array, slice(first, last), slice(start, stop), self.store_dtype, out)
         except (ValueError, RuntimeError, OSError) as error:
             raise unreadable(
                 error,
                 f"{self.path}: a chunk of parameter {name} (columns {start} to {stop}) cannot be read: {error}. "
                 "Run `streamfisher verify` to find which samples are affected.",
             ) from error
-        return codecs.decode(stored, self.store_dtype)
 
     def segments(self, name: str) -> list[Segment]:
         """Return the factors of a parameter, in the order of the samples.
@@ -125,6 +131,12 @@ class RowReader(StorePart):
     def numpy_row_dtype(self) -> np.dtype:
         """Return the dtype in which rows are formed, for numpy."""
         return np.dtype("float64" if self.row_dtype == torch.float64 else "float32")
+
+    @property
+    def decoding_bytes(self) -> int:
+        """Return what an entry takes beside its row's dtype while it is read: its stored form, where it has one."""
+        stored = self.store_dtype.itemsize
+        return 0 if stored == self.numpy_row_dtype.itemsize else stored
 
     @property
     def unit_roundoff(self) -> float:

@@ -25,6 +25,8 @@ import torch
 import streamfisher as sf
 from streamfisher.config import dtype_name, format_bytes, parse_bytes
 from streamfisher.reduction import gram as grams
+from streamfisher.reduction.rows import MemoryRows
+from streamfisher.reduction.slabs import plan_slabs, sums_bytes
 from streamfisher.reduction.tiles import build_tiled_grams, tile_bytes
 from streamfisher.store import Manifest, RunStore, UnitRecord, versions
 from streamfisher.store.layout import PANEL, chunk_columns
@@ -107,7 +109,7 @@ def reduce(path: Path, workers: int, budget: int, tiles: bool, dtype: str) -> di
     n = store.n_samples
     found: list[np.ndarray] = []
     # The BLAS and its threads take their own buffers at their first large product; they belong to the base.
-    warm_up = grams.MemoryRows({f"p{i}": np.ones((512, PANEL), dtype=np.float32) for i in range(2 * workers)})
+    warm_up = MemoryRows({f"p{i}": np.ones((512, PANEL), dtype=np.float32) for i in range(2 * workers)})
     grams.build_grams(warm_up, config, lambda gram: None)
     store.columns("weight", 0, 1, rows=slice(0, 1))
     with PeakMemory() as memory:
@@ -118,8 +120,8 @@ def reduce(path: Path, workers: int, budget: int, tiles: bool, dtype: str) -> di
             planned = tile_bytes(workers, store.chunk_columns("weight")) + 8 * n**2
         else:
             grams.build_grams(store, config, lambda gram: found.append(gram.gram))
-            slab = grams.panels_per_slab(n, workers, budget) * PANEL
-            planned = workers * (20 * n**2 + 12 * n * min(slab, store.parameters["weight"]))
+            slabs = plan_slabs(store, "weight", np.dtype(dtype), budget // workers)
+            planned = workers * (sums_bytes(n) + slabs.size)
         seconds = time.perf_counter() - start
     rows = store.columns("weight", 0, store.parameters["weight"], rows=slice(0, 64)).astype(np.float64)
     exact = rows @ rows.T

@@ -1,0 +1,91 @@
+"""Slabs of columns for the Gram stage, read ahead: while one is multiplied, a thread reads the next.
+
+A slab has all N rows and the columns of one chunk, or as many as the memory allows. Two buffers take turns, and are
+never given back in between: to fault in fresh memory costs as much as to decode what is read into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from streamfisher.reduction.rows import GradientRows
+from streamfisher.store.layout import PANEL
+
+
+@dataclass(frozen=True)
+class SlabPlan:
+    """How a parameter's columns are read."""
+
+    columns: int  # of a slab, a multiple of `PANEL`
+    ahead: bool  # whether the next slab is read while one is multiplied
+    size: int  # bytes of the slabs of one worker
+
+
+def least_bytes(n_samples: int) -> int:
+    """Return the least bytes in which one worker builds Grams: sums of N x N, and one panel as float64."""
+    return sums_bytes(n_samples) + 20 * n_samples * PANEL
+
+
+def sums_bytes(n_samples: int) -> int:
+    """Return the bytes of one worker's sums: a fold and a product, or three float64 sums when folds are added."""
+    return 24 * n_samples**2
+
+
+def plan_slabs(rows: GradientRows, name: str, product_dtype: np.dtype, budget: int) -> SlabPlan:
+    """Return the slabs with which one worker stays within its budget; at least one panel.
+
+    An entry takes the bytes of its row's dtype once for each slab, what its decoding takes, and 8 more where float32
+    rows are multiplied in float64.
+
+    Args:
+        rows: where the gradients are.
+        name: of the parameter.
+        product_dtype: in which it is multiplied.
+        budget: bytes of one worker.
+    """
+    n, columns = rows.n_samples, rows.parameters[name]
+    chunk = max(min(rows.chunk_columns(name) // PANEL, -(-columns // PANEL)), 1)  # in panels
+    free = budget - sums_bytes(n)
+    held = rows.numpy_row_dtype.itemsize
+    beside = rows.decoding_bytes + (8 if product_dtype.itemsize > held else 0)
+    for slabs in (2, 1):
+        panel = n * PANEL * (slabs * held + beside)
+        panels = min(max(free // panel, 1), chunk)
+        if panels == chunk or slabs == 1:
+            break
+    return SlabPlan(int(panels * PANEL), slabs == 2 and columns > panels * PANEL, int(panels * panel))
+
+
+def read_slabs(
+    rows: GradientRows, name: str, start: int, stop: int, plan: SlabPlan
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the first column and the values, (N, at most `plan.columns`), of each slab from `start` to `stop`.
+
+    A slab is valid until the next but one is asked for.
+    """
+    edges = [(left, min(left + plan.columns, stop)) for left in range(start, stop, plan.columns)]
+    buffers = [_buffer(rows, plan, stop - start) for _ in range(2 if plan.ahead and len(edges) > 1 else 1)]
+
+    def read(turn: int) -> np.ndarray:
+        left, right = edges[turn]
+        return rows.columns(name, left, right, out=buffers[turn % len(buffers)][:, : right - left])
+
+    if len(buffers) == 1:
+        for turn, (left, _) in enumerate(edges):
+            yield left, read(turn)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="slab") as reader:
+        coming = reader.submit(read, 0)
+        for turn, (left, _) in enumerate(edges):
+            slab = coming.result()
+            if turn + 1 < len(edges):
+                coming = reader.submit(read, turn + 1)
+            yield left, slab
+
+
+def _buffer(rows: GradientRows, plan: SlabPlan, columns: int) -> np.ndarray:
+    return np.empty((rows.n_samples, min(plan.columns, columns)), dtype=rows.numpy_row_dtype)
