@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -49,6 +50,7 @@ from streamfisher.store import (
     units_left,
     versions,
 )
+from streamfisher.store.codecs import chunks_at_a_time
 from streamfisher.store.layout import check_free, chunk_columns
 from streamfisher.stream.collecting import StreamedRun, check_streamable, first_samples
 from streamfisher.stream.engine import StreamEngine
@@ -113,6 +115,7 @@ def collect(
         Ranks(state, timeout=config.rank_timeout, stop=stop) as ranks,
         deterministic(config.use_deterministic, config.seed),
         without_packing(model),  # from the first pass on
+        chunks_at_a_time(len(os.sched_getaffinity(0))),
     ):
         found = survey(model, samples, config, loss, n_samples)
         reshard(model)

@@ -20,7 +20,7 @@ from streamfisher.errors import ModelError
 from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.factors import FactorPair, squared_norms
 from streamfisher.losses import resolve_loss
-from streamfisher.planning.costs import capture_flops, norm_flops, pass_flops, plain_flops, product_cost
+from streamfisher.planning.costs import forming_flops, norm_flops, pass_flops, plain_flops, product_cost
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.plan import Machine, RunPlan, plan_run
 from streamfisher.planning.rates import Rates, measure
@@ -167,8 +167,9 @@ def test_products_take_the_cheapest_kernel():
     assert (long.kernel, long.forming, long.product) == ("slabs", 2 * 512 * 512 * 2e6, 512**2 * 2e6)
     assert product_cost(a_shape(512), "dense", 512).forming == 0
     assert product_cost(a_shape(512, by_id=True), "factors", 512).kernel == "tokens"
-    assert capture_flops([a_shape(10)], {"w": "dense"}) == 2 * 10 * 2e6
-    assert capture_flops([a_shape(10)], {"w": "factors"}) == 0
+    assert forming_flops([a_shape(10)], {"w": "dense"}, "dense") == 2 * 10 * 2e6
+    assert forming_flops([a_shape(10)], {"w": "factors"}, "dense") == 0
+    assert forming_flops([a_shape(10)], {"w": "factors"}, "factors") == 2 * 10 * 2e6
 
 
 @pytest.mark.parametrize("positions", [4, 200])

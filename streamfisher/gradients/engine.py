@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -332,7 +333,7 @@ class GradientEngine:
                 squares.append(float(squared_norms(pairs).sum()) if pairs else 0.0)
             else:
                 sums[name] = out[name][:n_samples].sum(0, dtype=torch.float64)
-                squares.append(float(out[name][:n_samples].double().square().sum()))
+                squares.append(norm(out[name][:n_samples]) ** 2)
         whole = sum(squares) ** 0.5
         differences = {}
         for (name, value), square in zip(sums.items(), squares, strict=True):
@@ -430,8 +431,12 @@ class GradientEngine:
         if self._undo is None:
             raise CaptureError("Use the GradientEngine in a with statement, which restores the model at its end.")
 
+    @cached_property
+    def _model_dtypes(self) -> frozenset[torch.dtype]:
+        return frozenset(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
     def _coarsest(self) -> torch.dtype:
-        dtypes = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        dtypes = set(self._model_dtypes)
         if torch.is_autocast_enabled(self.device.type):
             dtypes.add(torch.get_autocast_dtype(self.device.type))
         known = [dtype for dtype in dtypes if dtype in TOLERANCE]

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: Entries of a factor, or of inner products, that are in float64 at a time.
+_ENTRIES = 1 << 20
+
 
 @dataclass(frozen=True)
 class FactorPair:
@@ -77,23 +80,27 @@ def squared_norms(pairs: Sequence[FactorPair]) -> Tensor:
         rows = [product([_sample(pair, i) for pair in pairs], (height, width), _wide(pairs)) for i in _samples(pairs)]
         return torch.stack([torch.linalg.vecdot(row[0].double(), row[0].double()) for row in rows])
     squares = torch.zeros(pairs[0].right.shape[0], dtype=torch.float64, device=pairs[0].right.device)
-    for i in _samples(pairs):
-        for a, one in enumerate(pairs):
-            for b, other in enumerate(pairs[: a + 1]):
-                inner = _inner(one.left[i], other.left[i]) * _inner(one.right[i], other.right[i])
-                squares[i] += inner.sum() * (1.0 if a == b else 2.0)
+    largest = max(side.shape[1] * max(side.shape[2:], default=0) for pair in pairs for side in (pair.left, pair.right))
+    for some in torch.arange(len(squares)).split(max(1, _ENTRIES // max(largest, n_positions**2, 1))):
+        part = slice(int(some[0]), int(some[-1]) + 1)
+        lefts, rights = [pair.left[part] for pair in pairs], [pair.right[part] for pair in pairs]
+        for a in range(len(pairs)):
+            for b in range(a + 1):
+                left, right = _inner(lefts[a], lefts[b]), _inner(rights[a], rights[b])
+                squares[part] += torch.linalg.vecdot(left.flatten(1), right.flatten(1)) * (1.0 if a == b else 2.0)
     return squares
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:
-    """Return the (T, S) inner products of two factors of a sample, float64, either of which may be ids."""
-    if one.dim() == 1 and other.dim() == 1:
-        return (one[:, None] == other[None, :]).double()
-    if one.dim() == 1:
-        return other.double()[:, one].T
-    if other.dim() == 1:
-        return one.double()[:, other]
-    return one.double() @ other.double().T
+    """Return the (B, T, S) inner products of two factors of some samples, float64, either of which may be ids."""
+    if one.dim() == 2 and other.dim() == 2:
+        return (one[:, :, None] == other[:, None, :]).double()
+    if one.dim() == 2:
+        return _inner(other, one).transpose(1, 2)
+    if other.dim() == 2:
+        return one.double().gather(2, other[:, None, :].expand(-1, one.shape[1], -1))
+    wide = one.double()
+    return wide @ (wide if other is one else other.double()).transpose(1, 2)
 
 
 def _wide(pairs: Sequence[FactorPair]) -> torch.dtype:

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from streamfisher.planning.model_trace import BlockCost
+from streamfisher.reduction.factor_gram import slab_memory
+from streamfisher.reduction.slabs import sums_bytes
 from streamfisher.shapes import GradientShape
+from streamfisher.store.layout import chunk_columns
 
 #: Pairwise products are formed in float64, which costs twice as much as the float32 products of slabs.
 _PAIRWISE_COST = 2.0
@@ -31,12 +34,15 @@ class ProductCost:
         return self.forming + self.product
 
 
-def capture_flops(shapes: Collection[GradientShape], held: Mapping[str, str]) -> float:
-    """Return the operations that form one sample's rows while the backward pass runs: `2 T P` for each product."""
+def forming_flops(shapes: Collection[GradientShape], held: Mapping[str, str], how: str) -> float:
+    """Return the operations that form one sample's rows of the parameters that are held so: `2 T P` for each product.
+
+    Of dense ones while the backward pass runs; of factors where the guard adds them up.
+    """
     return sum(
         2.0 * positions * shape.numel
         for shape in shapes
-        if held[shape.name] == "dense"
+        if held[shape.name] == how
         for (left, _), positions in zip(shape.pairs, shape.positions, strict=True)
         if left.width > 1
     )
@@ -81,6 +87,32 @@ def product_cost(shape: GradientShape, held: str, n_samples: int) -> ProductCost
     slabs = ProductCost("slabs", 2.0 * positions * shape.numel, rows)
     pairwise = ProductCost("pairwise", 0.0, _PAIRWISE_COST * positions**2 * (shape.numel / width + width))
     return min(slabs, pairwise, key=lambda cost: cost.total)
+
+
+def reduction_bytes(
+    shapes: Collection[GradientShape],
+    held: Mapping[str, str],
+    n_samples: int,
+    chunk_rows: int,
+    row_itemsize: int,
+    stored_itemsize: int,
+) -> float:
+    """Return the memory that one worker of the reduction takes where it has room: sums, and its largest slabs.
+
+    Of rows, two slabs of a chunk's columns; of factors, a slab of formed rows and the factors that it is formed from.
+    """
+    largest = 0
+    for shape in shapes:
+        if held[shape.name] == "dense":
+            width = chunk_columns(shape.numel, n_samples, chunk_rows, stored_itemsize)
+            decoding = stored_itemsize if stored_itemsize != row_itemsize else 0
+            largest = max(largest, n_samples * width * (2 * row_itemsize + decoding))
+        elif product_cost(shape, "factors", n_samples).kernel == "slabs":
+            width = shape.pairs[0][1].width
+            positions = n_samples * sum(shape.positions)
+            _, whole = slab_memory(int(positions), (shape.numel // width, width), n_samples, row_itemsize)
+            largest = max(largest, whole - sums_bytes(n_samples))
+    return float(sums_bytes(n_samples) + largest)
 
 
 def eigensolve_flops(n_samples: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import tempfile
@@ -20,9 +21,12 @@ from torch.utils import _pytree as pytree
 
 from streamfisher.config import Codec
 from streamfisher.errors import StreamfisherError
+from streamfisher.gradients.factors import FactorPair, pack
+from streamfisher.gradients.norms import norm
 from streamfisher.planning.model_trace import LayerCall
 from streamfisher.reduction.products import panel_sum
 from streamfisher.store import codecs
+from streamfisher.store.factors import write_factors
 from streamfisher.store.layout import PANEL
 
 #: A layer with more bytes of weights is not built for a measurement; one linear layer of its width stands for it.
@@ -42,6 +46,7 @@ class Rates:
     read: float  # and read back
     chunk_seconds: float = 0.0  # beside its bytes, for each chunk that is written or read
     array_seconds: float = 0.0  # for each small array that is made or opened
+    compare_seconds: float = 0.0  # for each number of a gradient that is compared in float64
     source: str = "given"  # 'given', or how it was measured
 
     def given(self, **rates: float | None) -> Rates:
@@ -76,16 +81,18 @@ def measure(
         layer: one layer of the model with the shapes it is called with; `None` means a linear layer.
         folder: on the disk that is meant; `None` means the one for temporary files.
     """
-    write, read, chunk, array = _store_rates(codec, dtype_store, folder)
-    passes, how = _pass_rate(layer)
     cores = len(os.sched_getaffinity(0))
+    with codecs.chunks_at_a_time(cores):  # as a run does
+        write, read, chunk, array = _store_rates(codec, dtype_store, folder)
+    passes, how = _pass_rate(layer)
     return Rates(
         passes=passes,
         products=_product_rate(min(n_samples, 1024), dtype_gram),
         forming=_forming_rate(),
         solve=_solve_rate(min(n_samples, 1000)),
         write=write,
-        read=read * cores,  # the reduction reads with all of them
+        read=read,
+        compare_seconds=_compare_seconds(),
         chunk_seconds=chunk,
         array_seconds=array,
         source=f"measured here ({cores} cores; passes: {how})",
@@ -118,6 +125,12 @@ def _forming_rate() -> float:
     left = np.ones((16, 256, 64), dtype=np.float32)
     right = np.ones((16, 64, 1024), dtype=np.float32)
     return 2.0 * 16 * 256 * 64 * 1024 / _seconds(lambda: left @ right)
+
+
+def _compare_seconds() -> float:
+    """Return what the probe and the guard take for each number of a gradient that they compare with another."""
+    one, other = torch.ones(1 << 22), torch.zeros(1 << 22)
+    return _seconds(lambda: norm(one, other)) / one.numel()
 
 
 def _solve_rate(n_samples: int) -> float:
@@ -155,10 +168,32 @@ def _store_rates(codec: Codec, dtype: torch.dtype, folder: Path | None) -> tuple
 
         chunk = _seconds(lambda: put(small, few)) / 16
         size = values.numel() * codecs.stored_dtype(dtype).itemsize
-        write = size / max(_seconds(lambda: put(large, values)) - 4 * chunk, 1e-9)
+        put(large, values)
         read = size / max(_seconds(lambda: large[...]) - 4 * chunk, 1e-9)
         array = _seconds(lambda: put(create("one", (32, 16), 16), values[:, :16].contiguous()))
-    return write, read, chunk, array
+        # Fresh values each time, packed and written as those of a batch are: what lies in a cache is faster.
+        batches = [_factors(dtype, seed) for seed in range(3)]
+        written = sum(
+            side.nbytes for pairs in batches[0].values() for pair in pairs for side in (pair.left, pair.right)
+        )
+        turns = itertools.count()
+
+        def write_batch() -> None:
+            turn = next(turns)
+            write_factors(Path(name) / "factors", turn, 0, 0, pack(batches[turn % len(batches)]), codec)
+
+        seconds = _seconds(write_batch) - 2 * len(batches[0]) * array
+    return written / max(seconds, 1e-9), read, chunk, array
+
+
+def _factors(dtype: torch.dtype, seed: int) -> dict[str, list[FactorPair]]:
+    """Return the factors of four layers of width 1,024, 32 samples of 64 positions: 64 MB in float32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def side() -> torch.Tensor:
+        return torch.randn(32, 64, 1024, generator=generator).to(dtype)
+
+    return {f"layer{i}": [FactorPair(side(), side())] for i in range(4)}
 
 
 def _pass_rate(layer: LayerCall | None) -> tuple[float, str]:

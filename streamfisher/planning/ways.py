@@ -18,12 +18,13 @@ from streamfisher.blocks import assign_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError
 from streamfisher.planning.costs import (
-    capture_flops,
     eigensolve_flops,
+    forming_flops,
     norm_flops,
     pass_flops,
     plain_flops,
     product_cost,
+    reduction_bytes,
     streamed_flops,
 )
 from streamfisher.planning.model_trace import ModelTrace
@@ -31,17 +32,20 @@ from streamfisher.planning.rates import Rates
 from streamfisher.planning.shortfalls import Machine, Shortfalls, or_any
 from streamfisher.projection import projected
 from streamfisher.reduction.granularity import gram_keys
+from streamfisher.reduction.slabs import DECODING_BYTES, least_bytes
 from streamfisher.representation import choose_representation, sample_bytes
 from streamfisher.samples import make_batches, make_units
-from streamfisher.store.layout import PANEL, chunk_columns
+from streamfisher.store.layout import chunk_columns
+from streamfisher.survey import PROBE_SAMPLES
 from streamfisher.waves import WaveLimits, WaveSizes, cut_waves, is_kept
 
 #: Forward and backward hold temporary tensors of about half of what autograd saves.
 TEMPORARY = 1.5
 #: Of a memory budget, at most this share is for the activations of a batch, or for boundaries of streamed layers.
 _SHARE = 0.5
-#: Plain passes over three samples that the probe's comparisons cost.
+#: Plain passes over each of its samples that the probe takes, and how often it compares their gradients.
 _PROBE_PASSES = 8
+_PROBE_COMPARISONS = 5
 #: float64 operations take as much longer than float32 ones.
 _FLOAT64 = 2.0
 
@@ -235,7 +239,8 @@ class WayPlanner:
         if not hopeless:  # else the numbers are those of a single wave, which nobody would try
             problems += self.shortfalls.of_disk(disk, self.stored_itemsize) + self.shortfalls.of_memory(memory)
         passes = sum(pass_flops(self.trace.blocks, wave) for wave in waves)
-        collect = self._collect(passes + capture_flops(self.trace.shapes, chosen), total, memory, chosen, len(waves))
+        flops = passes + forming_flops(self.trace.shapes, chosen, "dense")
+        collect = self._collect(flops, total, memory, chosen, len(waves))
         return Way(
             name=name,
             waves=len(waves),
@@ -270,7 +275,7 @@ class WayPlanner:
         segment = 2.0 * max(block.weight_bytes for block in self.trace.blocks)
         problems += self.shortfalls.of_segments(segment, activations)
         passes = streamed_flops(self.trace.blocks, every)
-        flops = passes + capture_flops(self.trace.shapes, chosen)
+        flops = passes + forming_flops(self.trace.shapes, chosen, "dense")
         collect = self._collect(flops, total, memory, chosen, 1)
         moved = (2.0 * boundaries if on_disk else 0.0) + loads
         extra = (boundaries / self.rates.write + (boundaries + loads) / self.rates.read) if moved else 0.0
@@ -322,16 +327,20 @@ class WayPlanner:
 
     def _collect(self, flops: float, size: float, memory: float, chosen: Mapping[str, str], waves: int) -> Stage:
         """Return the stage that takes gradients and writes them; `flops` of one sample, `size` in bytes."""
-        guards = 0
+        guards = 0  # samples of the batches that the guard compares, in all waves
         if self.config.guard_every:
             guards = waves * -(-len(self.units) // self.config.guard_every) * self.batches[0]
-        plain = plain_flops(self.trace.blocks) * (guards + 3 * _PROBE_PASSES)
+        plain = plain_flops(self.trace.blocks) * (guards + PROBE_SAMPLES * _PROBE_PASSES)
         total = self.n * flops + plain
         chunks, arrays = self._pieces(chosen)
-        norms = self.n * norm_flops(self.trace.shapes, chosen)
+        norms = (self.n + guards / waves) * norm_flops(self.trace.shapes, chosen)
+        sums = guards / waves * forming_flops(self.trace.shapes, chosen, "factors")
+        dense = sum(shape.numel for shape in self.rows if chosen[shape.name] == "dense")
+        compared = PROBE_SAMPLES * _PROBE_COMPARISONS * self.trace.n_params + guards / waves * dense
         seconds = total / self.rates.passes + size / self.rates.write + _FLOAT64 * norms / self.rates.forming
+        seconds += sums / self.rates.forming + compared * self.rates.compare_seconds
         seconds += chunks * self.rates.chunk_seconds + arrays * self.rates.array_seconds
-        return Stage("collect", total + norms, 0.0, size, memory, seconds)
+        return Stage("collect", total + norms + sums, 0.0, size, memory, seconds)
 
     def _pieces(self, chosen: Mapping[str, str]) -> tuple[int, int]:
         """Return the chunks of rows, and the arrays of factors: each tensor of each batch is one."""
@@ -353,7 +362,7 @@ class WayPlanner:
         seconds = forming / self.rates.forming + products / self.rates.products + size / self.rates.read
         seconds += (chunks + arrays) * self.rates.chunk_seconds + self.n_grams * self.rates.array_seconds
         seconds += self.gram_bytes / self.rates.write
-        return Stage("reduce", forming + products, size, self.gram_bytes, self._reduction_memory(), seconds)
+        return Stage("reduce", forming + products, size, self.gram_bytes, self._reduction_memory(chosen), seconds)
 
     def least(self) -> dict[str, float]:
         """Return the smallest budgets with which the run could be done in waves: one parameter in each, if need be."""
@@ -369,11 +378,15 @@ class WayPlanner:
 
     def _least_reduction(self) -> float:
         """Return the least bytes in which one worker can reduce."""
-        return 24.0 * self.n**2 + 20.0 * self.n * PANEL
+        return float(least_bytes(self.n))
 
-    def _reduction_memory(self) -> float:
+    def _reduction_memory(self, chosen: Mapping[str, str]) -> float:
+        """Return the bytes of all workers, which are fewer, or have smaller slabs, where the budget says so."""
         workers = self.config.n_workers or torch.get_num_threads()
-        wanted = workers * self._least_reduction() * 2
+        each = reduction_bytes(
+            self.trace.shapes, chosen, self.n, self.config.chunk_size, self.row_itemsize, self.stored_itemsize
+        )
+        wanted = workers * each + DECODING_BYTES
         return min(wanted, max(or_any(self.machine.memory), self._least_reduction()))
 
     def _solve(self) -> Stage:

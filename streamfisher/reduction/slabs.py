@@ -15,6 +15,9 @@ import numpy as np
 from streamfisher.reduction.rows import GradientRows
 from streamfisher.store.layout import PANEL
 
+#: What the threads that decode chunks keep of their buffers, in one process.
+DECODING_BYTES = 32 << 20
+
 
 @dataclass(frozen=True)
 class SlabPlan:

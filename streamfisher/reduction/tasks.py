@@ -15,6 +15,7 @@ from dask.callbacks import Callback
 from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig
+from streamfisher.store.codecs import chunks_at_a_time
 
 
 def active_client() -> Any:
@@ -45,16 +46,9 @@ def blas_threads(workers: int, config: SpectralConfig) -> int:
 
 @contextmanager
 def threads_of_this_process(workers: int, config: SpectralConfig) -> Iterator[None]:
-    """Share the cores between `workers` threads, for products and for reading.
-
-    Each worker reads its own chunks. Zarr would decode ten chunks at a time for each of them, in threads that take
-    more time to fault in their buffers than to decode (docs/design.md has the figures).
-    """
+    """Share the cores between `workers` threads, for products and for reading."""
     readers = max(1, len(os.sched_getaffinity(0)) // workers)
-    with (
-        threadpoolctl.threadpool_limits(blas_threads(workers, config)),
-        zarr.config.set({"async.concurrency": readers}),
-    ):
+    with threadpoolctl.threadpool_limits(blas_threads(workers, config)), chunks_at_a_time(readers):
         yield
 
 

@@ -6,7 +6,9 @@ them. None of raw, Blosc and plain Zstd notices a flipped byte, so every chunk e
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import google_crc32c
@@ -103,6 +105,17 @@ def read_into(array: zarr.Array, rows: slice, columns: slice, dtype: torch.dtype
 def checksum(array: np.ndarray) -> int:
     """Return the CRC-32C of an array's bytes."""
     return google_crc32c.value(array.tobytes())
+
+
+@contextlib.contextmanager
+def chunks_at_a_time(count: int) -> Iterator[None]:
+    """Let Zarr encode or decode `count` chunks at a time in this process.
+
+    It would take ten at a time for each call, in threads that take more time to fault in their buffers than to code
+    (docs/design.md has the figures).
+    """
+    with zarr.config.set({"async.concurrency": count}):
+        yield
 
 
 def quiet_open(*args: Any, **kwargs: Any) -> zarr.Group:

@@ -26,7 +26,7 @@ import streamfisher as sf
 from streamfisher.config import dtype_name, format_bytes, parse_bytes
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.rows import MemoryRows
-from streamfisher.reduction.slabs import plan_slabs, sums_bytes
+from streamfisher.reduction.slabs import DECODING_BYTES, plan_slabs, sums_bytes
 from streamfisher.reduction.tiles import build_tiled_grams, tile_bytes
 from streamfisher.store import Manifest, RunStore, UnitRecord, versions
 from streamfisher.store.layout import PANEL, chunk_columns
@@ -121,7 +121,7 @@ def reduce(path: Path, workers: int, budget: int, tiles: bool, dtype: str) -> di
         else:
             grams.build_grams(store, config, lambda gram: found.append(gram.gram))
             slabs = plan_slabs(store, "weight", np.dtype(dtype), budget // workers)
-            planned = workers * (sums_bytes(n) + slabs.size)
+            planned = workers * (sums_bytes(n) + slabs.size) + DECODING_BYTES
         seconds = time.perf_counter() - start
     rows = store.columns("weight", 0, store.parameters["weight"], rows=slice(0, 64)).astype(np.float64)
     exact = rows @ rows.T
