@@ -17,10 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from streamfisher.activations import SavedBytes
 from streamfisher.errors import CaptureError, LossError
 from streamfisher.gradients.capture import Capture
-from streamfisher.gradients.factors import FactorPair, matrix_shape, squared_norms, total
+from streamfisher.gradients.factors import FactorPair, matrix_shape
 from streamfisher.gradients.groups import GENERIC, Group, Pass
+from streamfisher.gradients.guard import differences
 from streamfisher.gradients.layout import position_counts
-from streamfisher.gradients.norms import norm
 from streamfisher.gradients.parameters import ParameterInfo, select_parameters
 from streamfisher.gradients.plain import PlainAutograd
 from streamfisher.gradients.probe import FLOOR, TOLERANCE, run_probe
@@ -232,7 +232,7 @@ class GradientEngine:
             if names is None or name in names
         }
 
-    def _projected(self, out: Mapping[str, Tensor]) -> dict[str, Sides]:
+    def projected(self, out: Mapping[str, Tensor]) -> dict[str, Sides]:
         """Return the projections of those parameters whose buffers are as narrow as a projected row."""
         if self.projection is None:
             return {}
@@ -268,7 +268,7 @@ class GradientEngine:
         if slow or losses is None:
             rows = {name: out[name] if name in out else self._row_buffer(name, batch) for name in slow}
             tensors = {name: self.tensors[name] for name in slow}
-            losses = self.plain.one_by_one(batch, rows, tensors, self._projected(rows))
+            losses = self.plain.one_by_one(batch, rows, tensors, self.projected(rows))
             factors |= {name: [self._as_factors(name, rows[name])] for name in slow if name in factored}
         return BatchGradients(losses.detach().double().cpu(), self.loss.n_targets(batch).cpu(), factors)
 
@@ -322,33 +322,10 @@ class GradientEngine:
         wanted = {*out, *factors, *names}
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in wanted}
         _, grads = self.plain.gradients(batch, tensors)
-        projected = self._projected(out)
-        sums, squares = {}, []
-        for name in tensors:
-            if name not in out and name not in factors:
-                continue
-            if name in factors:
-                pairs = factors[name]
-                sums[name] = total(pairs, self.parameters[name].shape, self.row_dtype) if pairs else None
-                squares.append(float(squared_norms(pairs).sum()) if pairs else 0.0)
-            else:
-                sums[name] = out[name][:n_samples].sum(0, dtype=torch.float64)
-                squares.append(norm(out[name][:n_samples]) ** 2)
-        whole = sum(squares) ** 0.5
-        differences = {}
-        for (name, value), square in zip(sums.items(), squares, strict=True):
-            grad = grads[name]
-            if grad is not None and name in projected:  # a projection is linear, so the sums agree as they do without
-                side = self.projection.sides(name, grad.device, torch.float64)
-                grad = side.project(grad.double())[0]
-            if value is None or grad is None:
-                difference = 0.0 if value is grad else norm(grad if value is None else value)
-            else:
-                difference = norm(value, grad)
-            # Rows may cancel in the sum: their own size is what rounding is relative to.
-            scale = max(square**0.5, whole * self.floor / self.tolerance)
-            differences[name] = difference / scale if scale else difference
-        return differences
+        rows = {name: values[:n_samples] for name, values in out.items()}
+        return differences(
+            self, {name: grads[name] for name in tensors if name in out or name in factors}, rows, factors
+        )
 
     def plain_gradients(
         self,
@@ -390,7 +367,7 @@ class GradientEngine:
         n_samples = batch_size(batch)
         shapes = {name: self.parameters[name].shape for name in names}
         served = {name: out[name] for name in names if name in out}
-        sink = RowSink(out, n_samples, shapes, factored, self._projected(served))
+        sink = RowSink(out, n_samples, shapes, factored, self.projected(served))
         return Pass(sink, position_counts(batch, n_samples), **options)
 
     def _backward(self, batch: Mapping[str, Any], state: Pass) -> Tensor:

@@ -1,7 +1,7 @@
 """Slabs of columns for the Gram stage, read ahead: while one is multiplied, a thread reads the next.
 
 A slab has all N rows and the columns of one chunk, or as many as the memory allows. Two buffers take turns, and are
-never given back in between: to fault in fresh memory costs as much as to decode what is read into it.
+not given back in between: to read into fresh memory takes up to half as long again (docs/design.md has the figures).
 """
 
 from __future__ import annotations

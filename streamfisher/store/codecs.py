@@ -111,8 +111,8 @@ def checksum(array: np.ndarray) -> int:
 def chunks_at_a_time(count: int) -> Iterator[None]:
     """Let Zarr encode or decode `count` chunks at a time in this process.
 
-    It would take ten at a time for each call, in threads that take more time to fault in their buffers than to code
-    (docs/design.md has the figures).
+    It would take ten for each call: more threads than there are cores for them beside the products, each with buffers
+    of its own (docs/design.md has the figures).
     """
     with zarr.config.set({"async.concurrency": count}):
         yield
