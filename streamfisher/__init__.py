@@ -1,13 +1,12 @@
 """streamfisher: exact spectra of the empirical Fisher of very large models, streamed out of core."""
 
-__version__ = "0.1.0"
-
 from streamfisher.analysis import Run, open_run
 from streamfisher.collect import collect
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import StreamfisherError
 from streamfisher.fisher import FisherSpectral
 from streamfisher.spectrum import BlockSpectrum, Spectrum
+from streamfisher.version import __version__
 
 __all__ = [
     # One call
@@ -22,4 +21,5 @@ __all__ = [
     "BlockSpectrum",
     # Errors
     "StreamfisherError",
+    "__version__",
 ]

@@ -16,6 +16,7 @@ from streamfisher.blocks import group_blocks
 from streamfisher.config import SpectralConfig, format_bytes
 from streamfisher.determinism import one_thread
 from streamfisher.errors import CapacityError, ConfigError
+from streamfisher.memory import working_memory
 from streamfisher.partial import PartialGrams
 from streamfisher.reduction.moment import Moment
 from streamfisher.selection import Selection
@@ -23,7 +24,7 @@ from streamfisher.solving.density import SpectralDensity, spectral_density
 from streamfisher.solving.lanczos import DenseOperator
 from streamfisher.solving.solve import RowPrecision, add, solve_blocks
 from streamfisher.solving.tiled_gram import ReadTile, TiledGram
-from streamfisher.solving.tiled_solve import budget_of, fits_dense, solve_tiled
+from streamfisher.solving.tiled_solve import fits_dense, solve_tiled
 from streamfisher.spectrum import Spectrum, uncenter
 from streamfisher.store import RunStore
 
@@ -58,7 +59,10 @@ class BlockGrams:
         """
         if key not in self.blocks:
             raise ConfigError(f"there is no block {key!r}; the blocks are {', '.join(self.blocks)}.")
-        needed, budget = 8 * (self.n_stored**2 + 2 * len(self.selection) ** 2), budget_of(self.config)
+        needed, budget = (
+            8 * (self.n_stored**2 + 2 * len(self.selection) ** 2),
+            working_memory(self.config.memory_budget),
+        )
         if needed > budget:
             raise CapacityError(
                 f"the Gram of {self.n_stored} samples needs {format_bytes(needed)} in memory and the budget is "

@@ -1,4 +1,7 @@
-"""Memory that was freed, back to the system: the C library keeps it otherwise, and a budget counts what is kept."""
+"""How much memory there is to work in, and memory that was freed given back.
+
+The C library keeps what was freed, and a budget counts what is kept.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,13 @@ import ctypes
 import functools
 import gc
 from collections.abc import Callable
+
+import psutil
+
+
+def working_memory(budget: int | None) -> int:
+    """Return the bytes that a stage may use: the stated budget, or half of what is free."""
+    return budget or psutil.virtual_memory().available // 2
 
 
 def give_back() -> None:

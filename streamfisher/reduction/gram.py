@@ -19,13 +19,13 @@ from typing import Any
 
 import dask
 import numpy as np
-import psutil
 import torch
 from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig, dtype_name, format_bytes
 from streamfisher.errors import CapacityError, CorruptRunError
 from streamfisher.gradients.factors import matrix_shape
+from streamfisher.memory import working_memory
 from streamfisher.reduction.factor_gram import choose_kernel, factor_gram, slab_memory
 from streamfisher.reduction.products import complete, panel_sum
 from streamfisher.reduction.rows import GradientRows
@@ -164,7 +164,7 @@ def _share_memory(
     Raises:
         CapacityError: not even one worker can work within the budget.
     """
-    budget = config.memory_budget or psutil.virtual_memory().available // 2
+    budget = working_memory(config.memory_budget)
     workers = worker_count(config)
     of_factors = max((_factor_memory(rows, name, config) for name in factored), default=0)
     of_rows = least_bytes(rows.n_samples) if len(factored) < len(names) else 0

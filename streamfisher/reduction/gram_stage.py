@@ -10,15 +10,14 @@ import numpy as np
 
 from streamfisher.blocks import assign_blocks, group_blocks
 from streamfisher.config import SpectralConfig
-from streamfisher.memory import give_back
+from streamfisher.memory import give_back, working_memory
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.gram_sink import GramSink, keep_moment
+from streamfisher.reduction.stored_tiles import StoredTiles
 from streamfisher.reduction.subsets import ColumnSubset, draw_columns
 from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles
-from streamfisher.solving.tiled_solve import budget_of
 from streamfisher.store import RunStore
 from streamfisher.store.layout import TILE
-from streamfisher.store.tiled import StoredTiles
 
 
 def build_stored_grams(
@@ -45,7 +44,7 @@ def build_stored_grams(
     blocks = group_blocks(assign_blocks(store.parameters, config.block_structure))
     subsets = draw_columns(store.parameters, blocks, config.max_params_per_block, config.seed)
     members = {key: store.gram_members[key] for key in keys}
-    budget = budget_of(config)
+    budget = working_memory(config.memory_budget)
     names = [name for some in members.values() for name in some]
     if needs_tiles(store.n_samples, budget, max(store.chunk_columns(name) for name in names)):
         return _build_tiles(store, config, members, subsets, budget, rebuild=rebuild, progress=progress)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import psutil
 import torch
 
 from streamfisher import spectrum as spectra
 from streamfisher.blocks import group_blocks
 from streamfisher.config import SpectralConfig, format_bytes
 from streamfisher.errors import CapacityError
+from streamfisher.memory import working_memory
 from streamfisher.selection import Selection
 from streamfisher.solving import eigen
 from streamfisher.solving.blocksolver import empty_block, listed, solved_block
@@ -25,18 +25,13 @@ def dense_bytes(n_stored: int, n: int) -> int:
     return 8 * (2 * n**2 + max(n_stored**2 + n**2, 2 * n**2))
 
 
-def budget_of(config: SpectralConfig) -> int:
-    """Return the memory that an analysis may use: the stated budget, or half of what is free."""
-    return config.memory_budget or psutil.virtual_memory().available // 2
-
-
 def fits_dense(n_stored: int, n: int, config: SpectralConfig) -> bool:
     """Return whether the Grams of a block can be held and solved in memory.
 
     Raises:
         CapacityError: they cannot, and `solver='dense'` was asked for.
     """
-    needed, budget = dense_bytes(n_stored, n), budget_of(config)
+    needed, budget = dense_bytes(n_stored, n), working_memory(config.memory_budget)
     if needed > budget and config.solver == "dense":
         raise CapacityError(
             f"a dense solve of {n} samples needs {format_bytes(needed)} and the memory budget is "

@@ -19,6 +19,7 @@ from streamfisher.errors import CorruptRunError
 from streamfisher.offload import stored_tensor
 from streamfisher.sharding import class_of, whole
 from streamfisher.store.integrity import check_manifest
+from streamfisher.version import __version__
 
 FORMAT = "streamfisher-run"
 FORMAT_VERSION = 2
@@ -190,8 +191,6 @@ def model_manifest(model: nn.Module) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, of this package and of the packages that decide numbers."""
-    from streamfisher import __version__
-
     found = {"streamfisher": __version__, "python": platform.python_version()}
     for package in ("torch", "numpy", "zarr", "numcodecs", "dask", "accelerate", "transformers"):
         try:
