@@ -31,6 +31,7 @@ from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
 from streamfisher.planning.shortfalls import Machine, Shortfalls, or_any
 from streamfisher.projection import projected
+from streamfisher.reduction.gram import WIDE
 from streamfisher.reduction.granularity import gram_keys
 from streamfisher.reduction.slabs import DECODING_BYTES, least_bytes
 from streamfisher.representation import choose_representation, sample_bytes
@@ -46,6 +47,8 @@ _SHARE = 0.5
 #: Plain passes over each of its samples that the probe takes, and how often it compares their gradients.
 _PROBE_PASSES = 8
 _PROBE_COMPARISONS = 5
+#: Small arrays of each Gram: it is written, its norms are read to be held against it, and it is marked.
+_OF_A_GRAM = 3
 #: float64 operations take as much longer than float32 ones.
 _FLOAT64 = 2.0
 
@@ -357,10 +360,15 @@ class WayPlanner:
     def _reduce(self, size: float, chosen: Mapping[str, str]) -> Stage:
         """Return the stage that forms rows of factors where needed, and multiplies."""
         costs = [product_cost(shape, chosen[shape.name], self.n) for shape in self.trace.shapes]
-        forming, products = sum(cost.forming for cost in costs), sum(cost.product for cost in costs)
+        forming = sum(cost.forming for cost in costs)
+        wide = self.config.dtype_gram != torch.float64  # else the rate is that of float64 products already
+        products = sum(
+            cost.product * (_FLOAT64 if wide and shape.numel < WIDE and cost.kernel == "slabs" else 1.0)
+            for shape, cost in zip(self.trace.shapes, costs, strict=True)
+        )
         chunks, arrays = self._pieces(chosen)
         seconds = forming / self.rates.forming + products / self.rates.products + size / self.rates.read
-        seconds += (chunks + arrays) * self.rates.chunk_seconds + self.n_grams * self.rates.array_seconds
+        seconds += (chunks + arrays) * self.rates.chunk_seconds + _OF_A_GRAM * self.n_grams * self.rates.array_seconds
         seconds += self.gram_bytes / self.rates.write
         return Stage("reduce", forming + products, size, self.gram_bytes, self._reduction_memory(chosen), seconds)
 
