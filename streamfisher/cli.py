@@ -207,6 +207,7 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     from streamfisher import collect
     from streamfisher.data import load_samples
     from streamfisher.models import pick_device
+    from streamfisher.new_run import runs_in_waves
     from streamfisher.ranks import start_ranks
     from streamfisher.store.layout import check_free
     from streamfisher.stream.skeleton import load_skeleton, skeleton_is_needed
@@ -221,7 +222,8 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     if new and state.is_main_process and not arguments.quiet:
         announce_plan(options, source)
     weights = None
-    if skeleton_is_needed(options.model, config) and not options.fsdp and options.device_map is None:
+    loaded_whole = options.fsdp or options.device_map is not None or (not new and runs_in_waves(options.out, config))
+    if not loaded_whole and skeleton_is_needed(options.model, config):
         model, weights = load_skeleton(
             options.model, dtype=config.dtype_model, device=device, trust_remote_code=options.trust_remote_code
         )

@@ -10,7 +10,6 @@ import contextlib
 import copy
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,15 +26,22 @@ from streamfisher.determinism import deterministic
 from streamfisher.errors import RunMismatchError
 from streamfisher.gradients import GradientEngine, ProbeReport
 from streamfisher.gradients.state import without_packing
-from streamfisher.memory import give_back
+from streamfisher.new_run import (
+    NewRun,
+    beside_weights,
+    choose_way,
+    fixed_way,
+    lay_out,
+    make_engine,
+    probe_engine,
+    stream_engine,
+)
 from streamfisher.passes import mean_pass, row_pass
-from streamfisher.projection import Projection, projected
-from streamfisher.provisions import Provisions
+from streamfisher.provisions import Provisions, boundary_room
 from streamfisher.ranks import Ranks, start_ranks
 from streamfisher.reduction.wave import is_reduced, reduce_wave, reopen_wave
 from streamfisher.runlog import RunLog
 from streamfisher.samples import make_units
-from streamfisher.shapes import GradientShape
 from streamfisher.sharding import is_sharded, reshard
 from streamfisher.signals import finishing_first
 from streamfisher.store import (
@@ -51,11 +57,11 @@ from streamfisher.store import (
     versions,
 )
 from streamfisher.store.codecs import chunks_at_a_time
-from streamfisher.store.layout import check_free, chunk_columns
+from streamfisher.store.layout import chunk_columns
 from streamfisher.stream.collecting import StreamedRun, check_streamable, first_samples
 from streamfisher.stream.engine import StreamEngine
 from streamfisher.stream.weights import Resident
-from streamfisher.survey import Survey, probe_batch, survey, to_model
+from streamfisher.survey import Survey, survey
 
 
 def collect(
@@ -102,8 +108,7 @@ def collect(
         CapacityError: there is no room on the disk, or no memory for one chunk of rows.
     """
     config = config or SpectralConfig()
-    streamed = config.stream == "layers" or (config.stream == "auto" and weights is not None)
-    if streamed:
+    if config.stream == "layers":
         check_streamable(model, config)
     path = Path(path)
     state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
@@ -119,14 +124,20 @@ def collect(
     ):
         found = survey(model, samples, config, loss, n_samples)
         reshard(model)
+        prepared = None
+        streamed = fixed_way(path, model, config, weights) if ranks.is_main else None
+        if ranks.is_main and streamed is None:
+            prepared = choose_way(path, model, found, config, progress=progress)
+            streamed = prepared.streamed
+        streamed = ranks.share("whether layers are streamed", streamed)
         make = partial(stream_engine, weights=weights) if streamed else make_engine
         with make(model, found, config) as engine, contextlib.ExitStack() as locks:
             manifest = make_manifest(model, engine, found, config, description)
             ranks.agree(manifest.facts() | {"folder": str(path.absolute())})
             if ranks.is_main:
-                _create_or_resume(path, manifest, model, engine, found, config, ranks, locks, progress)
+                _create_or_resume(path, manifest, model, engine, found, config, ranks, locks, progress, prepared)
             elif is_sharded(model) and not ranks.share("whether the run exists"):
-                _probe(model, engine, found, config.memory_budget)
+                probe_engine(model, engine, found, config.memory_budget)
             ranks.wait("for the run's folder")
             if not ranks.is_main:
                 locks.enter_context(RankLock(path))
@@ -144,8 +155,8 @@ def collect(
                 store.write_fields(found.fields)
             if config.store_centered:
                 mean_pass(store, engine, found, config, ranks, progress=progress)
-            stream = StreamedRun(engine, store, found, ranks, config.disk_budget) if streamed else None
-            _waves(store, engine, found, config, ranks, stream, progress=progress)
+            stream = StreamedRun(engine, store, found, ranks, boundary_room(config, path)) if streamed else None
+            _waves(store, engine, found, beside_weights(engine, config), ranks, stream, progress=progress)
     return Run(path)
 
 
@@ -180,35 +191,6 @@ def _waves(
         stream.close()
 
 
-def make_engine(model: nn.Module, found: Survey, config: SpectralConfig) -> GradientEngine:
-    """Return the gradient engine that `config` asks for; a context manager."""
-    engine = GradientEngine(
-        model,
-        found.loss,
-        include=config.include,
-        exclude=config.exclude,
-        dtype_compute=config.dtype_compute,
-        deterministic=config.use_deterministic,
-    )
-    if config.project is not None:
-        shapes = {name: info.shape for name, info in engine.parameters.items()}
-        engine.projection = Projection(config.project, config.seed, shapes)
-    return engine
-
-
-def stream_engine(model: nn.Module, found: Survey, config: SpectralConfig, weights: Resident | None) -> StreamEngine:
-    """Return the engine that takes a model one segment at a time; a context manager."""
-    return StreamEngine(
-        model,
-        found.loss,
-        include=config.include,
-        exclude=config.exclude,
-        dtype_compute=config.dtype_compute,
-        deterministic=config.use_deterministic,
-        weights=weights,
-    )
-
-
 def _create_or_resume(
     path: Path,
     manifest: Manifest,
@@ -219,6 +201,7 @@ def _create_or_resume(
     ranks: Ranks,
     locks: contextlib.ExitStack,
     progress: bool,
+    prepared: NewRun | None,
 ) -> None:
     """Make the run's folder, or check that what is there is this very run; lock it for all ranks."""
     resuming = (path / "manifest.json").is_file()
@@ -245,25 +228,15 @@ def _create_or_resume(
             store.fsync = config.fsync
             grow_run(store, manifest)
         return
-    check_free(path)
-    report, shapes, activations = _probe(model, engine, found, config.memory_budget)
+    new = prepared or lay_out(path, model, engine, found, config)
     if progress:
-        tqdm.write(report.summary())
-    provided = provisions.provide(
-        projected(shapes, config.project),
-        found.lengths,
-        config,
-        path,
-        row_dtype=engine.row_dtype,
-        activations=activations,
-        segments=engine.waves() if isinstance(engine, StreamEngine) else None,
-    )
-    if progress and len(provided.waves) > 1:
-        tqdm.write(_announced(provided))
+        tqdm.write(new.report.summary())
+    if progress and len(new.provided.waves) > 1:
+        tqdm.write(_announced(new.provided))
     path.mkdir(parents=True, exist_ok=True)
     locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
-    layout = manifest.layout | provided.layout()
-    RunStore.create(path, dataclasses.replace(manifest, probe=report.to_dict(), layout=layout))
+    layout = manifest.layout | new.layout()
+    RunStore.create(path, dataclasses.replace(manifest, probe=new.report.to_dict(), layout=layout))
 
 
 def _announced(provided: Provisions) -> str:
@@ -272,24 +245,6 @@ def _announced(provided: Provisions) -> str:
         f"{len(provided.waves)} waves: each is a pass over the data that captures some of the parameters, is reduced "
         f"to its Grams, and deleted before the next. On disk, uncompressed: {parts}"
     )
-
-
-def _probe(
-    model: nn.Module, engine: GradientEngine | StreamEngine, found: Survey, memory: int | None
-) -> tuple[ProbeReport, list[GradientShape], float]:
-    """Probe the engine and measure its gradients; with sharded weights all ranks do, on the same samples."""
-    if isinstance(engine, StreamEngine):
-        batch = first_samples(found, model)
-    else:
-        batch = to_model(probe_batch(found, model, engine.tensors.values()), model)
-    if memory is not None:
-        memory //= 4 if isinstance(engine, StreamEngine) else 2  # a stream has weights within the budget too
-    elif is_sharded(model):
-        memory = sys.maxsize  # what is free differs between ranks, and all must take the same passes
-    report = engine.probe(batch, memory)
-    shapes, activations = engine.shapes(batch)
-    give_back()
-    return report, shapes, activations
 
 
 def make_manifest(

@@ -135,7 +135,7 @@ class SpectralConfig:
     n_workers: int | None = None  # Dask workers; None: one per core
     memory_budget: int | str | None = None  # bytes or '2GB', beside the model; None: half of what is free
     disk_budget: int | str | None = None  # bytes or '200GB' for the run; None: what is free, with a margin
-    stream: Stream = "none"  # 'layers': one layer at a time, for a model that does not fit; 'auto': where it does not
+    stream: Stream = "none"  # 'layers': one at a time; 'auto': where the model or its waves do not fit, or cost more
     rank_timeout: int = 1800  # seconds without a sign of progress after which ranks stop waiting for each other
     fsync: bool = False  # flush the run's filesystem before each marker: what is marked survives a power cut
     use_deterministic: bool = False  # full determinism, CUDA included; the global state is restored

@@ -297,7 +297,8 @@ def add_collection_options(parser: argparse.ArgumentParser) -> None:
     gradients.add_argument(
         "--stream",
         default=None,
-        help="layers: one layer at a time, for models larger than the memory; none (default); auto",
+        help="layers: one layer at a time, for models larger than the memory; none (default): one pass, or waves; "
+        "auto: layers where the weights or the waves do not fit, or where waves cost clearly more",
     )
     gradients.add_argument("--trust-remote-code", action="store_true", default=None, help="run code of a checkpoint")
     store = parser.add_argument_group("store")

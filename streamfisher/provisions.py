@@ -24,6 +24,8 @@ DISK_MARGIN = 64 << 20
 #: Of a memory budget, at most these shares are for the activations of a batch, and for them and its factors.
 _ACTIVATION_SHARE = 0.5
 _BATCH_SHARE = 0.8
+#: Of the disk, at most this share is for the boundaries of streamed layers.
+BOUNDARY_SHARE = 0.25
 #: Batches are not made smaller than this for the sake of factors; then there are more waves instead.
 _LEAST_TOKENS = 512
 
@@ -104,7 +106,7 @@ def provide(
     gram_bytes = 8 * n_samples**2 * n_grams
     means = 8 * sum(shape.columns for shape in shapes) * (len(make_units(n_samples, config.chunk_size)) + 1)
     limits = WaveLimits(
-        disk=_disk(config, path) - gram_bytes - (means if config.store_centered else 0),
+        disk=disk_limit(config, path) - gram_bytes - (means if config.store_centered else 0),
         memory=int(memory - (activations * batch_tokens if config.memory_budget else 0)),
         disk_why=_why(config.disk_budget, "--disk-budget", "what is free on the disk"),
         memory_why=_why(config.memory_budget, "--memory-budget", "what is free"),
@@ -112,7 +114,7 @@ def provide(
     if limits.disk <= 0:
         raise CapacityError(
             f"{n_grams} Grams of {n_samples} samples take {format_bytes(gram_bytes)} and {limits.disk_why} is "
-            f"{format_bytes(_disk(config, path))}. Take fewer samples, or keep fewer Grams with --gram-per layer."
+            f"{format_bytes(disk_limit(config, path))}. Take fewer samples, or keep fewer Grams with --gram-per layer."
         )
     keep = config.keep_gradients
     if keep is None:
@@ -159,9 +161,15 @@ def _samples_of_a_batch(lengths: Sequence[int], chunk_size: int, batch_tokens: i
     return max(len(batch) for unit in units for batch in make_batches(lengths[unit.start : unit.stop], batch_tokens))
 
 
-def _disk(config: SpectralConfig, path: Path) -> int:
+def disk_limit(config: SpectralConfig, path: Path) -> int:
+    """Return the bytes that a run may take on its disk."""
     free = free_disk(path) - DISK_MARGIN
     return min(free, config.disk_budget) if config.disk_budget is not None else free
+
+
+def boundary_room(config: SpectralConfig, path: Path) -> int:
+    """Return the bytes on the disk that the boundaries of streamed layers may take."""
+    return int(BOUNDARY_SHARE * disk_limit(config, path))
 
 
 def free_disk(path: Path) -> int:

@@ -192,6 +192,16 @@ def sequence_length(sample: Mapping[str, Tensor]) -> int | None:
     return None
 
 
+def padded_total(lengths: Sequence[int], units: Sequence[Unit], batch_tokens: int) -> int:
+    """Return the padded tokens of all batches of all units."""
+    total = 0
+    for unit in units:
+        own = lengths[unit.start : unit.stop]
+        for batch in make_batches(own, batch_tokens):
+            total += len(batch) * max(own[batch.start : batch.stop])
+    return total
+
+
 def padded_tokens(batch: Mapping[str, Tensor]) -> int:
     """Return the tokens of a batch as batches are measured: `B T` for sequences of token ids, else B."""
     for key in ("input_ids", "labels"):

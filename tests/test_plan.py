@@ -20,6 +20,7 @@ from streamfisher.errors import ModelError
 from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.factors import FactorPair, squared_norms
 from streamfisher.losses import resolve_loss
+from streamfisher.planning.choice import WORTH
 from streamfisher.planning.costs import forming_flops, norm_flops, pass_flops, plain_flops, product_cost
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.plan import Machine, RunPlan, plan_run
@@ -199,7 +200,7 @@ def test_a_7b_model_on_one_node_fits_in_one_wave_of_factors_and_not_as_rows():
 def test_less_disk_takes_more_waves_and_more_passes_and_never_more_than_the_budget():
     seen = []
     for disk in (3000, 1000, 300, 100):
-        way = planned("llama-2-7b", disk=disk * 10**9).chosen
+        way = planned("llama-2-7b", disk=disk * 10**9, config=WAVES).chosen
         assert way.fits and way.disk <= disk * 10**9
         seen.append((way.waves, way.passes))
     assert seen == sorted(seen) and len(set(seen)) == 4
@@ -210,9 +211,21 @@ def test_a_model_larger_than_the_device_streams_its_layers():
     plan = planned("llama-3-70b", devices=1)
     assert "do not fit 1 device" in plan.ways[2].problems[0] and "--stream layers" in plan.ways[2].problems[0]
     assert plan.chosen.name == "stream layers" and plan.chosen.fits
-    assert plan.chosen.weights == 2 * max(block.weight_bytes for block in plan.trace.blocks)
+    sizes = {block.name: block.weight_bytes for block in plan.trace.blocks}
+    around = sum(size for name, size in sizes.items() if not name.startswith("layer_"))
+    assert plan.chosen.weights == around + 2 * sizes["layer_0"]
     hidden = 1024 * 512 * 8192 * 2
     assert plan.chosen.boundaries == pytest.approx(82 * hidden, rel=0.02)  # after the embedding, 80 layers, a gradient
+
+
+def test_auto_streams_layers_where_waves_cost_clearly_more_operations():
+    for disk, waves, taken in ((3000, 1, "waves"), (1500, 2, "waves"), (1000, 3, "stream layers")):
+        plan = planned("llama-2-7b", disk=disk * 10**9)
+        ordinary, layers = plan.ways[2:]
+        assert ordinary.fits and layers.fits and ordinary.waves == waves
+        assert plan.chosen.name == taken
+        assert (ordinary.passes > WORTH * layers.passes) == (taken == "stream layers")
+    assert planned("llama-2-7b", disk=10**12, config=WAVES).chosen.name == "waves"
 
 
 def test_boundaries_that_do_not_fit_are_recomputed_at_a_price():

@@ -8,7 +8,6 @@ Those take a backward pass per sample.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,10 +46,10 @@ class Reference:
     squares: dict[str, float]  # captured parameter -> squared norm over the samples
     total: float  # squared norm over the samples and all trainable parameters
 
-    def of(self, engine: GradientEngine, samples: Sequence[Mapping[str, Any]], part: Sequence[str]) -> Reference:
-        """Return the same with the rows of one part."""
-        rows = [engine.plain_gradients(sample, names=part)[1] for sample in samples]
-        return dataclasses.replace(self, rows=rows)
+    def take(self, engine: GradientEngine, samples: Sequence[Mapping[str, Any]], part: Sequence[str]) -> None:
+        """Hold the rows of one part instead of those of another, which are freed first."""
+        self.rows = []
+        self.rows = [engine.plain_gradients(sample, names=part)[1] for sample in samples]
 
 
 def run_probe(engine: GradientEngine, batch: Mapping[str, Any], memory: int) -> ProbeReport:
@@ -75,7 +74,8 @@ def run_probe(engine: GradientEngine, batch: Mapping[str, Any], memory: int) -> 
     groups: list[Group] = []
     dropped: dict[str, str] = {}
     for part in parts:
-        reference = reference if len(parts) == 1 else reference.of(engine, samples, part)
+        if len(parts) > 1:
+            reference.take(engine, samples, part)
         of_part, dropped_of_part = _route(engine, batch, part, reference, options)
         groups += of_part
         dropped |= dropped_of_part
@@ -83,7 +83,8 @@ def run_probe(engine: GradientEngine, batch: Mapping[str, Any], memory: int) -> 
 
     reports = {}
     for part in parts:
-        reference = reference if len(parts) == 1 else reference.of(engine, samples, part)
+        if len(parts) > 1:
+            reference.take(engine, samples, part)
         rows = engine.allocate(len(samples), part)
         engine.rows(batch, rows)
         for name in part:
@@ -104,6 +105,7 @@ def run_probe(engine: GradientEngine, batch: Mapping[str, Any], memory: int) -> 
                 noise=noise,
                 reason=dropped.get(name, ""),
             )
+        del rows  # before those of the next part are made
     captured = sum(info.numel for info in engine.parameters.values())
     left_out = sum(parameter.numel() for parameter in engine.left_out.values())
     return ProbeReport(
@@ -245,6 +247,7 @@ def _check_independence(
             (_error(grads[n], alone[n], reference.norms[i], engine.floor) for n in part),
             key=lambda pair: pair[0] if pair[1] else 0.0,
         )
+        del grads, alone
         gap = abs(float(loss) - reference.losses[i]) / max(abs(reference.losses[i]), 1e-3)
         if (worst[0] <= limit or not worst[1]) and gap <= limit:
             noise = max(noise, worst[0] if worst[1] else 0.0)

@@ -24,6 +24,11 @@ class BlockCost:
     forward_flops: float  # of one sample
     boundary_bytes: float  # of the hidden states that one sample hands on to the next block
 
+    @property
+    def is_layer(self) -> bool:
+        """Return whether it is one of a stack of layers, and not the embedding or the head."""
+        return self.name.split("_")[-1].isdigit()
+
 
 @dataclass(frozen=True)
 class LayerCall:

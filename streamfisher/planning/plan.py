@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from streamfisher.config import SpectralConfig, dtype_name
+from streamfisher.planning.choice import streams
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
 from streamfisher.planning.shortfalls import Machine
@@ -83,7 +84,7 @@ def plan_run(
     Args:
         trace: of the model, at the mean length of the samples.
         lengths: tokens of each sample.
-        config: of the run; `stream='auto'` takes streamed layers where waves do not fit and they do.
+        config: of the run; with `stream='auto'` the way is chosen, see `streams`.
         machine: what there is to work with.
         rates: of that machine.
         structures: how many block structures are solved.
@@ -95,9 +96,7 @@ def plan_run(
         planner.stored("waves", config.representation, budgets=True),
         planner.streamed(),
     ]
-    ordinary = ways[2]
-    streams = config.stream == "layers" or (config.stream == "auto" and not ordinary.fits and ways[3].fits)
-    chosen = ways[3] if streams else ordinary
+    chosen = ways[3] if streams(config.stream, ways[2], ways[3]) else ways[2]
     return RunPlan(
         trace=trace,
         n_samples=len(lengths),

@@ -15,6 +15,7 @@ class Machine:
     disk: int | None = None  # bytes for the run
     devices: int = 0  # accelerators; 0: the model runs on the CPU
     device_memory: int | None = None  # bytes of each
+    loaded: bool = False  # the whole model is there already, beside `memory`
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Shortfalls:
         """Return what the model's weights lack where all of them are resident."""
         machine, weights = self.machine, self.weight_bytes
         room = (machine.device_memory or 0) * machine.devices if machine.devices else machine.memory
-        if not room or weights <= room:
+        if not room or weights <= room or machine.loaded:
             return []
         where = f"{machine.devices} devices of {format_bytes(machine.device_memory or 0)}" if machine.devices else ""
         where = where or f"a memory of {format_bytes(room)}"
@@ -80,13 +81,22 @@ class Shortfalls:
             "(--stream layers), or offload them (--device-map auto)."
         ]
 
+    def of_boundaries(self, needed: float, room: float) -> list[str]:
+        """Return what the share of the disk lacks that is for boundaries."""
+        if needed <= room:
+            return []
+        return [
+            f"the hidden states at one boundary between layers and their gradient take {format_bytes(needed)}, and "
+            f"{format_bytes(room)} of the disk are for them: give more disk, or take fewer samples."
+        ]
+
     def of_segments(self, weights: float, activations: float) -> list[str]:
-        """Return what a device lacks for two layers and the activations of a batch in one of them."""
+        """Return what a device lacks for the weights at work and the activations of a batch in one layer."""
         limit = self.machine.device_memory if self.machine.devices else None
         if limit is None or weights + activations <= limit:
             return []
         return [
-            f"two layers of {format_bytes(weights / 2)} and the activations of one batch need "
+            f"two layers and the code around them, {format_bytes(weights)}, and the activations of one batch need "
             f"{format_bytes(weights + activations)} and a device has {format_bytes(limit)}: lower --batch-tokens "
             f"{self.config.batch_tokens}, or take devices with more memory."
         ]

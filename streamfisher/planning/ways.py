@@ -31,6 +31,7 @@ from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
 from streamfisher.planning.shortfalls import Machine, Shortfalls, or_any
 from streamfisher.projection import projected
+from streamfisher.provisions import BOUNDARY_SHARE
 from streamfisher.reduction.gram import WIDE
 from streamfisher.reduction.granularity import gram_keys
 from streamfisher.reduction.slabs import DECODING_BYTES, least_bytes
@@ -42,7 +43,7 @@ from streamfisher.waves import WaveLimits, WaveSizes, cut_waves, is_kept
 
 #: Forward and backward hold temporary tensors of about half of what autograd saves.
 TEMPORARY = 1.5
-#: Of a memory budget, at most this share is for the activations of a batch, or for boundaries of streamed layers.
+#: Of a memory budget, at most this share is for the activations of a batch; of devices, for weights that stay there.
 _SHARE = 0.5
 #: Plain passes over each of its samples that the probe takes, and how often it compares their gradients.
 _PROBE_PASSES = 8
@@ -135,7 +136,7 @@ class WayPlanner:
         config: SpectralConfig,
         machine: Machine,
         rates: Rates,
-        structures: int,
+        structures: int = 1,
     ):
         self.trace, self.config, self.machine, self.rates = trace, config, machine, rates
         self.lengths = list(lengths)
@@ -267,28 +268,30 @@ class WayPlanner:
         problems = self.shortfalls.of_reduction(self._least_reduction())
         if not edges:
             problems.append(f"{self.trace.name} is not a stack of layers that call one another: use waves.")
-        every, boundaries, on_disk = self._boundaries(edges, largest)
+        every, boundaries = self._boundaries(edges)
+        room = BOUNDARY_SHARE * or_any(self.machine.disk)
+        problems += self.shortfalls.of_boundaries(boundaries, room)
         resident = self._resident_weights()
-        loads = 0.0 if resident >= self.trace.weight_bytes else 2.0 * self.trace.weight_bytes
+        read = resident < self.trace.weight_bytes  # layer by layer
+        loads = 2.0 * self.trace.weight_bytes if read else 0.0
         activations = self.per_token * self.padded / max(len(segments) - 1, 1)
         memory = max(part.memory for part in parts) + (0.0 if self.machine.devices else activations)
-        memory += 0.0 if on_disk else boundaries
-        disk = self.gram_bytes + largest + (boundaries if on_disk else 0.0) + self._sample_bytes()
-        problems += self.shortfalls.of_disk(disk, self.stored_itemsize) + self.shortfalls.of_memory(memory)
-        segment = 2.0 * max(block.weight_bytes for block in self.trace.blocks)
-        problems += self.shortfalls.of_segments(segment, activations)
+        disk = self.gram_bytes + largest + boundaries + self._sample_bytes()
+        problems += self.shortfalls.of_disk(disk, self.stored_itemsize)
+        beside = resident if read and not self.machine.devices else 0.0  # weights that the budget has room for
+        problems += self.shortfalls.of_memory(memory + beside)
+        if not self.machine.loaded:
+            problems += self.shortfalls.of_segments(self._weights_at_work(), activations)
         passes = streamed_flops(self.trace.blocks, every)
         flops = passes + forming_flops(self.trace.shapes, chosen, "dense")
         collect = self._collect(flops, total, memory, chosen, 1)
-        moved = (2.0 * boundaries if on_disk else 0.0) + loads
-        extra = (boundaries / self.rates.write + (boundaries + loads) / self.rates.read) if moved else 0.0
         collect = Stage(
             "collect",
             collect.flops,
-            collect.read + (boundaries if on_disk else 0.0) + loads,
-            collect.written + (boundaries if on_disk else 0.0),
+            collect.read + boundaries + loads,
+            collect.written + boundaries,
             memory,
-            collect.seconds + extra,
+            collect.seconds + boundaries / self.rates.write + (boundaries + loads) / self.rates.read,
         )
         return Way(
             name="stream layers",
@@ -304,29 +307,31 @@ class WayPlanner:
             every=every,
         )
 
-    def _boundaries(self, edges: Sequence[float], largest: float) -> tuple[int, float, bool]:
-        """Return which boundaries are kept, their bytes with the gradient that goes down, and whether on disk."""
+    def _boundaries(self, edges: Sequence[float]) -> tuple[int, float]:
+        """Return which boundaries are kept in the run's folder, and their bytes with the gradient that goes down."""
         if not edges:
-            return 1, 0.0, False
-        memory = or_any(self.machine.memory) * _SHARE
-        disk = or_any(self.machine.disk) - self.gram_bytes - largest
+            return 1, 0.0
+        room = BOUNDARY_SHARE * or_any(self.machine.disk)
 
         def size(every: int) -> float:
             return self.n * (sum(edges[::every]) + max(edges))
 
-        for every in range(1, len(edges) + 1):
-            for limit, on_disk in ((memory, False), (disk, True)):
-                if size(every) <= limit:
-                    return every, size(every), on_disk
-        return len(edges), size(len(edges)), True
+        every = next((every for every in range(1, len(edges)) if size(every) <= room), len(edges))
+        return every, size(every)
 
     def _resident_weights(self) -> float:
-        """Return the bytes of weights in memory: all where they fit, else two layers'."""
+        """Return the bytes of weights in memory: all where they fit, else those at work."""
         machine = self.machine
-        room = machine.memory if not machine.devices else (machine.device_memory or 0) * machine.devices
-        if room is None or self.trace.weight_bytes <= room * _SHARE:
+        room = machine.memory if not machine.devices else _SHARE * (machine.device_memory or 0) * machine.devices
+        if machine.loaded or room is None or self.trace.weight_bytes <= room:
             return float(self.trace.weight_bytes)
-        return 2.0 * max(block.weight_bytes for block in self.trace.blocks)
+        return self._weights_at_work()
+
+    def _weights_at_work(self) -> float:
+        """Return the bytes of the weights around the layers and of two layers."""
+        blocks = self.trace.blocks
+        layers = sorted(block.weight_bytes for block in blocks if block.is_layer)
+        return float(sum(block.weight_bytes for block in blocks if not block.is_layer) + sum(layers[-2:]))
 
     def _collect(self, flops: float, size: float, memory: float, chosen: Mapping[str, str], waves: int) -> Stage:
         """Return the stage that takes gradients and writes them; `flops` of one sample, `size` in bytes."""

@@ -118,7 +118,7 @@ class OpenSegment:
     def _tail(self, index: int, batch: Mapping[str, Any], rows: Any, wanted: Any) -> tuple[BatchGradients, Replay]:
         loss, notes = shell_loss(self.shell, self.stack, self.forward.loss, through=True, armed=True)
         result = self._run(loss, self.forward.shell_batch(index, batch, [self.stack.n_calls]), rows, wanted)
-        losses, targets = notes[0].losses.detach().double().cpu(), self.forward.loss.n_targets(batch).cpu()
+        losses, targets = notes[0].losses.double().cpu(), self.forward.loss.n_targets(batch).cpu()
         self.boundaries.put(index, LOSSES, losses)
         self.boundaries.put(index, TARGETS, targets)
         return BatchGradients(losses, targets, result.factors), notes[0]

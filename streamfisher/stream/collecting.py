@@ -8,16 +8,12 @@ from torch import Tensor, nn
 
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConfigError
-from streamfisher.provisions import free_disk
 from streamfisher.ranks import Ranks
-from streamfisher.samples import collate
+from streamfisher.samples import collate, padded_total
 from streamfisher.sharding import is_sharded
 from streamfisher.store import RunStore, stage_of
 from streamfisher.stream.engine import StreamEngine, UnitBatches
 from streamfisher.survey import PROBE_SAMPLES, Survey, to_model
-
-#: Of the disk budget, at most this share is for boundaries.
-_DISK_SHARE = 0.25
 
 
 def check_streamable(model: nn.Module, config: SpectralConfig) -> None:
@@ -64,19 +60,16 @@ class StreamedRun:
         store: of the run.
         found: its samples.
         ranks: all of them.
-        disk_budget: of the run, in bytes; `None`: what is free. Where all boundaries would take too much of it, only
-            every so-many-th layer's is kept.
+        room: bytes on the disk for boundaries; where all of them would take more, only every so-many-th layer's is
+            kept.
     """
 
-    def __init__(
-        self, engine: StreamEngine, store: RunStore, found: Survey, ranks: Ranks, disk_budget: int | None = None
-    ) -> None:
+    def __init__(self, engine: StreamEngine, store: RunStore, found: Survey, ranks: Ranks, room: int) -> None:
         self.engine, self.store, self.ranks = engine, store, ranks
         self.folder = store.path / "stream"
         engine.keep_boundaries(self.folder, after_batch=ranks.alive)
         self.batches = UnitBatches(found, store.units, store.batch_tokens, engine.model)
-        disk = free_disk(store.path) if disk_budget is None else disk_budget
-        engine.thin_boundaries(int(_DISK_SHARE * disk), self.batches.padded_tokens)
+        engine.thin_boundaries(room, padded_total(found.lengths, store.units, store.batch_tokens))
 
     def begin(self, wave: int) -> None:
         """Make ready for the pass of a wave; ranks divide what is missing."""

@@ -55,12 +55,6 @@ class UnitBatches(Mapping[int, dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self._ranges)
 
-    @property
-    def padded_tokens(self) -> int:
-        """The padded tokens of all batches."""
-        lengths = self.found.lengths
-        return sum(len(where) * max(lengths[number] for number in where) for where in self._ranges.values())
-
     def only(self, units: Sequence[Unit]) -> UnitBatches:
         """Return the batches of some of the units."""
         part = UnitBatches(self.found, (), 1, self.model)
@@ -163,6 +157,20 @@ class StreamEngine:
     def shapes(self, batch: Mapping[str, Any]) -> tuple[list[GradientShape], float]:
         """Return what the probe saw: what gradients are made of, and bytes for each padded token of a segment."""
         return self.stream.shapes, self.stream.activations
+
+    def beside_weights(self, budget: int) -> int:
+        """Return what a memory budget leaves beside the weights that are read segment by segment.
+
+        Raises:
+            CapacityError: nothing.
+        """
+        weights = self.stream.weights.within_budget(list(self.stream.shell.layers))
+        if weights >= budget:
+            raise CapacityError(
+                f"two layers and the code around the layers have {format_bytes(weights)} of weights, and "
+                f"--memory-budget {format_bytes(budget)} is for them and all else. Give more."
+            )
+        return budget - weights
 
     def waves(self) -> list[list[str]]:
         """Return the parameters of each segment that has any, in the order of the backward stream."""

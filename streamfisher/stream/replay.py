@@ -150,20 +150,23 @@ def shell_loss(
         n_samples = batch_size(own)
         run = _ShellRun(stack, batch, Leaves(n_samples, stack.trace.carrying, armed and not notes, copied=True))
         run.stop = None if through else max(terms)
-        notes.append(run.note)
-        shell.handler = run.called
+        losses: Tensor | None = None
         products: list[Tensor] = []
-        try:
-            run.note.losses = original(model, own)
-            if run.n_called != stack.n_calls:
-                raise StreamError(_other_path(run.n_called, "the layers are called fewer times"))
-            products.append(run.note.losses)
-        except Stopped:
-            pass
+        with shell.handled_by(run.called):
+            try:
+                losses = original(model, own)
+                if run.n_called != stack.n_calls:
+                    raise StreamError(_other_path(run.n_called, "the layers are called fewer times"))
+                products.append(losses)
+            except Stopped:
+                pass
         for k in terms:
             for key in stack.trace.fresh(k):
                 if grad_name(key) in batch and key in stack.trace.carrying:
-                    products.append(inner_product(run.note.fresh[key], batch[grad_name(key)], offset))
+                    products.append(inner_product(run.fresh[key], batch[grad_name(key)], offset))
+        # Without its graph, which would keep alive whatever a backward pass fills: rows of a head are gigabytes.
+        fresh = {key: leaf.detach() if isinstance(leaf, Tensor) else leaf for key, leaf in run.fresh.items()}
+        notes.append(Replay(run.leaves, None if losses is None else losses.detach(), fresh))
         return _sum(products, n_samples)
 
     return loss, notes
@@ -174,7 +177,7 @@ class _ShellRun:
 
     def __init__(self, stack: Stack, batch: Mapping[str, Any], leaves: Leaves) -> None:
         self.stack, self.batch, self.leaves = stack, batch, leaves
-        self.note = Replay(leaves)
+        self.fresh: dict[Key, Any] = {}  # what the shell's code made
         self.seen: dict[Key, Any] = {}
         self.read = set().union(*stack.reads.values())
         self.n_called = 0
@@ -190,7 +193,7 @@ class _ShellRun:
             raise StreamError(_other_path(k, f"layer {name} gets other arguments"))
         for key, leaf in zip(call.sources, leaves, strict=True):
             if key not in self.seen:
-                self.seen[key] = self.note.fresh[key] = leaf
+                self.seen[key] = self.fresh[key] = leaf
             elif not (self.seen[key] is leaf or (not isinstance(leaf, Tensor) and same_value(self.seen[key], leaf))):
                 raise StreamError(_other_path(k, f"an argument of layer {name} is another than it was"))
         if self.stop == k:

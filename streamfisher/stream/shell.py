@@ -6,7 +6,8 @@ nothing of it is rewritten. Where a layer was, a placeholder hands its call to w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -83,6 +84,15 @@ class Shell:
             parent._modules[key] = child
         self._taken = []
         self.handler = _unexpected
+
+    @contextlib.contextmanager
+    def handled_by(self, handler: Handler) -> Iterator[None]:
+        """Let a handler answer the calls of layers inside; it is not kept, nor what it remembers."""
+        self.handler = handler
+        try:
+            yield
+        finally:
+            self.handler = _unexpected
 
     def leave_in_place(self, names: set[str]) -> None:
         """Count these layers among the code around the layers; to be called outside of the context."""

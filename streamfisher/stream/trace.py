@@ -87,8 +87,7 @@ def trace_stack(
         StreamError: the model is no stack of layers that can be replayed; the message says why.
     """
     recorder = _Recorder(shell, batch_size(batch), ids, trainable, held, upcoming, visit)
-    shell.handler = recorder.called
-    with torch.enable_grad():
+    with shell.handled_by(recorder.called), torch.enable_grad():
         losses = loss(shell.model, batch)
     trace = recorder.trace
     if not trace.calls:

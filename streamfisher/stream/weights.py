@@ -38,6 +38,10 @@ class Resident:
     def prefetch(self, *names: str) -> None:
         """Do nothing."""
 
+    def within_budget(self, layers: Sequence[str]) -> int:
+        """Return the bytes of weights that a memory budget has to have room for: none, the model is beside it."""
+        return 0
+
 
 class Checkpoint(Resident):
     """Reads the weights of a skeleton's modules when they are needed.
@@ -112,6 +116,14 @@ class Checkpoint(Resident):
         if names and (self._next is None or self._next[0] != names):
             self._forget_next()
             self._next = names, self._thread.submit(self._read, names)
+
+    def within_budget(self, layers: Sequence[str]) -> int:
+        """Return the most bytes of weights in memory at a time: a layer, the next one, and the code around them."""
+        sizes = dict.fromkeys((AROUND, *layers), 0)
+        for name, parameter in self.model.named_parameters():
+            holder = next((layer for layer in layers if name.startswith(f"{layer}.")), AROUND)
+            sizes[holder] += parameter.nbytes
+        return sizes.pop(AROUND) + sum(sorted(sizes.values())[-2:])
 
     def close(self) -> None:
         """Stop the reading thread."""

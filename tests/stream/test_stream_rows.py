@@ -1,11 +1,14 @@
 """A stream's rows are those of the ordinary engine, to the bit; what it cannot stream it refuses with the reason."""
 
+import weakref
+
 import pytest
 import torch
 from stream.stream_models import assert_same_bits, buffers, model_and_batches, ordinary_rows, streamed_rows
 from torch import nn
 
 from streamfisher.errors import CapacityError, LossError, StreamError
+from streamfisher.gradients import GradientEngine
 from streamfisher.losses import PerSampleLoss, resolve_loss
 from streamfisher.stream import LayerStream
 from streamfisher.stream.boundaries import MISSING, Boundaries
@@ -63,6 +66,24 @@ def test_only_the_parameters_that_are_asked_for_have_rows():
     assert not any("layers.0" in name or "embed" in name for _, name in found)
     for key, rows in found.items():
         assert torch.equal(rows, expected[key]), key
+
+
+def test_rows_of_one_part_of_a_probe_are_freed_before_those_of_the_next(monkeypatch):
+    model, batches, loss = model_and_batches("Llama")
+    made, alive = [], []
+    allocate = GradientEngine.allocate
+
+    def counted(engine, *arguments):
+        alive.append(sum(reference() is not None for reference in made))
+        rows = allocate(engine, *arguments)
+        made.extend(weakref.ref(values) for values in rows.values())
+        return rows
+
+    monkeypatch.setattr(GradientEngine, "allocate", counted)
+    with LayerStream(model, loss, memory=1) as stream:  # a part for each parameter
+        stream.study(batches[0])
+    assert len(made) > 20
+    assert max(alive) == 0
 
 
 @pytest.mark.parametrize("every", [2, 5])

@@ -188,7 +188,7 @@ def example(name):
 
 def example_checkpoint(folder):
     example("make_checkpoint").main(
-        [str(folder), "--layers", "2", "--hidden", "256", "--vocabulary", "1300", "--shard", "2e6"]
+        [str(folder), "--layers", "4", "--hidden", "256", "--vocabulary", "1300", "--shard", "2e6"]
     )
     return folder
 
@@ -209,7 +209,7 @@ def arguments(checkpoint, out, *options):
     return ["run", str(checkpoint), str(TEXT), "--out", str(out), *OPTIONS, *options]
 
 
-STREAMED = ("--stream", "layers", "--memory-budget", "8.7MB")
+STREAMED = ("--stream", "layers", "--memory-budget", "15MB")
 
 
 @pytest.fixture(scope="module")
