@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from streamfisher.config import SpectralConfig, format_bytes
 from streamfisher.errors import CapacityError, ConfigError
+from streamfisher.memory import working_memory
 from streamfisher.reduction.granularity import gram_keys
 from streamfisher.representation import choose_representation, sample_bytes
 from streamfisher.samples import make_batches, make_units
@@ -89,7 +89,7 @@ def provide(
     chosen = choose_representation(
         shapes, config.representation, row_itemsize=stored_itemsize, centered=config.store_centered
     )
-    memory = config.memory_budget or psutil.virtual_memory().available // 2
+    memory = working_memory(config.memory_budget)
     _, factors = sample_bytes(shapes, chosen, 1)
     batch_tokens = _fit_batches(config, lengths, activations, factors, memory)
     sizes = WaveSizes(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 
 from streamfisher.config import SpectralConfig, Stream
 from streamfisher.errors import ModelError
+from streamfisher.memory import working_memory
 from streamfisher.planning.rates import UNKNOWN
 from streamfisher.planning.shortfalls import Machine
 from streamfisher.planning.tracing import captured_names, trace_model
@@ -58,7 +58,7 @@ def machine_of(model: nn.Module, config: SpectralConfig, path: Path) -> Machine:
     """Return what a run has to work with once its model is loaded."""
     devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
     return Machine(
-        memory=config.memory_budget or psutil.virtual_memory().available // 2,
+        memory=working_memory(config.memory_budget),
         disk=disk_limit(config, path),
         devices=len(devices),
         device_memory=min((torch.cuda.get_device_properties(d).total_memory for d in devices), default=None),

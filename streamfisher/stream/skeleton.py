@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import accelerate
-import psutil
 import safetensors
 import torch
 from torch import nn
 
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import ModelError, require
+from streamfisher.memory import working_memory
 from streamfisher.models import auto_class, check_pretrained
 from streamfisher.stream.weights import Checkpoint, tensor_files
 
@@ -64,7 +64,7 @@ def skeleton_is_needed(spec: str, config: SpectralConfig) -> bool:
     """
     if config.stream == "none" or not Path(spec).is_dir() or not (Path(spec) / "config.json").is_file():
         return False
-    limit = config.memory_budget or psutil.virtual_memory().available // 2
+    limit = working_memory(config.memory_budget)
     return weight_bytes(Path(spec), config.dtype_model) > limit
 
 
