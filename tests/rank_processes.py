@@ -58,7 +58,7 @@ def markers(out):
     return len(list((out / "done").glob("rows-*.json"))) if (out / "done").is_dir() else 0
 
 
-def wait_for(condition, seconds=120):
+def wait_for(condition, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
