@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import socket
 import subprocess
 import sys
 import time
@@ -21,9 +23,21 @@ def environment(**extra):
     return {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", **extra}
 
 
-def launch(count, arguments, port, **extra):
+def free_port():
+    """Return a port that nothing listens on, below those that the system gives to connections going out."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("", port))
+            except OSError:
+                continue
+        return port
+
+
+def launch(count, arguments, **extra):
     """Start the command on `count` ranks."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(port)]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(free_port())]
     launcher = [] if count == 1 else torchrun
     return subprocess.Popen(
         [sys.executable, *launcher, *arguments],
@@ -34,13 +48,8 @@ def launch(count, arguments, port, **extra):
     )
 
 
-def subprocess_of(*arguments):
-    command = [sys.executable, "-m", "streamfisher", *map(str, arguments)]
-    return subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def finished(process):
-    printed, errors = process.communicate(timeout=120)
+    printed, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-3000:]
     return printed
 
@@ -49,7 +58,7 @@ def markers(out):
     return len(list((out / "done").glob("rows-*.json"))) if (out / "done").is_dir() else 0
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=240):
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Install streamfisher with everything its tests need into .venv-test, and run the tests.
-# Arguments go to pytest. With CI=true, or --all as the first argument, the slow tests run too.
+# Arguments go to pytest. With CI=true, or --all as the first argument, the slow tests run too. Files of tests are shared
+# among as many processes as there are processors (4 at most; `-n 0`: none), each of one thread.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -15,4 +16,5 @@ elif [ "${CI:-}" = "true" ]; then
 fi
 .venv-test/bin/ruff check .
 .venv-test/bin/ruff format --check .
-exec .venv-test/bin/python -m pytest "${marks[@]}" "$@"
+export OMP_NUM_THREADS=1
+exec .venv-test/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "${marks[@]}" "$@"

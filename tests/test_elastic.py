@@ -10,6 +10,7 @@ import signal
 import time
 
 import pytest
+from forked_commands import forked
 from rank_processes import bytes_of, children, command, finished, launch, markers
 
 UNITS = 15
@@ -18,7 +19,7 @@ UNITS = 15
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "run.zarr"
-    finished(launch(1, command(out), 0, SECONDS="0"))
+    finished(launch(1, command(out), SECONDS="0"))
     return bytes_of(out)
 
 
@@ -54,7 +55,7 @@ def campaign(out, seed, rounds, options=()):
     for _ in range(rounds):
         count = dice.choice([1, 2, 3])
         how = dice.choice(["rank", "launcher", "all", "term"])
-        process = launch(count, command(out, "slow", "thirty_vectors", *options), 29540 + dice.randrange(200))
+        process = forked(count, command(out, "slow", "thirty_vectors", *options))
         # From before the manifest over the units to the Grams; a few milliseconds more fall inside a write.
         goal = all_markers(out) + dice.randint(0, 5)
         deadline = time.monotonic() + 60
@@ -62,7 +63,7 @@ def campaign(out, seed, rounds, options=()):
             time.sleep(0.002)
         time.sleep(dice.uniform(0, 0.1))
         hits += hit(process, count, how, dice)
-        process.communicate(timeout=90)
+        process.communicate(timeout=120)
     return hits
 
 
@@ -73,7 +74,7 @@ def test_twenty_hits_at_random_moments_change_no_byte(seed, undisturbed, tmp_pat
     hits = campaign(out, seed, rounds=5)
     assert hits >= 4
     count = random.Random(seed).choice([1, 2, 3])
-    finished(launch(count, command(out), 29750 + seed, SECONDS="0"))
+    finished(forked(count, command(out), SECONDS="0"))
     assert markers(out) == UNITS
     assert bytes_of(out) == undisturbed
 
@@ -81,8 +82,8 @@ def test_twenty_hits_at_random_moments_change_no_byte(seed, undisturbed, tmp_pat
 @pytest.mark.slow
 def test_a_run_killed_while_it_grows_ends_as_one_from_scratch(undisturbed, tmp_path):
     out = tmp_path / "run.zarr"
-    finished(launch(1, command(out, "slow", "thirty_vectors", "--samples", "13"), 0, SECONDS="0"))
+    finished(forked(1, command(out, "slow", "thirty_vectors", "--samples", "13"), SECONDS="0"))
     assert campaign(out, seed=9, rounds=3) >= 2
-    finished(launch(2, command(out), 29760, SECONDS="0"))
+    finished(launch(2, command(out), SECONDS="0"))
     assert markers(out) == UNITS
     assert bytes_of(out) == undisturbed

@@ -1,5 +1,7 @@
 """Gradients held as factors: the same numbers as rows, however they are reduced, read or kept."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -73,9 +75,15 @@ def both(tmp_path, name, **options):
     return dense, factored
 
 
+@pytest.fixture(scope="module")
+def runs_of(tmp_path_factory):
+    """Return both runs of a model, made once, for tests that change nothing in them."""
+    return functools.cache(lambda name: both(tmp_path_factory.mktemp(name), name))
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_spectra_from_factors_equal_those_from_rows(tmp_path, name):
-    dense, factored = both(tmp_path, name)
+def test_spectra_from_factors_equal_those_from_rows(runs_of, name):
+    dense, factored = runs_of(name)
     for structure in ("layer", "module", "parameter", "none"):
         for center in (False, True):
             expected, found = dense.spectrum(structure, center), factored.spectrum(structure, center)
@@ -85,8 +93,8 @@ def test_spectra_from_factors_equal_those_from_rows(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_columns_of_factors_are_columns_of_rows(tmp_path, name):
-    dense, factored = both(tmp_path, name)
+def test_columns_of_factors_are_columns_of_rows(runs_of, name):
+    dense, factored = runs_of(name)
     for parameter, size in dense.parameters.items():
         for start, stop in ((0, size), (size // 3, size // 3 + 5), (size - 1, size)):
             for rows in (None, slice(2, 9)):
@@ -97,8 +105,8 @@ def test_columns_of_factors_are_columns_of_rows(tmp_path, name):
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-25)
 
 
-def test_the_shared_input_of_several_layers_is_stored_once(tmp_path):
-    _, factored = both(tmp_path, "llama")
+def test_the_shared_input_of_several_layers_is_stored_once(runs_of):
+    _, factored = runs_of("llama")
     entry = factored.store.factor_entries(factored.store.units[0], 0)[0]
     right = {name: uses[0][1] for name, uses in entry["pairs"].items()}
     attention, mlp = "model.layers.0.self_attn.{}_proj.weight", "model.layers.0.mlp.{}_proj.weight"
@@ -121,8 +129,8 @@ def kernels(segments, shape, n, known=0, budget=1 << 30):
 
 @pytest.mark.parametrize("known", [0, 6])
 @pytest.mark.parametrize("name", MODELS)
-def test_every_kernel_gives_the_gram_of_the_rows(tmp_path, name, known):
-    dense, factored = both(tmp_path, name)
+def test_every_kernel_gives_the_gram_of_the_rows(runs_of, name, known):
+    dense, factored = runs_of(name)
     n = dense.n_samples
     for parameter, size in dense.parameters.items():
         if factored.store.representation(parameter) == "dense":
@@ -134,11 +142,11 @@ def test_every_kernel_gives_the_gram_of_the_rows(tmp_path, name, known):
             np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12 * expected.max(), err_msg=kernel)
 
 
-def test_slabs_have_the_same_bits_within_any_budget(tmp_path, monkeypatch):
+def test_slabs_have_the_same_bits_within_any_budget(runs_of, monkeypatch):
     monkeypatch.setattr(factor_gram, "RIGHT_COLUMNS", 8)
     monkeypatch.setattr(factor_gram, "_SLAB_BYTES", 4096)
     monkeypatch.setattr(factor_gram, "PANEL", 24)
-    _, factored = both(tmp_path, "llama")
+    _, factored = runs_of("llama")
     name = "model.layers.1.mlp.up_proj.weight"
     segments, shape, n = factored.store.segments(name), (24, 16), factored.n_samples
     positions = sum(sum(segment.lengths) for segment in segments)
@@ -150,8 +158,8 @@ def test_slabs_have_the_same_bits_within_any_budget(tmp_path, monkeypatch):
         kernels(segments, shape, n, budget=least - 1)
 
 
-def test_a_budget_that_holds_no_batch_reads_them_again(tmp_path):
-    _, factored = both(tmp_path, "llama")
+def test_a_budget_that_holds_no_batch_reads_them_again(runs_of):
+    _, factored = runs_of("llama")
     name = "model.layers.1.mlp.up_proj.weight"
     segments, n = factored.store.segments(name), factored.n_samples
     held = factor_gram.pairwise_gram(segments, n, budget=1 << 30)

@@ -1,47 +1,30 @@
 """Kill -9 at any moment costs the work in flight and nothing else: real processes, real SIGKILL, the same bytes."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
+from forked_commands import forked
+from rank_processes import finished, launch
 
 COMMAND = [
-    *(
-        sys.executable,
-        "-m",
-        "streamfisher",
-        "run",
-        "streamfisher.demo:load_demo_model",
-        "streamfisher.demo:demo_dataset",
-    ),
+    *("-m", "streamfisher", "run", "streamfisher.demo:load_demo_model", "streamfisher.demo:demo_dataset"),
     *("--samples", "40", "--chunk-size", "4", "--max-length", "48", "--blocks", "layer,none", "--center", "both"),
     *("--deterministic", "--workers", "1"),
 ]
 
 
 def start(out, *options):
-    return subprocess.Popen(
-        [*COMMAND, "--out", str(out), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return forked(1, [*COMMAND, "--out", str(out), *options])
 
 
 def finish(out, *options):
-    process = start(out, *options)
-    printed, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return printed
+    return finished(start(out, *options))
 
 
 def markers(out):
@@ -84,7 +67,7 @@ def assert_same_bytes(one: Path, other: Path):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "run.zarr"
-    finish(out)
+    finished(launch(1, [*COMMAND, "--out", str(out)]))  # not a fork: with imports and a hash seed of its own
     return out
 
 
@@ -127,26 +110,18 @@ def test_a_killed_centered_run_goes_on_in_either_pass(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_give_the_bytes_of_one(undisturbed, tmp_path):
     out = tmp_path / "run.zarr"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29513"]
-    command = [*launcher, *COMMAND[1:], "--out", str(out), "--quiet"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
+    finished(launch(2, [*COMMAND, "--out", str(out), "--quiet"]))
     assert_same_bytes(undisturbed, out)
 
 
 def test_a_run_that_is_not_finished_is_not_analysed(undisturbed, tmp_path):
     out = tmp_path / "run.zarr"
     kill_after(out, 2, 0.0)
-    done = subprocess.run(
-        [sys.executable, "-m", "streamfisher", "spectrum", str(out)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    assert "is not finished" in done.stderr and "goes on where it stopped" in done.stderr
-    info = subprocess.run(
-        [sys.executable, "-m", "streamfisher", "info", str(out), "--json"], capture_output=True, text=True, timeout=120
-    )
-    facts = json.loads(info.stdout)
+    refused = forked(1, ["-m", "streamfisher", "spectrum", str(out)])
+    _, errors = refused.communicate()
+    assert refused.returncode == 2
+    assert "is not finished" in errors and "goes on where it stopped" in errors
+    facts = json.loads(finished(forked(1, ["-m", "streamfisher", "info", str(out), "--json"])))
     assert facts["complete"] is False
     assert 8 <= facts["samples_done"] < 40
     assert np.isnan(zarr.open_array(out / "samples" / "loss", mode="r")[facts["samples_done"] + 4 :]).all()

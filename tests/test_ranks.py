@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
-from rank_processes import bytes_of, children, command, finished, launch, markers, subprocess_of, wait_for
+from forked_commands import forked
+from rank_processes import bytes_of, children, command, finished, launch, markers, wait_for
 
 from streamfisher.claims import Claims
 from streamfisher.errors import RankError, RunError, StoppedError
@@ -194,19 +195,19 @@ def test_the_rate_forgets_old_times_and_slows_down_while_nothing_comes():
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "run.zarr"
-    finished(launch(1, command(out), 0, SECONDS="0"))
+    finished(launch(1, command(out), SECONDS="0"))
     return bytes_of(out)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the death signal is Linux's")
 def test_the_ranks_of_a_killed_launcher_die_and_the_run_goes_on_at_once(undisturbed, tmp_path):
     out = tmp_path / "run.zarr"
-    launcher = launch(2, command(out), 29520)
+    launcher = launch(2, command(out))
     wait_for(lambda: markers(out) >= 2)
     ranks = children(launcher)
     assert len(ranks) == 2
     launcher.kill()
-    again = launch(1, command(out), 0, SECONDS="0")
+    again = launch(1, command(out), SECONDS="0")
     launcher.communicate()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), seconds=2)
     finished(again)
@@ -215,50 +216,50 @@ def test_the_ranks_of_a_killed_launcher_die_and_the_run_goes_on_at_once(undistur
 
 def test_sigterm_writes_what_is_in_flight_and_exits_with_143(undisturbed, tmp_path):
     out = tmp_path / "run.zarr"
-    process = launch(1, command(out), 0, SECONDS="0.3")
+    process = launch(1, command(out), SECONDS="0.3")
     wait_for(lambda: markers(out) >= 1)
     time.sleep(0.1)  # into the next unit
     before = markers(out)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 143
     assert "stopped by SIGTERM. The same command goes on where it stopped." in errors
     assert "Traceback" not in errors
     assert before <= markers(out) <= before + 1 < 15
-    finished(launch(1, command(out), 0, SECONDS="0"))
+    finished(forked(1, command(out), SECONDS="0"))
     assert bytes_of(out) == undisturbed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 3])
-def test_several_ranks_one_of_them_slow_give_the_bytes_of_one(count, undisturbed, tmp_path):
+@pytest.mark.parametrize(("count", "start"), [(2, launch), (3, forked)], ids=["2, by torchrun", "3, forked"])
+def test_several_ranks_one_of_them_slow_give_the_bytes_of_one(count, start, undisturbed, tmp_path):
     out = tmp_path / "run.zarr"
-    finished(launch(count, command(out), 29520 + count, SECONDS="0.02", SLOW_RANK="1"))
+    finished(start(count, command(out), SECONDS="0.02", SLOW_RANK="1"))
     assert bytes_of(out) == undisturbed
 
 
 @pytest.mark.slow
 def test_sigterm_to_the_launcher_stops_all_ranks_and_another_number_of_them_goes_on(undisturbed, tmp_path):
     out = tmp_path / "run.zarr"
-    process = launch(2, command(out), 29525)
+    process = launch(2, command(out))
     wait_for(lambda: markers(out) >= 2)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode != 0 and markers(out) < 15
     assert "stopped by SIGTERM" in errors
-    finished(launch(3, command(out), 29526, SECONDS="0"))
+    finished(forked(3, command(out), SECONDS="0"))
     assert bytes_of(out) == undisturbed
 
 
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_others_and_leaves_a_run_that_goes_on(undisturbed, tmp_path):
     out = tmp_path / "run.zarr"
-    process = launch(3, command(out), 29527)
+    process = launch(3, command(out))
     wait_for(lambda: markers(out) >= 3)
     os.kill(children(process)[1], signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
     assert process.returncode != 0 and markers(out) < 15
-    finished(launch(2, command(out), 29528, SECONDS="0"))
+    finished(forked(2, command(out), SECONDS="0"))
     assert bytes_of(out) == undisturbed
 
 
@@ -272,8 +273,8 @@ def test_a_killed_rank_ends_the_others_and_leaves_a_run_that_goes_on(undisturbed
 )
 def test_ranks_with_other_data_or_weights_are_refused_before_anything_is_written(model, data, message, tmp_path):
     out = tmp_path / "run.zarr"
-    process = launch(2, command(out, model, data), 29529)
-    _, errors = process.communicate(timeout=60)
+    process = forked(2, command(out, model, data))
+    _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "the ranks were not given the same work" in errors and message in errors
     assert not out.exists()
@@ -282,10 +283,10 @@ def test_ranks_with_other_data_or_weights_are_refused_before_anything_is_written
 @pytest.mark.slow
 def test_an_error_on_one_rank_is_named_by_the_others_and_keeps_what_is_finished(tmp_path):
     out = tmp_path / "run.zarr"
-    process = launch(2, command(out, "slow", "nan_in_the_last_vector"), 29530, SLOW_RANK="0", SECONDS="0.02")
-    _, errors = process.communicate(timeout=60)
+    process = forked(2, command(out, "slow", "nan_in_the_last_vector"), SLOW_RANK="0", SECONDS="0.02")
+    _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "sample 29: the loss is nan" in errors
     assert re.search(r"rank [01] failed: NonFiniteError: sample 29[^\n]*\nSo rank [01] stops too", errors), errors
-    info = finished(subprocess_of("info", out, "--json"))
+    info = finished(forked(1, ["-m", "streamfisher", "info", str(out), "--json"]))
     assert 0 < json.loads(info)["samples_done"] <= 28

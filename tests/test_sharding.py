@@ -7,6 +7,7 @@ import pytest
 import torch
 from benchmarks.sharded_loading import peaks_of
 from command_line import cli
+from forked_commands import forked
 from rank_processes import bytes_of, finished, launch, markers
 from torch import nn
 
@@ -68,11 +69,13 @@ def guard_always(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--store-centered"]])
-def test_two_ranks_with_sharded_weights_give_the_bytes_of_one(options, guard_always, tmp_path):
+@pytest.mark.parametrize(
+    ("start", "options"), [(launch, []), (forked, ["--store-centered"])], ids=["by torchrun", "forked, centered"]
+)
+def test_two_ranks_with_sharded_weights_give_the_bytes_of_one(start, options, guard_always, tmp_path):
     plain, sharded = tmp_path / "plain.zarr", tmp_path / "sharded.zarr"
-    finished(launch(1, command(plain, *guard_always, *options), 0))
-    finished(launch(2, command(sharded, "--fsdp", *guard_always, *options), 29600 + len(options)))
+    finished(start(1, command(plain, *guard_always, *options)))
+    finished(start(2, command(sharded, "--fsdp", *guard_always, *options)))
     assert bytes_of(plain) == bytes_of(sharded)
 
 
@@ -80,8 +83,8 @@ def test_two_ranks_with_sharded_weights_give_the_bytes_of_one(options, guard_alw
 def test_the_guard_finds_a_wrong_row_of_any_rank_and_stops_all(guard_always, tmp_path):
     out = tmp_path / "run.zarr"
     where = ["rank_models:rows_of_rank_1_spoilt", "rank_models:thirty_vectors", "--out", str(out), "--chunk-size", "2"]
-    process = launch(2, ["-m", "streamfisher", "collect", *where, "--fsdp", "--quiet", *guard_always], 29602)
-    _, errors = process.communicate(timeout=60)
+    process = forked(2, ["-m", "streamfisher", "collect", *where, "--fsdp", "--quiet", *guard_always])
+    _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     found = re.findall(
         r"error: the gradient rows of second.weight do not sum to its .* on samples from (\d+) on", errors
@@ -96,7 +99,7 @@ def test_more_ranks_than_units_leave_some_idle_and_change_nothing(guard_always, 
     for name, count, options in (("one", 1, []), ("claimed", 3, []), ("sharded", 3, ["--fsdp"])):
         what = ["rank_models:slow", "rank_models:thirty_vectors", "--out", str(tmp_path / name), "--samples", "4"]
         what += ["--chunk-size", "2", "--deterministic", "--workers", "1", "--quiet", *guard_always, *options]
-        finished(launch(count, ["-m", "streamfisher", "run", *what], 29604, SECONDS="0"))
+        finished(forked(count, ["-m", "streamfisher", "run", *what], SECONDS="0"))
         found.append(bytes_of(tmp_path / name))
     assert found[0] == found[1]
     one, sharded = (json.loads(files.pop("spectrum.json")) for files in (found[0], found[2]))
@@ -127,7 +130,7 @@ def test_a_checkpoint_that_each_rank_reads_in_part_gives_the_bytes_of_the_plain_
         out = tmp_path / f"{count}.zarr"
         what = [str(tmp_path / "hf"), "tiny_models:sequences", "--out", str(out), "--chunk-size", "2", "--quiet"]
         what += ["--deterministic", "--workers", "1", *guard_always, *options]
-        finished(launch(count, ["-m", "streamfisher", "run", *what], 29603))
+        finished(forked(count, ["-m", "streamfisher", "run", *what]))
         bytes_found.append(bytes_of(out))
     assert bytes_found[0] == bytes_found[1]
     assert not any("lm_head" in name for name in bytes_found[1]), "tied to the embedding"

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from forked_commands import forked
 from rank_processes import bytes_of, command, finished, launch, wait_for
 from test_factors import llama, sequences
 
@@ -237,14 +238,14 @@ TIGHT = ["--disk-budget", str(8 * 30**2 * 4 + 2000)]
 @pytest.mark.slow
 def test_waves_of_several_ranks_that_were_killed_have_the_bytes_of_one(tmp_path):
     whole, one, out = tmp_path / "whole.zarr", tmp_path / "one.zarr", tmp_path / "run.zarr"
-    finished(launch(1, command(whole), 0, SECONDS="0"))
-    finished(launch(1, command(one, "slow", "thirty_vectors", *TIGHT), 0, SECONDS="0"))
+    finished(forked(1, command(whole), SECONDS="0"))
+    finished(forked(1, command(one, "slow", "thirty_vectors", *TIGHT), SECONDS="0"))
     arguments = command(out, "slow", "thirty_vectors", *TIGHT)
-    process = launch(2, arguments, 29541, SECONDS="0.02")
+    process = launch(2, arguments, SECONDS="0.02")
     wait_for(lambda: any((out / "done").glob("rows.1-*.json")))
     process.kill()
-    process.communicate(timeout=60)
-    finished(launch(3, arguments, 29542, SECONDS="0"))
+    process.communicate(timeout=120)
+    finished(forked(3, arguments, SECONDS="0"))
     assert len(sf.open_run(out).store.waves) == 3
     assert bytes_of(out) == bytes_of(one)
     same = {path: content for path, content in bytes_of(whole).items() if path.startswith(("gram/", "samples/"))}

@@ -42,7 +42,12 @@ class Ending:
 
 
 def import_everything() -> None:
-    """Import what the commands import, without starting a thread: what is forked must have one."""
+    """Import what the commands import, without starting a thread: what is forked must have one.
+
+    No collection of a fork looks through what is frozen, so its pages stay shared.
+    """
+    import gc
+
     import torch
 
     torch.set_num_threads(1)
@@ -51,8 +56,10 @@ def import_everything() -> None:
 
     matplotlib.use("Agg")
     import dask.threaded  # noqa: F401
+    import distributed  # noqa: F401
     import matplotlib.pyplot
     import tiny_models  # noqa: F401
+    import torch._dynamo
 
     import streamfisher.cli
     import streamfisher.collect
@@ -60,6 +67,9 @@ def import_everything() -> None:
     import streamfisher.html_report
     import streamfisher.models
     import streamfisher.verify  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 def fork(

@@ -2,11 +2,8 @@
 
 import importlib.util
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import cli
+from forked_commands import forked
 from rank_processes import bytes_of, finished, launch
 from safetensors.torch import load_file, save_file
 from stream.stream_models import assert_same_bits, model_and_batches, ordinary_rows, streamed_rows
@@ -238,13 +236,7 @@ def test_the_example_at_a_small_scale(checkpoint, undisturbed, tmp_path):
 
 
 def start(checkpoint, out):
-    return subprocess.Popen(
-        [sys.executable, "-m", "streamfisher", *arguments(checkpoint, out, *STREAMED)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return forked(1, ["-m", "streamfisher", *arguments(checkpoint, out, *STREAMED)])
 
 
 @pytest.mark.slow
@@ -287,5 +279,5 @@ def test_lost_boundaries_are_made_again_by_a_resumed_run(checkpoint, undisturbed
 @pytest.mark.slow
 def test_two_ranks_give_the_bits_of_one(checkpoint, undisturbed, tmp_path):
     out = tmp_path / "run"
-    finished(launch(2, ["-m", "streamfisher", *arguments(checkpoint, out, *STREAMED)], 29571))
+    finished(launch(2, ["-m", "streamfisher", *arguments(checkpoint, out, *STREAMED)]))
     assert bytes_of(out) == bytes_of(undisturbed)
