@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from stream.stream_models import assert_same_bits, model_and_batches, ordinary_r
 import streamfisher as sf
 from streamfisher.errors import CapacityError, ConfigError, ModelError
 from streamfisher.stream.engine import StreamEngine
+from streamfisher.stream.shell import Shell
 from streamfisher.stream.skeleton import load_skeleton, skeleton_is_needed
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "stream_7b"
@@ -125,6 +127,34 @@ def test_only_what_does_not_fit_is_read_layer_by_layer(tmp_path):
     assert not skeleton_is_needed(folder, config(stream="auto", memory_budget=100_000))
     assert not skeleton_is_needed(folder, config(stream="none", memory_budget=10_000))
     assert not skeleton_is_needed("package.module:model", config(stream="layers"))
+
+
+def test_a_budget_counts_the_most_weights_that_are_in_memory_at_a_time(tmp_path, monkeypatch):
+    model, batches, loss = model_and_batches("T5")
+    skeleton, weights = load_skeleton(saved(model, tmp_path / "model"))
+    alive, most, read = weakref.WeakValueDictionary(), [], weights.read
+
+    def counted(stored):
+        tensors = read(stored)
+        alive.update((tensor.data_ptr(), tensor) for tensor in tensors.values())
+        most.append(sum(tensor.nbytes for tensor in alive.values()))
+        return tensors
+
+    monkeypatch.setattr(weights, "read", counted)
+    streamed_rows(skeleton, batches, loss, weights=weights)
+    counted_for = weights.within_budget(list(Shell(skeleton).layers))
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    assert 0.5 * counted_for < max(most) <= counted_for < whole
+    weights.close()
+
+
+def test_a_budget_below_the_weights_at_work_is_refused(tmp_path):
+    model, samples = whole_batch("Llama")
+    skeleton, weights = load_skeleton(saved(model, tmp_path / "model"))
+    small = config(stream="layers", memory_budget=10_000)
+    with pytest.raises(CapacityError, match=r"two layers and the code around the layers have .* of weights"):
+        sf.collect(skeleton, samples, tmp_path / "run", config=small, weights=weights)
+    weights.close()
 
 
 def shards(folder):
