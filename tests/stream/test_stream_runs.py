@@ -216,7 +216,7 @@ def example(name):
 
 def example_checkpoint(folder):
     example("make_checkpoint").main(
-        [str(folder), "--layers", "4", "--hidden", "256", "--vocabulary", "1300", "--shard", "2e6"]
+        [str(folder), "--layers", "5", "--hidden", "256", "--vocabulary", "1300", "--shard", "2e6"]
     )
     return folder
 
@@ -237,7 +237,7 @@ def arguments(checkpoint, out, *options):
     return ["run", str(checkpoint), str(TEXT), "--out", str(out), *OPTIONS, *options]
 
 
-STREAMED = ("--stream", "layers", "--memory-budget", "15MB")
+STREAMED = ("--stream", "layers", "--memory-budget", "18MB")
 
 
 @pytest.fixture(scope="module")
