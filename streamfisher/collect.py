@@ -37,7 +37,7 @@ from streamfisher.new_run import (
     stream_engine,
 )
 from streamfisher.passes import mean_pass, row_pass
-from streamfisher.provisions import Provisions, boundary_room
+from streamfisher.provisions import Provisions, boundary_room, of_one_rank
 from streamfisher.ranks import Ranks, start_ranks
 from streamfisher.reduction.wave import is_reduced, reduce_wave, reopen_wave
 from streamfisher.runlog import RunLog
@@ -107,7 +107,7 @@ def collect(
         StoppedError: SIGTERM or SIGUSR1 came; the units in flight are finished and marked.
         CapacityError: there is no room on the disk, or no memory for one chunk of rows.
     """
-    config = config or SpectralConfig()
+    config = of_one_rank(config or SpectralConfig())
     if config.stream == "layers":
         check_streamable(model, config)
     path = Path(path)

@@ -8,14 +8,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import os
 from collections.abc import Callable
 
 import psutil
 
 
+def local_ranks() -> int:
+    """Return how many ranks share this host, as torchrun says it; 1 without it."""
+    return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+
+
 def working_memory(budget: int | None) -> int:
-    """Return the bytes that a stage may use: the stated budget, or half of what is free."""
-    return budget or psutil.virtual_memory().available // 2
+    """Return the bytes that a stage of this process may use: its budget, or its share of half of what is free."""
+    return budget or psutil.virtual_memory().available // 2 // local_ranks()
 
 
 def give_back() -> None:

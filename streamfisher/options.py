@@ -376,7 +376,9 @@ def add_product_options(group: Any) -> None:
         "--workers", dest="n_workers", type=int, default=None, help="Dask workers (default: one per core)"
     )
     group.add_argument(
-        "--memory-budget", default=None, help="beside the model, for example 2GB (default: half of what is free)"
+        "--memory-budget",
+        default=None,
+        help="of a host, beside the models of its ranks, for example 2GB (default: half of what is free)",
     )
 
 

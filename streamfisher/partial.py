@@ -21,7 +21,7 @@ class FinishedRows:
         self.samples = samples  # (n,) int64, ascending
         self.parameters = store.parameters
         self.n_samples = len(samples)
-        self.numpy_row_dtype = store.numpy_row_dtype
+        self.numpy_row_dtype, self.numpy_read_dtype = store.numpy_row_dtype, store.numpy_read_dtype
         self.decoding_bytes = store.decoding_bytes + store.numpy_row_dtype.itemsize
 
     def chunk_columns(self, name: str) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from streamfisher.config import SpectralConfig, format_bytes
 from streamfisher.errors import CapacityError, ConfigError
-from streamfisher.memory import working_memory
+from streamfisher.memory import local_ranks, working_memory
 from streamfisher.reduction.granularity import gram_keys
 from streamfisher.representation import choose_representation, sample_bytes
 from streamfisher.samples import make_batches, make_units
@@ -131,6 +131,13 @@ def provide(
         )
     cut = [list(wave.parameters) for wave in waves]
     return Provisions(dict(chosen), waves, gram_keys(names, config.gram_per, cut), list(keep), batch_tokens, gram_bytes)
+
+
+def of_one_rank(config: SpectralConfig) -> SpectralConfig:
+    """Return the config with one rank's share of its host's memory budget."""
+    if config.memory_budget is None or local_ranks() == 1:
+        return config
+    return config.replace(memory_budget=max(int(config.memory_budget) // local_ranks(), 1))
 
 
 def _fit_batches(

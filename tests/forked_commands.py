@@ -110,7 +110,9 @@ def _main(arguments) -> int:
 
 
 def _launcher(count, arguments) -> int:
-    """As torchrun does: a rank that fails ends the others, and SIGTERM is for all."""
+    """As torchrun does: it keeps the store, a rank that fails ends the others, and SIGTERM is for all."""
+    from torch.distributed import TCPStore
+
     running = {}
 
     def stop(*_) -> None:
@@ -124,8 +126,10 @@ def _launcher(count, arguments) -> int:
         if pid == 0:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_RUN_ID": "none"}
+            os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
             _rank(arguments)
         running[pid] = rank
+    store = TCPStore("127.0.0.1", int(port), is_master=True, wait_for_workers=False)  # after the forks: it has threads
     signal.signal(signal.SIGTERM, stop)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     failed = False
@@ -135,6 +139,7 @@ def _launcher(count, arguments) -> int:
         if status and not failed:
             failed = True
             stop()
+    del store
     return int(failed)
 
 

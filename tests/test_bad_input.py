@@ -28,6 +28,7 @@ from bad_input import (
 )
 from command_line import arrays, cli, contents
 
+from streamfisher import memory as host_memory
 from streamfisher import open_run, provisions
 from streamfisher.errors import RunError
 
@@ -247,7 +248,7 @@ def test_memory_budget_too_small_for_one_panel_is_refused(finished, tmp_path, ca
 
 def test_rows_that_do_not_fit_memory_are_refused(monkeypatch, capsys):
     memory = namedtuple("memory", "available")
-    monkeypatch.setattr(provisions.psutil, "virtual_memory", lambda: memory(40_000))
+    monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: memory(40_000))
     says = ["embedding.weight alone need 24.6 kB", "leaves 20 kB", "--chunk-size 4 or less", "--exclude"]
     refused(capsys, "run", MODEL, DATA, "--out", "run.zarr", "--quiet", code=5, says=says)
 

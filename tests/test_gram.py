@@ -174,6 +174,21 @@ def test_a_block_that_is_small_enough_is_not_subsampled():
     assert draw_columns({"a": 10}, {"b": ["a"]}, 10, seed=0) == {}
 
 
+@pytest.mark.parametrize("stored", ["float64", "float32", "bfloat16", "float16"])
+def test_float64_rows_are_multiplied_as_they_were_stored(tmp_path, stored):
+    model = torch.nn.Linear(300, 7).double()
+    generator = torch.Generator().manual_seed(0)
+    data = {"input_ids": torch.randn(6, 300, generator=generator).double(), "labels": torch.zeros(6, 7).double()}
+    run = sf.collect(model, data, tmp_path / "run.zarr", config=SpectralConfig(dtype_store=stored))
+    run.build_grams()
+    rows = run.store.columns("weight", 0, 2100)
+    assert rows.dtype == (np.float64 if stored == "float64" else np.float32)
+    buffer = np.full((6, 2100), np.nan, dtype=rows.dtype)
+    np.testing.assert_array_equal(run.store.columns("weight", 0, 2100, out=buffer), rows)
+    wide = rows.astype(np.float64)
+    np.testing.assert_allclose(run.store.read_gram("weight")[0], wide @ wide.T, rtol=1e-13)
+
+
 def test_rebuilding_says_how_far_the_old_grams_were(tmp_path):
     model = torch.nn.Linear(3, 2)
     data = {"input_ids": torch.randn(6, 3, generator=torch.Generator().manual_seed(0)), "labels": torch.zeros(6, 2)}

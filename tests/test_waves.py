@@ -202,6 +202,15 @@ def test_a_memory_budget_makes_batches_smaller(tmp_path):
     assert again.store.batch_tokens == tight.store.batch_tokens
 
 
+def test_ranks_of_a_host_share_its_memory_budget(tmp_path, monkeypatch):
+    alone = collected(tmp_path / "alone.zarr", batch_tokens=4096, memory_budget="1MB")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    shared = collected(tmp_path / "shared.zarr", batch_tokens=4096, memory_budget="2MB")
+    assert abs(shared.store.batch_tokens - alone.store.batch_tokens) <= 1
+    with pytest.raises(CapacityError, match=r"--memory-budget 5 kB leaves"):
+        collected(tmp_path / "run.zarr", memory_budget="10kB")
+
+
 def shape(name, m, n, positions=4.0, key=None):
     sides = (Factor(f"{name}~L0", m, 4), Factor(key or f"{name}~R0", n, 4))
     return GradientShape(name, (m, n), torch.float32, (sides,), (positions,))

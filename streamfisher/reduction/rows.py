@@ -15,7 +15,8 @@ class GradientRows(Protocol):
 
     n_samples: int
     parameters: Mapping[str, int]  # name -> number of columns
-    numpy_row_dtype: np.dtype  # of what `columns` returns
+    numpy_row_dtype: np.dtype  # in which rows were computed; of float64 ones, products are formed in no less
+    numpy_read_dtype: np.dtype  # of what `columns` returns of rows
     decoding_bytes: int  # of an entry beside that, while it is read
 
     def chunk_columns(self, name: str) -> int:
@@ -43,7 +44,7 @@ class MemoryRows:
         self.parameters = {name: values.shape[1] for name, values in rows.items()}
         self.n_samples = next(iter(rows.values())).shape[0] if rows else 0
         double = any(values.dtype == np.float64 for values in rows.values())
-        self.numpy_row_dtype = np.dtype("float64" if double else "float32")
+        self.numpy_row_dtype = self.numpy_read_dtype = np.dtype("float64" if double else "float32")
 
     def chunk_columns(self, name: str) -> int:
         """Return `PANEL`: any column is as near as any other."""

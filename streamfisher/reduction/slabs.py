@@ -53,7 +53,7 @@ def plan_slabs(rows: GradientRows, name: str, product_dtype: np.dtype, budget: i
     n, columns = rows.n_samples, rows.parameters[name]
     chunk = max(min(rows.chunk_columns(name) // PANEL, -(-columns // PANEL)), 1)  # in panels
     free = budget - sums_bytes(n)
-    held = rows.numpy_row_dtype.itemsize
+    held = rows.numpy_read_dtype.itemsize
     beside = rows.decoding_bytes + (8 if product_dtype.itemsize > held else 0)
     for slabs in (2, 1):
         panel = n * PANEL * (slabs * held + beside)
@@ -91,4 +91,4 @@ def read_slabs(
 
 
 def _buffer(rows: GradientRows, plan: SlabPlan, columns: int) -> np.ndarray:
-    return np.empty((rows.n_samples, min(plan.columns, columns)), dtype=rows.numpy_row_dtype)
+    return np.empty((rows.n_samples, min(plan.columns, columns)), dtype=rows.numpy_read_dtype)

@@ -7,6 +7,7 @@ import os
 from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig
+from streamfisher.memory import local_ranks
 from streamfisher.ranks import Ranks
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.gram_stage import build_stored_grams
@@ -76,10 +77,7 @@ def _claimed(todo: list[str], wave: int, config: SpectralConfig, ranks: Ranks):
 
 
 def _share_of_host(config: SpectralConfig) -> SpectralConfig:
-    """Return the config with this rank's share of the cores and the memory budget of its host."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if here == 1:
+    """Return the config with this rank's share of the cores of its host; its share of the memory it has already."""
+    if local_ranks() == 1:
         return config
-    cores = max(1, len(os.sched_getaffinity(0)) // here)
-    budget = None if config.memory_budget is None else int(config.memory_budget) // here
-    return config.replace(n_workers=config.n_workers or cores, memory_budget=budget)
+    return config.replace(n_workers=config.n_workers or max(1, len(os.sched_getaffinity(0)) // local_ranks()))

@@ -54,7 +54,7 @@ class RowReader(StorePart):
             start: first column.
             stop: one past the last column.
             rows: consecutive samples; `None` means all N.
-            out: an array of that shape and of `numpy_row_dtype` to read into, where the rows are held as rows.
+            out: an array of that shape and of `numpy_read_dtype` to read into, where the rows are held as rows.
 
         Raises:
             CorruptRunError: a chunk fails its checksum.
@@ -70,7 +70,7 @@ class RowReader(StorePart):
         self._require_bound(name)
         array = self._array(f"gradients/{node_name(name)}")
         if out is None:
-            out = np.empty((last - first, stop - start), dtype=self.numpy_row_dtype)
+            out = np.empty((last - first, stop - start), dtype=self.numpy_read_dtype)
         try:
             return codecs.read_into(array, slice(first, last), slice(start, stop), self.store_dtype, out)
         except (ValueError, RuntimeError, OSError) as error:
@@ -133,10 +133,15 @@ class RowReader(StorePart):
         return np.dtype("float64" if self.row_dtype == torch.float64 else "float32")
 
     @property
+    def numpy_read_dtype(self) -> np.dtype:
+        """Return the dtype in which stored rows are read: float64 where they were stored so."""
+        return np.dtype("float64" if self.store_dtype == torch.float64 else "float32")
+
+    @property
     def decoding_bytes(self) -> int:
-        """Return what an entry takes beside its row's dtype while it is read: its stored form, where it has one."""
+        """Return what an entry takes beside that dtype while it is read: its stored form, where it has one."""
         stored = self.store_dtype.itemsize
-        return 0 if stored == self.numpy_row_dtype.itemsize else stored
+        return 0 if stored == self.numpy_read_dtype.itemsize else stored
 
     @property
     def unit_roundoff(self) -> float:

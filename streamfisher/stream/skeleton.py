@@ -13,6 +13,7 @@ from streamfisher.config import SpectralConfig
 from streamfisher.errors import ModelError, require
 from streamfisher.memory import working_memory
 from streamfisher.models import auto_class, check_pretrained
+from streamfisher.provisions import of_one_rank
 from streamfisher.stream.weights import Checkpoint, tensor_files
 
 
@@ -64,7 +65,7 @@ def skeleton_is_needed(spec: str, config: SpectralConfig) -> bool:
     """
     if config.stream == "none" or not Path(spec).is_dir() or not (Path(spec) / "config.json").is_file():
         return False
-    limit = working_memory(config.memory_budget)
+    limit = working_memory(of_one_rank(config).memory_budget)
     return weight_bytes(Path(spec), config.dtype_model) > limit
 
 
