@@ -1,5 +1,7 @@
 """Grams from column slabs are those of the whole matrix, at any budget and with any number of workers."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from streamfisher.errors import CapacityError, CorruptRunError
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.gram import FOLD, build_grams
 from streamfisher.reduction.rows import MemoryRows
-from streamfisher.reduction.slabs import SlabPlan, plan_slabs, read_slabs
+from streamfisher.reduction.slabs import SlabBuffers, SlabPlan, plan_slabs, read_slabs
 from streamfisher.reduction.subsets import draw_columns
 from streamfisher.store.layout import PANEL
 
@@ -99,6 +101,21 @@ def test_slabs_follow_each_other_without_a_gap(panels, ahead):
         assert left == PANEL + sum(part.shape[1] for part in parts)
         parts.append(slab.copy())
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), rows.rows["p0"][:, PANEL:])
+
+
+def test_buffers_go_from_fold_to_fold_and_stay_behind_when_pickled():
+    spare = SlabBuffers()
+    first = spare.take((4, 6), np.dtype("float32"))
+    first[...] = 1.0
+    spare.give_back(first)
+    assert pickle.loads(pickle.dumps(spare)).take((4, 6), np.dtype("float32")).base is not first.base
+    again = spare.take((6, 4), np.dtype("float32"))
+    assert again.shape == (6, 4) and np.shares_memory(first, again)
+    other = spare.take((6, 4), np.dtype("float64"))
+    assert other.dtype == np.float64 and not np.shares_memory(first, other)
+    spare.give_back(first)
+    larger = spare.take((7, 6), np.dtype("float32"))  # what does not fit is let go
+    assert larger.shape == (7, 6) and not np.shares_memory(first, larger)
 
 
 def test_an_error_while_reading_ahead_is_raised_where_the_slab_is_asked_for():

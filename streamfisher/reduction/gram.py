@@ -29,7 +29,7 @@ from streamfisher.memory import working_memory
 from streamfisher.reduction.factor_gram import choose_kernel, factor_gram, slab_memory
 from streamfisher.reduction.products import complete, panel_sum
 from streamfisher.reduction.rows import GradientRows
-from streamfisher.reduction.slabs import least_bytes, plan_slabs, read_slabs, sums_bytes
+from streamfisher.reduction.slabs import SlabBuffers, least_bytes, plan_slabs, read_slabs, sums_bytes
 from streamfisher.reduction.subsets import ColumnSubset
 from streamfisher.reduction.tasks import (
     TaskBar,
@@ -67,6 +67,7 @@ class _Products:
     device: str  # 'cpu', 'cuda' or 'auto'
     threads: int | None  # of BLAS, set in the task; None: they were set for the whole process
     budget: int  # bytes for one worker
+    buffers: SlabBuffers  # of all workers of a process
 
 
 #: New rows of a Gram, (N - known, N) float64, and the rows times their mean, (N + 1,), where they are centered.
@@ -131,7 +132,11 @@ def build_grams(
     workers, budget = _share_memory(rows, names, factored, config)
     client = active_client()
     products = _Products(
-        config.dtype_gram, config.gram_device, None if client is None else blas_threads(1, config), budget
+        config.dtype_gram,
+        config.gram_device,
+        None if client is None else blas_threads(1, config),
+        budget,
+        SlabBuffers(),
     )
     tasks, n_folds = [], 0
     held = dask.delayed(rows, traverse=False)  # one node of the graph: a cluster's workers open a run once each
@@ -233,7 +238,8 @@ def _fold(
     total = panel_sum(rows.n_samples, known, how.device)
     products = None
     product_dtype = _product_dtype(rows, name, how.dtype)
-    for left, slab in read_slabs(rows, name, start, stop, plan_slabs(rows, name, product_dtype, how.budget)):
+    plan = plan_slabs(rows, name, product_dtype, how.budget)
+    for left, slab in read_slabs(rows, name, start, stop, plan, how.buffers):
         if slab.dtype != np.float64:  # of float64 rows, products are never formed in less
             slab = slab.astype(product_dtype, copy=False)
         mean = rows.mean(name, left, left + slab.shape[1])

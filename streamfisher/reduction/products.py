@@ -150,12 +150,13 @@ class NumpySum:
         self.known = known
         self.arrays = NumpyArrays()
         self.total = np.zeros((n_samples - known, n_samples))
+        self._product: np.ndarray | None = None  # of a panel; kept, because fresh memory takes time
 
     def add(self, panel: np.ndarray) -> None:
         """Add the products of a panel."""
         if self.known == 0:
             with np.errstate(over="ignore", invalid="ignore"):
-                product = panel @ panel.T
+                product = np.matmul(panel, panel.T, out=self._buffer(panel.dtype))
             if _in_range(product, panel.shape[1]):
                 self.total += product
                 return
@@ -169,8 +170,14 @@ class NumpySum:
         for product, where in parts:
             self.total[:, where] += np.ldexp(product.astype(np.float64), 2 * exponent) if exponent else product
 
+    def _buffer(self, dtype: np.dtype) -> np.ndarray:
+        if self._product is None or self._product.dtype != dtype:
+            self._product = np.empty((self.total.shape[1],) * 2, dtype=dtype)
+        return self._product
+
     def result(self) -> np.ndarray:
         """Return the sum over all panels: (N - known, N) float64."""
+        self._product = None
         return self.total
 
 

@@ -1,7 +1,7 @@
 """Slabs of columns for the Gram stage, read ahead: while one is multiplied, a thread reads the next.
 
-A slab has all N rows and the columns of one chunk, or as many as the memory allows. Two buffers take turns, and are
-not given back in between: to read into fresh memory takes up to half as long again (docs/design.md has the figures).
+A slab has all N rows and the columns of one chunk, or as many as the memory allows. Two buffers take turns, and wait
+for the next fold when one ends: to read into fresh memory takes up to half as long again (docs/design.md has figures).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from streamfisher.reduction.rows import GradientRows
 from streamfisher.store.layout import PANEL
 
 #: What the threads that decode chunks keep of their buffers, in one process.
-DECODING_BYTES = 32 << 20
+DECODING_BYTES = 40 << 20
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,51 @@ def plan_slabs(rows: GradientRows, name: str, product_dtype: np.dtype, budget: i
     return SlabPlan(int(panels * PANEL), slabs == 2 and columns > panels * PANEL, int(panels * panel))
 
 
+class SlabBuffers:
+    """Buffers that wait for the next fold; pickled, as for another process, it is empty."""
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+
+    def __reduce__(self) -> tuple[type[SlabBuffers], tuple[()]]:
+        return SlabBuffers, ()
+
+    def take(self, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+        """Return an array of any content, one that was given back where it fits."""
+        size = shape[0] * shape[1] * dtype.itemsize
+        try:
+            found = self._free.pop()  # of another size: it is let go
+        except IndexError:
+            found = np.empty(0, dtype=np.uint8)
+        if found.nbytes != size:
+            found = np.empty(size, dtype=np.uint8)
+        return found.view(dtype).reshape(shape)
+
+    def give_back(self, buffer: np.ndarray) -> None:
+        """Keep a buffer that `take` returned for the next one."""
+        self._free.append(buffer.reshape(-1).view(np.uint8))
+
+
 def read_slabs(
-    rows: GradientRows, name: str, start: int, stop: int, plan: SlabPlan
+    rows: GradientRows, name: str, start: int, stop: int, plan: SlabPlan, spare: SlabBuffers | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the first column and the values, (N, at most `plan.columns`), of each slab from `start` to `stop`.
 
-    A slab is valid until the next but one is asked for.
+    A slab is valid until the next one is asked for.
+
+    Args:
+        rows: where the gradients are.
+        name: of the parameter.
+        start: first column.
+        stop: one past the last column.
+        plan: from `plan_slabs`.
+        spare: where buffers come from and go back to.
     """
+    spare = spare or SlabBuffers()
     edges = [(left, min(left + plan.columns, stop)) for left in range(start, stop, plan.columns)]
-    buffers = [_buffer(rows, plan, stop - start) for _ in range(2 if plan.ahead and len(edges) > 1 else 1)]
+    shape = (rows.n_samples, min(plan.columns, stop - start))
+    count = 2 if plan.ahead and len(edges) > 1 else 1
+    buffers = [spare.take(shape, rows.numpy_read_dtype) for _ in range(count)]
 
     def read(turn: int) -> np.ndarray:
         left, right = edges[turn]
@@ -80,6 +116,7 @@ def read_slabs(
     if len(buffers) == 1:
         for turn, (left, _) in enumerate(edges):
             yield left, read(turn)
+        spare.give_back(buffers[0])
         return
     with ThreadPoolExecutor(1, thread_name_prefix="slab") as reader:
         coming = reader.submit(read, 0)
@@ -88,7 +125,5 @@ def read_slabs(
             if turn + 1 < len(edges):
                 coming = reader.submit(read, turn + 1)
             yield left, slab
-
-
-def _buffer(rows: GradientRows, plan: SlabPlan, columns: int) -> np.ndarray:
-    return np.empty((rows.n_samples, min(plan.columns, columns)), dtype=rows.numpy_read_dtype)
+    for buffer in buffers:
+        spare.give_back(buffer)
