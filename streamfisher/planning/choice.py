@@ -13,7 +13,8 @@ from streamfisher.memory import working_memory
 from streamfisher.planning.rates import UNKNOWN
 from streamfisher.planning.shortfalls import Machine
 from streamfisher.planning.tracing import captured_names, trace_model
-from streamfisher.planning.ways import Way, WayPlanner
+from streamfisher.planning.way import Way
+from streamfisher.planning.ways import WayPlanner
 from streamfisher.provisions import disk_limit
 from streamfisher.samples import collate
 from streamfisher.survey import Survey

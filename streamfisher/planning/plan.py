@@ -14,7 +14,8 @@ from streamfisher.planning.choice import streams
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
 from streamfisher.planning.shortfalls import Machine
-from streamfisher.planning.ways import BlockBytes, Way, WayPlanner
+from streamfisher.planning.way import BlockBytes, Way
+from streamfisher.planning.ways import WayPlanner
 
 __all__ = ["Machine", "RunPlan", "plan_run"]
 

@@ -8,7 +8,7 @@ from streamfisher.config import format_bytes
 from streamfisher.planning.plan import RunPlan
 from streamfisher.planning.rates import UNKNOWN
 from streamfisher.planning.shortfalls import round_up
-from streamfisher.planning.ways import BlockBytes, Stage, Way
+from streamfisher.planning.way import BlockBytes, Stage, Way
 
 
 def plan_table(plan: RunPlan) -> str:
