@@ -59,10 +59,8 @@ class BlockGrams:
         """
         if key not in self.blocks:
             raise ConfigError(f"there is no block {key!r}; the blocks are {', '.join(self.blocks)}.")
-        needed, budget = (
-            8 * (self.n_stored**2 + 2 * len(self.selection) ** 2),
-            working_memory(self.config.memory_budget),
-        )
+        needed = 8 * (self.n_stored**2 + 2 * len(self.selection) ** 2)
+        budget = working_memory(self.config.memory_budget)
         if needed > budget:
             raise CapacityError(
                 f"the Gram of {self.n_stored} samples needs {format_bytes(needed)} in memory and the budget is "

@@ -26,6 +26,7 @@ from streamfisher.determinism import deterministic
 from streamfisher.errors import RunMismatchError
 from streamfisher.gradients import GradientEngine, ProbeReport
 from streamfisher.gradients.state import without_packing
+from streamfisher.memory import local_ranks
 from streamfisher.new_run import (
     NewRun,
     beside_weights,
@@ -107,7 +108,8 @@ def collect(
         StoppedError: SIGTERM or SIGUSR1 came; the units in flight are finished and marked.
         CapacityError: there is no room on the disk, or no memory for one chunk of rows.
     """
-    config = of_one_rank(config or SpectralConfig())
+    stated = config or SpectralConfig()
+    config = of_one_rank(stated)
     if config.stream == "layers":
         check_streamable(model, config)
     path = Path(path)
@@ -120,7 +122,7 @@ def collect(
         Ranks(state, timeout=config.rank_timeout, stop=stop) as ranks,
         deterministic(config.use_deterministic, config.seed),
         without_packing(model),  # from the first pass on
-        chunks_at_a_time(len(os.sched_getaffinity(0))),
+        chunks_at_a_time(len(os.sched_getaffinity(0)) // local_ranks()),
     ):
         found = survey(model, samples, config, loss, n_samples)
         reshard(model)
@@ -132,7 +134,7 @@ def collect(
         streamed = ranks.share("whether layers are streamed", streamed)
         make = partial(stream_engine, weights=weights) if streamed else make_engine
         with make(model, found, config) as engine, contextlib.ExitStack() as locks:
-            manifest = make_manifest(model, engine, found, config, description)
+            manifest = make_manifest(model, engine, found, stated, description)
             ranks.agree(manifest.facts() | {"folder": str(path.absolute())})
             if ranks.is_main:
                 _create_or_resume(path, manifest, model, engine, found, config, ranks, locks, progress, prepared)

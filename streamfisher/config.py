@@ -133,7 +133,7 @@ class SpectralConfig:
     device: str = "auto"  # 'auto' | 'cpu' | 'cuda' | 'cuda:N' | 'mps'
     gram_device: Literal["auto", "cpu", "cuda"] = "cpu"  # of the products; 'cuda' multiplies with torch
     n_workers: int | None = None  # Dask workers; None: one per core
-    memory_budget: int | str | None = None  # bytes or '2GB', beside the model; None: half of what is free
+    memory_budget: int | str | None = None  # bytes or '2GB' of a host, beside its models; None: half of what is free
     disk_budget: int | str | None = None  # bytes or '200GB' for the run; None: what is free, with a margin
     stream: Stream = "none"  # 'layers': one at a time; 'auto': where the model or its waves do not fit, or cost more
     rank_timeout: int = 1800  # seconds without a sign of progress after which ranks stop waiting for each other

@@ -25,7 +25,7 @@ def working_memory(budget: int | None) -> int:
 
 
 def give_back() -> None:
-    """Collect garbage and return free memory to the system; at the end of a stage, where milliseconds are nothing.
+    """Collect garbage and return free memory to the system; it takes tenths of a second, at the end of a stage.
 
     Beyond glibc, whose `malloc_trim` does it, there is nothing to call and nothing happens.
     """

@@ -44,16 +44,19 @@ class NewRun:
         return self.provided.layout() | {"streamed": self.streamed}
 
 
+def _captured(config: SpectralConfig) -> dict[str, Any]:
+    """Return what any engine needs to know of a config."""
+    return {
+        "include": config.include,
+        "exclude": config.exclude,
+        "dtype_compute": config.dtype_compute,
+        "deterministic": config.use_deterministic,
+    }
+
+
 def make_engine(model: nn.Module, found: Survey, config: SpectralConfig) -> GradientEngine:
     """Return the gradient engine that `config` asks for; a context manager."""
-    engine = GradientEngine(
-        model,
-        found.loss,
-        include=config.include,
-        exclude=config.exclude,
-        dtype_compute=config.dtype_compute,
-        deterministic=config.use_deterministic,
-    )
+    engine = GradientEngine(model, found.loss, **_captured(config))
     if config.project is not None:
         shapes = {name: info.shape for name, info in engine.parameters.items()}
         engine.projection = Projection(config.project, config.seed, shapes)
@@ -70,15 +73,7 @@ def stream_engine(
         StreamError: the loss cannot be streamed.
     """
     check_streamable(model, config)
-    return StreamEngine(
-        model,
-        found.loss,
-        include=config.include,
-        exclude=config.exclude,
-        dtype_compute=config.dtype_compute,
-        deterministic=config.use_deterministic,
-        weights=weights,
-    )
+    return StreamEngine(model, found.loss, **_captured(config), weights=weights)
 
 
 def fixed_way(path: Path, model: nn.Module, config: SpectralConfig, weights: Resident | None = None) -> bool | None:

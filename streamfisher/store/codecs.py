@@ -29,6 +29,8 @@ _STORED = {
     torch.bfloat16: np.dtype("uint16"),
 }
 _BFLOAT16_NAN = 0x7FC0
+#: Chunks that Zarr codes at a time unless it is told otherwise; more would hold memory that no budget counts.
+_ZARR_CONCURRENCY = 10
 
 
 def stored_dtype(dtype: torch.dtype) -> np.dtype:
@@ -109,12 +111,12 @@ def checksum(array: np.ndarray) -> int:
 
 @contextlib.contextmanager
 def chunks_at_a_time(count: int) -> Iterator[None]:
-    """Let Zarr encode or decode `count` chunks at a time in this process.
+    """Let Zarr encode or decode `count` chunks at a time in this process: at least one, and at most its default.
 
     It would take ten for each call: more threads than there are cores for them beside the products, each with buffers
     of its own (docs/design.md has the figures).
     """
-    with zarr.config.set({"async.concurrency": count}):
+    with zarr.config.set({"async.concurrency": max(1, min(count, _ZARR_CONCURRENCY))}):
         yield
 
 
