@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 import streamfisher as sf
-from streamfisher.compare import Comparison, compare
-from streamfisher.compare_report import comparison_picture
+from streamfisher.analysis.compare import Comparison, compare
+from streamfisher.reports.comparison import comparison_picture
 from streamfisher.demo import ByteTransformer, demo_samples
 from streamfisher.demo.model import initialise
 

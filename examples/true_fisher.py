@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import streamfisher as sf
-from streamfisher.compare import Comparison, compare
+from streamfisher.analysis.compare import Comparison, compare
 from streamfisher.demo import demo_samples, load_demo_model
 
 N_SAMPLES, LENGTH = 64, 64

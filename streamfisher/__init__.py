@@ -1,11 +1,11 @@
 """streamfisher: exact spectra of the empirical Fisher of very large models, streamed out of core."""
 
-from streamfisher.analysis import Run, open_run
-from streamfisher.collect import collect
+from streamfisher.analysis.run import Run, open_run
+from streamfisher.collection.collect import collect
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import StreamfisherError
 from streamfisher.fisher import FisherSpectral
-from streamfisher.spectrum import BlockSpectrum, Spectrum
+from streamfisher.results.spectrum import BlockSpectrum, Spectrum
 from streamfisher.version import __version__
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import sys
 
-from streamfisher.cli import main
+from streamfisher.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,19 +17,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamfisher.analysis import RowPrecision, describe, solve_blocks
-from streamfisher.blocks import assign_blocks, group_blocks
-from streamfisher.collect import collect, make_engine, make_manifest
+from streamfisher.analysis.run import RowPrecision, describe, solve_blocks
+from streamfisher.blocks.structures import assign_blocks, group_blocks
+from streamfisher.collection.collect import collect, make_engine, make_manifest
 from streamfisher.config import SpectralConfig
-from streamfisher.determinism import deterministic
+from streamfisher.runtime.determinism import deterministic
 from streamfisher.errors import ConfigError, DataError
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.rows import MemoryRows
 from streamfisher.reduction.subsets import draw_columns
-from streamfisher.samples import Samples, make_units
-from streamfisher.spectrum import NORMALIZATION, Spectrum
-from streamfisher.survey import probe_batch, survey, to_model
-from streamfisher.unit_rows import gradient_units
+from streamfisher.data.samples import Samples, make_units
+from streamfisher.results.spectrum import NORMALIZATION, Spectrum
+from streamfisher.collection.survey import probe_batch, survey, to_model
+from streamfisher.collection.unit_rows import gradient_units
 
 
 class FisherSpectral:

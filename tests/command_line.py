@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from streamfisher.cli import main
+from streamfisher.cli.main import main
 
 
 def cli(*arguments: object) -> int:

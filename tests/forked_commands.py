@@ -104,7 +104,7 @@ def _command(count, arguments, variables, out, errors) -> None:
 
 
 def _main(arguments) -> int:
-    from streamfisher.cli import main
+    from streamfisher.cli.main import main
 
     return main(arguments)
 

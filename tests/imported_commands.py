@@ -13,12 +13,12 @@ import torch._dynamo
 import torch.distributed.fsdp
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import streamfisher.cli
-import streamfisher.collect
-import streamfisher.data
+import streamfisher.cli.main
+import streamfisher.collection.collect
+import streamfisher.data.loading
 import streamfisher.demo
-import streamfisher.models
-import streamfisher.verify  # noqa: F401
+import streamfisher.models.loading
+import streamfisher.verification.verify  # noqa: F401
 
 torch.set_num_threads(1)
 gc.collect()

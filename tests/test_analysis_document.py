@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from streamfisher.cli import build_parser
+from streamfisher.cli.main import build_parser
 
 PAGE = Path(__file__).parents[1] / "docs" / "analysis.md"
 

@@ -11,7 +11,7 @@ from tiny_models import TinyCausal
 
 from streamfisher import SpectralConfig, open_run
 from streamfisher.callbacks import CollectCallback
-from streamfisher.compare import compare
+from streamfisher.analysis.compare import compare
 from streamfisher.errors import ConfigError, MissingExtraError
 
 CONFIG = SpectralConfig(chunk_size=4, n_workers=1)

@@ -12,8 +12,8 @@ import yaml
 from command_line import arrays, cli, contents
 
 from streamfisher import SpectralConfig, open_run
-from streamfisher import cli as command_line
-from streamfisher.cli import build_parser
+from streamfisher.cli import main as command_line
+from streamfisher.cli.main import build_parser
 from streamfisher.reduction.gram import gram_settings
 
 MODEL, DATA = "tiny_models:causal", "tiny_models:sequences"
@@ -45,7 +45,7 @@ def no_model(monkeypatch):
         raise AssertionError("the model was asked for")
 
     for name in ("load_model", "load_tokenizer", "call"):
-        monkeypatch.setattr(f"streamfisher.models.{name}", refuse)
+        monkeypatch.setattr(f"streamfisher.models.loading.{name}", refuse)
 
 
 def write(path, content):
@@ -121,7 +121,7 @@ def test_run_takes(kind, tmp_path, capsys):
 
 
 def test_text_folder_is_read_in_the_order_of_its_paths(tmp_path):
-    from streamfisher.data import load_samples
+    from streamfisher.data.loading import load_samples
 
     folder, _ = text_folder(tmp_path)
     samples = load_samples(str(folder), max_length=100)

@@ -17,7 +17,7 @@ from command_line import cli
 from tiny_models import TinyRegression, vectors
 
 import streamfisher as sf
-from streamfisher.cluster import dask_client
+from streamfisher.runtime.cluster import dask_client
 from streamfisher.errors import ConfigError
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.gram import build_grams

@@ -14,7 +14,7 @@ from tiny_runs import make_run
 import streamfisher as sf
 from streamfisher.errors import ConfigError, RunMismatchError
 from streamfisher.store import UnitRecord
-from streamfisher.verify import verify
+from streamfisher.verification.verify import verify
 
 
 def regression(n=24):

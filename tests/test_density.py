@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from streamfisher.cli import main
+from streamfisher.cli.main import main
 from streamfisher.errors import ConfigError, CorruptRunError
 from streamfisher.solving import tiled_gram
 from streamfisher.solving.density import quadrature, spectral_density
@@ -130,7 +130,7 @@ def test_a_run_gives_the_density_of_a_block_on_its_smaller_side(run):
 def test_tiles_give_the_same_density(run, monkeypatch):
     monkeypatch.setattr(tiled_gram, "TILE", 9)
     dense = run.spectral_density("global", True, block_structure="none", n_vectors=4)
-    monkeypatch.setattr("streamfisher.blockgrams.fits_dense", lambda *_: False)
+    monkeypatch.setattr("streamfisher.analysis.block_grams.fits_dense", lambda *_: False)
     tiled = run.spectral_density("global", True, block_structure="none", n_vectors=4)
     np.testing.assert_allclose(tiled.counts, dense.counts, atol=1e-6)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from streamfisher.cli import build_parser
+from streamfisher.cli.main import build_parser
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "howto.md"]

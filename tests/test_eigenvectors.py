@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from tiny_runs import PATTERNS, forget_last_unit, make_run, rows
 
 from streamfisher import demo
-from streamfisher import eigenvectors as module
-from streamfisher.analysis import open_run
-from streamfisher.directions import open_eigenvectors
+from streamfisher.analysis import eigenvectors as module
+from streamfisher.analysis.run import open_run
+from streamfisher.store.eigenvectors import open_eigenvectors
 from streamfisher.errors import ConfigError, DataError, RunError
 
 BLOCK = {"block_structure": PATTERNS}
@@ -52,7 +52,8 @@ def test_vectors_and_values_are_those_of_the_dense_fisher(tmp_path, center, weig
 
 
 def test_float32_runs_are_orthonormal_to_1e_6_down_to_small_eigenvalues(tmp_path):
-    from streamfisher import SpectralConfig, collect
+    from streamfisher import SpectralConfig
+    from streamfisher.collection import collect
 
     run = collect(demo.load_demo_model(), demo.demo_samples(24, 32), tmp_path / "r.zarr", config=SpectralConfig())
     found = run.eigenvectors("layer_1", 23)

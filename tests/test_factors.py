@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 import streamfisher as sf
-from streamfisher.blocks import assign_blocks, group_blocks
+from streamfisher.blocks.structures import assign_blocks, group_blocks
 from streamfisher.errors import ConfigError, CorruptRunError
 from streamfisher.reduction import factor_gram
 from streamfisher.reduction.products import NumpySum, TorchSum
-from streamfisher.verify import verify
+from streamfisher.verification.verify import verify
 
 
 def llama(tied=False, seed=0):

@@ -18,8 +18,8 @@ from streamfisher import open_run
 from streamfisher.config import SpectralConfig, read_config_file
 from streamfisher.errors import ConfigError, CorruptRunError, StreamfisherError
 from streamfisher.store import RunStore
-from streamfisher.store.durable import read_json, write_json
-from streamfisher.verify import verify
+from streamfisher.runtime.durable import read_json, write_json
+from streamfisher.verification.verify import verify
 
 SOURCES = sorted(Path(streamfisher.__file__).parent.rglob("*.py"))
 
@@ -66,7 +66,7 @@ def test_yaml_cannot_make_objects(tmp_path):
 
 
 def test_remote_code_is_off_unless_asked_for():
-    from streamfisher.options import RunOptions
+    from streamfisher.cli.options import RunOptions
 
     assert RunOptions().trust_remote_code is False
 

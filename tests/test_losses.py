@@ -7,9 +7,9 @@ from torch import nn
 from transformers import BatchEncoding
 
 from streamfisher.errors import DataError, LossError
-from streamfisher.losses import resolve_loss
-from streamfisher.model_call import call_model, find_logits, sample_of
-from streamfisher.predictive import draw_labels, sample_seed
+from streamfisher.models.losses import resolve_loss
+from streamfisher.models.calling import call_model, find_logits, sample_of
+from streamfisher.models.model_labels import draw_labels, sample_seed
 
 
 class Tokens(nn.Module):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from streamfisher import metrics
-from streamfisher.analysis import RowPrecision, solve_blocks
+from streamfisher.results import metrics
+from streamfisher.analysis.run import RowPrecision, solve_blocks
 from streamfisher.config import SpectralConfig
 
 

@@ -19,7 +19,7 @@ from streamfisher.demo import demo_samples, load_demo_model
 from streamfisher.errors import ModelError
 from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.factors import FactorPair, squared_norms
-from streamfisher.losses import resolve_loss
+from streamfisher.models.losses import resolve_loss
 from streamfisher.planning.choice import WORTH
 from streamfisher.planning.costs import forming_flops, norm_flops, pass_flops, plain_flops, product_cost
 from streamfisher.planning.model_trace import ModelTrace
@@ -27,7 +27,7 @@ from streamfisher.planning.plan import Machine, RunPlan, plan_run
 from streamfisher.planning.rates import Rates, measure
 from streamfisher.planning.skeletons import build_skeleton
 from streamfisher.planning.tracing import trace_model
-from streamfisher.shapes import Factor, GradientShape
+from streamfisher.gradients.shapes import Factor, GradientShape
 
 SHAPES = Path(__file__).parents[1] / "examples" / "plan"
 WAVES = sf.SpectralConfig()

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from forked_commands import forked
 from rank_processes import bytes_of, children, command, finished, launch, markers, wait_for
 
-from streamfisher.claims import Claims
+from streamfisher.collection.claims import Claims
 from streamfisher.errors import RankError, RunError, StoppedError
-from streamfisher.progress import Rate
-from streamfisher.ranks import Ranks
-from streamfisher.samples import make_units
-from streamfisher.signals import StopRequest, finishing_first
+from streamfisher.collection.progress import Rate
+from streamfisher.runtime.ranks import Ranks
+from streamfisher.data.samples import make_units
+from streamfisher.runtime.signals import StopRequest, finishing_first
 from streamfisher.store import RankLock, RunLock
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from streamfisher.errors import DataError
-from streamfisher.samples import Samples, TokenSamples, collate, make_batches, make_units
+from streamfisher.data.samples import Samples, TokenSamples, collate, make_batches, make_units
 
 
 def sequences(*lengths):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from streamfisher import FisherSpectral, SpectralConfig
-from streamfisher.blocks import assign_blocks
+from streamfisher.blocks.structures import assign_blocks
 from streamfisher.reduction.subsets import draw_columns
 
 

@@ -8,7 +8,7 @@ from command_line import cli
 from tiny_runs import PATTERNS, forget_last_unit, make_run, rows
 
 import streamfisher as sf
-from streamfisher.alignment import inner_products
+from streamfisher.analysis.alignment import inner_products
 from streamfisher.errors import ConfigError, DataError, RunError
 
 N = 24

@@ -12,10 +12,10 @@ from rank_processes import bytes_of, finished, launch, markers
 from torch import nn
 
 from streamfisher.errors import ConfigError, ModelError
-from streamfisher.models import load_model
-from streamfisher.samples import make_batches, make_units
-from streamfisher.sharded_guard import guarded_steps
-from streamfisher.sharding import _blocks, idle_batches, share_of
+from streamfisher.models.loading import load_model
+from streamfisher.data.samples import make_batches, make_units
+from streamfisher.collection.guard import guarded_steps
+from streamfisher.models.sharding import _blocks, idle_batches, share_of
 
 
 def command(out, *options):

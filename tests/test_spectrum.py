@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from streamfisher import SpectralConfig
-from streamfisher import spectrum as spectra
-from streamfisher.analysis import RowPrecision, solve_blocks
-from streamfisher.solving.noise import noise_floor
+from streamfisher.results import spectrum as spectra
+from streamfisher.analysis.run import RowPrecision, solve_blocks
+from streamfisher.results.noise import noise_floor
 
 PRECISION = RowPrecision(torch.float64, 2.0**-53)
 

@@ -54,7 +54,7 @@ def test_a_spectrum_by_tiles_is_that_in_memory(run, choice, center, monkeypatch)
     options = CHOICES[choice]
     dense = run.spectrum("parameter", center, top_k=4, **options)
     monkeypatch.setattr(tiled_solve, "fits_dense", lambda *_: False)
-    monkeypatch.setattr("streamfisher.blockgrams.fits_dense", lambda *_: False)
+    monkeypatch.setattr("streamfisher.analysis.block_grams.fits_dense", lambda *_: False)
     tiled = run.spectrum("parameter", center, top_k=4, **options)
     for key, block in dense.blocks.items():
         found = tiled.blocks[key]

@@ -9,7 +9,7 @@ import tiny_runs
 
 import streamfisher as sf
 from streamfisher.errors import CapacityError, CorruptRunError
-from streamfisher.reduction import gram_stage
+from streamfisher.reduction import stored_grams as gram_stage
 from streamfisher.reduction.gram import build_grams
 from streamfisher.reduction.rows import MemoryRows
 from streamfisher.reduction.subsets import draw_columns
@@ -17,7 +17,7 @@ from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles, tile_by
 from streamfisher.store import RunStore
 from streamfisher.store.arrays import CHUNK
 from streamfisher.store.layout import PANEL, TILE, node_name
-from streamfisher.verify import verify
+from streamfisher.verification.verify import verify
 
 N = 30
 SIZE = 8

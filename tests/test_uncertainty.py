@@ -10,12 +10,12 @@ from command_line import cli
 from tiny_runs import PATTERNS, make_run, rows
 
 from streamfisher import SpectralConfig
-from streamfisher.blockgrams import BlockGrams
+from streamfisher.analysis.block_grams import BlockGrams
 from streamfisher.errors import ConfigError
-from streamfisher.metrics import SCALAR_METRICS
-from streamfisher.selection import select
+from streamfisher.results.metrics import SCALAR_METRICS
+from streamfisher.solving.selection import select
 from streamfisher.solving.solve import RowPrecision
-from streamfisher.uncertainty import bootstrap, multiplicities
+from streamfisher.analysis.bootstrap import bootstrap, multiplicities
 
 
 def grams_of(G, center=False, weights=None, **options):

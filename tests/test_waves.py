@@ -11,11 +11,11 @@ from test_factors import llama, sequences
 
 import streamfisher as sf
 from streamfisher.errors import CapacityError, ConfigError, RunError, RunMismatchError
-from streamfisher.reduction import wave as reduction
-from streamfisher.shapes import Factor, GradientShape
+from streamfisher.collection import wave_reduction as reduction
+from streamfisher.gradients.shapes import Factor, GradientShape
 from streamfisher.store import RunStore
-from streamfisher.verify import verify
-from streamfisher.waves import WaveLimits, WaveSizes, cut_waves
+from streamfisher.verification.verify import verify
+from streamfisher.planning.waves import WaveLimits, WaveSizes, cut_waves
 
 GRAMS = 8 * 11**2 * 21  # bytes of the Grams of 11 samples of the tiny Llama
 
@@ -133,7 +133,7 @@ def test_a_damaged_gram_costs_its_wave_and_no_other(whole, tmp_path, monkeypatch
     assert [(problem.what, problem.parameter) for problem in verify(run)] == [("gram", key)]
     passes = []
     reopen = reduction.reopen_wave
-    collect_module = sys.modules["streamfisher.collect"]
+    collect_module = sys.modules["streamfisher.collection.collect"]
     monkeypatch.setattr(
         collect_module, "reopen_wave", lambda s, wave, config: (passes.append(wave), reopen(s, wave, config))
     )

@@ -20,7 +20,7 @@ from streamfisher.config import format_bytes
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.plan import Machine, RunPlan, plan_run
 from streamfisher.planning.rates import Rates
-from streamfisher.planning.report import way_row
+from streamfisher.planning.table import way_row
 from streamfisher.planning.skeletons import build_skeleton
 from streamfisher.planning.tracing import trace_model
 

@@ -2,7 +2,7 @@
 
 from streamfisher.gradients.engine import BatchGradients, GradientEngine
 from streamfisher.gradients.parameters import ParameterInfo, select_parameters
-from streamfisher.gradients.report import ParameterReport, ProbeReport
+from streamfisher.gradients.probe_report import ParameterReport, ProbeReport
 
 __all__ = [
     "GradientEngine",

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from streamfisher.gradients.groups import GENERIC, Group
-from streamfisher.gradients.layout import BATCH_FIRST, TIME_FIRST
+from streamfisher.gradients.batch_axis import BATCH_FIRST, TIME_FIRST
 from streamfisher.gradients.parameters import Slot
 from streamfisher.gradients.rules import rules_for
 

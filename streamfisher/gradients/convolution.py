@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from streamfisher.gradients.sink import RowSink
+from streamfisher.gradients.batch_rows import RowSink
 
 
 def unfold_windows(module: nn.Module, x: Tensor) -> Tensor:

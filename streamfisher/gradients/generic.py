@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from streamfisher.offload import is_offloaded
-from streamfisher.sharding import is_sharded
+from streamfisher.models.offload import is_offloaded
+from streamfisher.models.sharding import is_sharded
 
 #: How a tensor holds its samples: 'batch' (axis 0), 'time' (axis 1), 'flat' (axis 0, sample-major), 'single' (1, ...)
 #: or 'shared' (no sample axis at all).

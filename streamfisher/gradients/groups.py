@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamfisher.gradients.layout import find_layout
-from streamfisher.gradients.sink import RowSink
+from streamfisher.gradients.batch_axis import find_layout
+from streamfisher.gradients.batch_rows import RowSink
 
 GENERIC = {"generic": True, "generic_loop": False}  # rule name -> batched by vmap
 

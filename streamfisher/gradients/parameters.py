@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from streamfisher.errors import ModelError
-from streamfisher.offload import check_ties, has_values, identity
+from streamfisher.models.offload import check_ties, has_values, identity
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from streamfisher.errors import CaptureError
 from streamfisher.gradients.capture import Capture
 from streamfisher.gradients.parameters import Slot
 from streamfisher.gradients.state import inputs_of_checkpoints
-from streamfisher.losses import PerSampleLoss
-from streamfisher.model_call import batch_size, sample_of
-from streamfisher.offload import used_leaves
-from streamfisher.sharding import reshard, whole
+from streamfisher.models.losses import PerSampleLoss
+from streamfisher.models.calling import batch_size, sample_of
+from streamfisher.models.offload import used_leaves
+from streamfisher.models.sharding import reshard, whole
 
 if TYPE_CHECKING:
-    from streamfisher.projection import Sides
+    from streamfisher.gradients.projection import Sides
 
 
 class PlainAutograd:

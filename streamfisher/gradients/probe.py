@@ -20,8 +20,8 @@ from streamfisher.errors import CaptureError, LossError
 from streamfisher.gradients.candidates import Candidate, NoiseSearch, groups_of, options_of
 from streamfisher.gradients.groups import Group
 from streamfisher.gradients.norms import norm
-from streamfisher.gradients.report import ParameterReport, ProbeReport
-from streamfisher.model_call import batch_size, sample_of
+from streamfisher.gradients.probe_report import ParameterReport, ProbeReport
+from streamfisher.models.calling import batch_size, sample_of
 
 if TYPE_CHECKING:
     from streamfisher.gradients.engine import GradientEngine

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from streamfisher.gradients.convolution import write_convolution
-from streamfisher.gradients.layout import BATCH_FIRST
-from streamfisher.gradients.sink import RowSink
+from streamfisher.gradients.batch_axis import BATCH_FIRST
+from streamfisher.gradients.batch_rows import RowSink
 
 #: `(module, x, d, {attribute: parameter name}, sink)`
 Writer = Callable[[nn.Module, Tensor, Tensor, Mapping[str, str], RowSink], None]

@@ -9,15 +9,15 @@ from torch import nn
 
 from streamfisher.config import SpectralConfig, Stream
 from streamfisher.errors import ModelError
-from streamfisher.memory import working_memory
+from streamfisher.runtime.memory import working_memory
 from streamfisher.planning.rates import UNKNOWN
 from streamfisher.planning.shortfalls import Machine
 from streamfisher.planning.tracing import captured_names, trace_model
-from streamfisher.planning.way import Way
-from streamfisher.planning.ways import WayPlanner
-from streamfisher.provisions import disk_limit
-from streamfisher.samples import collate
-from streamfisher.survey import Survey
+from streamfisher.planning.strategy import Way
+from streamfisher.planning.strategies import WayPlanner
+from streamfisher.planning.run_layout import disk_limit
+from streamfisher.data.samples import collate
+from streamfisher.collection.survey import Survey
 
 #: With 'auto', waves that fit are taken as long as they cost no more than so many times the operations of streamed
 #: layers, which trace the model first, have a wave for each layer, and read and write boundaries.

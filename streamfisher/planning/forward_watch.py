@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from streamfisher.blocks import assign_blocks, layer_key
+from streamfisher.blocks.structures import assign_blocks, layer_key
 from streamfisher.gradients.rules import rules_for
 from streamfisher.planning.model_trace import BlockCost, LayerCall
-from streamfisher.shapes import Factor, GradientShape
+from streamfisher.gradients.shapes import Factor, GradientShape
 
 _ID_BYTES = 4  # token ids are stored as int32
 

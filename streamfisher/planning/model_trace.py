@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamfisher.shapes import GradientShape
+from streamfisher.gradients.shapes import GradientShape
 
 
 @dataclass(frozen=True)

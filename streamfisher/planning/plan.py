@@ -14,8 +14,8 @@ from streamfisher.planning.choice import streams
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
 from streamfisher.planning.shortfalls import Machine
-from streamfisher.planning.way import BlockBytes, Way
-from streamfisher.planning.ways import WayPlanner
+from streamfisher.planning.strategy import BlockBytes, Way
+from streamfisher.planning.strategies import WayPlanner
 
 __all__ = ["Machine", "RunPlan", "plan_run"]
 
@@ -43,7 +43,7 @@ class RunPlan:
 
     def table(self) -> str:
         """Return the plan as text."""
-        from streamfisher.planning.report import plan_table
+        from streamfisher.planning.table import plan_table
 
         return plan_table(self)
 

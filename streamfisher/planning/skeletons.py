@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from streamfisher.errors import ConfigError, ModelError, require
-from streamfisher.model_call import base_model
-from streamfisher.models import auto_class, call, check_pretrained
+from streamfisher.models.calling import base_model
+from streamfisher.models.loading import auto_class, call, check_pretrained
 
 
 def build_skeleton(spec: str, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False) -> nn.Module:

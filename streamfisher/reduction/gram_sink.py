@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from streamfisher import runlog
+from streamfisher.runtime import run_log as runlog
 from streamfisher.errors import CorruptRunError
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.moment import moment_of

@@ -25,15 +25,7 @@ from streamfisher.reduction.products import scaled_product
 from streamfisher.reduction.rows import GradientRows
 from streamfisher.reduction.slabs import least_bytes
 from streamfisher.reduction.subsets import ColumnSubset
-from streamfisher.reduction.tasks import (
-    TaskBar,
-    active_client,
-    blas_threads,
-    compute,
-    compute_on,
-    limit_threads,
-    worker_count,
-)
+from streamfisher.runtime.dask_pool import (TaskBar, active_client, blas_threads, compute, compute_on, limit_threads, worker_count)
 from streamfisher.store.layout import PANEL, TILE
 
 

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from streamfisher import spectrum as spectra
-from streamfisher.blocks import group_blocks
+from streamfisher.results import spectrum as spectra
+from streamfisher.blocks.structures import group_blocks
 from streamfisher.config import SpectralConfig, dtype_name
-from streamfisher.determinism import one_thread
-from streamfisher.selection import Selection
+from streamfisher.runtime.determinism import one_thread
+from streamfisher.solving.selection import Selection
 from streamfisher.solving.blocksolver import block_spectrum
-from streamfisher.spectrum import Spectrum
+from streamfisher.results.spectrum import Spectrum
 from streamfisher.store import Manifest, versions
 
 

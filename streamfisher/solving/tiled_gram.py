@@ -15,7 +15,7 @@ from itertools import combinations_with_replacement
 import numpy as np
 
 from streamfisher.errors import CorruptRunError
-from streamfisher.selection import Selection
+from streamfisher.solving.selection import Selection
 from streamfisher.store.layout import TILE
 
 #: Gram, rows, columns -> that part of it, float64.

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from streamfisher import spectrum as spectra
-from streamfisher.blocks import group_blocks
+from streamfisher.results import spectrum as spectra
+from streamfisher.blocks.structures import group_blocks
 from streamfisher.config import SpectralConfig, format_bytes
 from streamfisher.errors import CapacityError
-from streamfisher.memory import working_memory
-from streamfisher.selection import Selection
+from streamfisher.runtime.memory import working_memory
+from streamfisher.solving.selection import Selection
 from streamfisher.solving import eigen
 from streamfisher.solving.blocksolver import empty_block, listed, solved_block
 from streamfisher.solving.solve import RowPrecision, result_facts, warn_of_dominance, with_same_bits
 from streamfisher.solving.tiled_gram import TiledGram
-from streamfisher.spectrum import BlockSpectrum, Spectrum
+from streamfisher.results.spectrum import BlockSpectrum, Spectrum
 
 
 def dense_bytes(n_stored: int, n: int) -> int:

@@ -12,7 +12,7 @@ import zarr
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.store import codecs
 from streamfisher.store.arrays import create_array, write_array
-from streamfisher.store.durable import read_json
+from streamfisher.runtime.durable import read_json
 from streamfisher.store.integrity import require_inside
 from streamfisher.store.names import node_name
 from streamfisher.store.part import StorePart

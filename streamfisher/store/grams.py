@@ -13,7 +13,7 @@ import zarr
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK, write_array
-from streamfisher.store.durable import read_json, write_marker
+from streamfisher.runtime.durable import read_json, write_marker
 from streamfisher.store.gram_parts import GramParts
 from streamfisher.store.integrity import check_layout, chunk_digest, require_inside
 from streamfisher.store.moments import MomentStore

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 
 from streamfisher.errors import RunMismatchError
-from streamfisher.samples import Unit, make_units
-from streamfisher.store.durable import write_json, write_marker
+from streamfisher.data.samples import Unit, make_units
+from streamfisher.runtime.durable import write_json, write_marker
 from streamfisher.store.layout import MANIFEST_COPY
 from streamfisher.store.manifest import Manifest, differences
 from streamfisher.store.names import node_name

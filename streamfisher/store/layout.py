@@ -9,9 +9,9 @@ import zarr
 
 from streamfisher.config import parse_dtype
 from streamfisher.errors import CorruptRunError, RunError
-from streamfisher.samples import make_units
+from streamfisher.data.samples import make_units
 from streamfisher.store import codecs
-from streamfisher.store.durable import write_json, write_marker
+from streamfisher.runtime.durable import write_json, write_marker
 from streamfisher.store.manifest import Manifest, columns_of
 from streamfisher.store.names import node_name
 

@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from streamfisher.errors import CorruptRunError
-from streamfisher.offload import stored_tensor
-from streamfisher.sharding import class_of, whole
+from streamfisher.models.offload import stored_tensor
+from streamfisher.models.sharding import class_of, whole
 from streamfisher.store.integrity import check_manifest
 from streamfisher.version import __version__
 

@@ -9,9 +9,9 @@ import google_crc32c
 import numpy as np
 
 from streamfisher.errors import CorruptRunError, unreadable
-from streamfisher.samples import Unit
+from streamfisher.data.samples import Unit
 from streamfisher.store import codecs
-from streamfisher.store.durable import read_json
+from streamfisher.runtime.durable import read_json
 from streamfisher.store.names import node_name
 from streamfisher.store.part import StorePart
 

@@ -9,7 +9,7 @@ from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.reduction.moment import Moment
 from streamfisher.store import codecs
 from streamfisher.store.arrays import write_array
-from streamfisher.store.durable import read_json, write_marker
+from streamfisher.runtime.durable import read_json, write_marker
 from streamfisher.store.integrity import require_inside
 from streamfisher.store.names import node_name
 from streamfisher.store.part import StorePart

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import zarr
 
-from streamfisher.samples import Unit
+from streamfisher.data.samples import Unit
 from streamfisher.store.manifest import Manifest
 
 

@@ -35,9 +35,9 @@ from torch import Tensor
 from streamfisher.config import parse_dtype
 from streamfisher.errors import CorruptRunError, RunError, unreadable
 from streamfisher.gradients.factors import BatchFactors
-from streamfisher.samples import Unit, make_units
+from streamfisher.data.samples import Unit, make_units
 from streamfisher.store import codecs
-from streamfisher.store.durable import read_json, sweep_partials, write_json, write_marker
+from streamfisher.runtime.durable import read_json, sweep_partials, write_json, write_marker
 from streamfisher.store.factors import write_factors
 from streamfisher.store.grams import GramStore
 from streamfisher.store.integrity import check_layout, chunk_digest, require_inside
@@ -46,9 +46,9 @@ from streamfisher.store.manifest import Manifest, columns_of
 from streamfisher.store.means import MeanStore
 from streamfisher.store.names import node_name
 from streamfisher.store.part import stage_of
-from streamfisher.store.reading import RowReader
+from streamfisher.store.rows import RowReader
 from streamfisher.store.sample_values import SampleValues
-from streamfisher.store.wave_state import WaveState
+from streamfisher.store.waves import WaveState
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 import zarr
 
 from streamfisher.errors import CorruptRunError, unreadable
-from streamfisher.samples import Unit
+from streamfisher.data.samples import Unit
 from streamfisher.store.arrays import CHUNK, write_array
 from streamfisher.store.integrity import check_layout, digest_of_values, require_inside
 from streamfisher.store.names import node_name

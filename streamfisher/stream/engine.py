@@ -15,16 +15,16 @@ from streamfisher.errors import CapacityError, CaptureError, StreamError
 from streamfisher.gradients.engine import BatchGradients
 from streamfisher.gradients.factors import FactorPair
 from streamfisher.gradients.probe import TOLERANCE
-from streamfisher.gradients.report import ProbeReport
-from streamfisher.losses import PerSampleLoss
-from streamfisher.samples import Unit, collate, make_batches
-from streamfisher.shapes import GradientShape
+from streamfisher.gradients.probe_report import ProbeReport
+from streamfisher.models.losses import PerSampleLoss
+from streamfisher.data.samples import Unit, collate, make_batches
+from streamfisher.gradients.shapes import GradientShape
 from streamfisher.stream.backward import LOSSES, TARGETS
 from streamfisher.stream.boundaries import MISSING, Boundaries
 from streamfisher.stream.segments import Segment
-from streamfisher.stream.stream import LayerStream
-from streamfisher.stream.weights import Resident
-from streamfisher.survey import Survey, to_model
+from streamfisher.stream.layer_stream import LayerStream
+from streamfisher.models.weights import Resident
+from streamfisher.collection.survey import Survey, to_model
 
 
 class UnitBatches(Mapping[int, dict[str, Tensor]]):

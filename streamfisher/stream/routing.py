@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from streamfisher.gradients.groups import Group
 from streamfisher.gradients.parameters import Selection
-from streamfisher.gradients.report import ParameterReport, ProbeReport
+from streamfisher.gradients.probe_report import ParameterReport, ProbeReport
 from streamfisher.stream.replay import Boundary
 from streamfisher.stream.segments import Segment
 from streamfisher.stream.trace import Key, Trace

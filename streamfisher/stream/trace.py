@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 from streamfisher.errors import StreamError
 from streamfisher.gradients.probe import TOLERANCE
-from streamfisher.losses import PerSampleLoss
-from streamfisher.model_call import batch_size
+from streamfisher.models.losses import PerSampleLoss
+from streamfisher.models.calling import batch_size
 from streamfisher.stream.shell import Shell
 
 Key = tuple[str, int, int]  # 'in' or 'out', number of the call, number of the leaf

@@ -17,9 +17,9 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from streamfisher.losses import resolve_loss
+from streamfisher.models.losses import resolve_loss
 from streamfisher.stream import LayerStream
-from streamfisher.stream.skeleton import load_skeleton
+from streamfisher.models.skeleton import load_skeleton
 
 
 def build_model(layers: int, hidden: int, vocabulary: int) -> LlamaForCausalLM:

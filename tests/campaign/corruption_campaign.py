@@ -54,7 +54,7 @@ def read_everything(run: Path) -> dict[str, str]:
     import numpy as np
 
     from streamfisher import open_run
-    from streamfisher.directions import open_eigenvectors
+    from streamfisher.store.eigenvectors import open_eigenvectors
     from streamfisher.errors import StreamfisherError
 
     answers: dict[str, str] = {}

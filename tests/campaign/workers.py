@@ -61,12 +61,12 @@ def import_everything() -> None:
     import tiny_models  # noqa: F401
     import torch._dynamo
 
-    import streamfisher.cli
-    import streamfisher.collect
-    import streamfisher.data
-    import streamfisher.html_report
-    import streamfisher.models
-    import streamfisher.verify  # noqa: F401
+    import streamfisher.cli.main
+    import streamfisher.collection.collect
+    import streamfisher.data.loading
+    import streamfisher.reports.page
+    import streamfisher.models.loading
+    import streamfisher.verification.verify  # noqa: F401
 
     gc.collect()
     gc.freeze()
@@ -139,7 +139,7 @@ def streamfisher(arguments: Sequence[object], *, pictures: bool = False) -> Call
     def command() -> int:
         import importlib.util
 
-        from streamfisher.cli import main
+        from streamfisher.cli.main import main
 
         find = importlib.util.find_spec
         if not pictures:

@@ -15,7 +15,7 @@ from streamfisher.errors import CaptureError, LossError, ModelError
 from streamfisher.gradients import GradientEngine, ProbeReport, factors, select_parameters
 from streamfisher.gradients import rules as rules_module
 from streamfisher.gradients.plain import PlainAutograd
-from streamfisher.losses import resolve_loss
+from streamfisher.models.losses import resolve_loss
 
 # Tied, reused, broadcast, padded
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.probe import FLOOR, TOLERANCE
-from streamfisher.losses import resolve_loss
+from streamfisher.models.losses import resolve_loss
 
 # Checkpointing, compilation, precision
 

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import streamfisher as sf
 from streamfisher.errors import CapacityError
-from streamfisher.new_run import runs_in_waves
-from streamfisher.stream.collecting import StreamedRun
+from streamfisher.collection.prepare import runs_in_waves
+from streamfisher.collection.streamed import StreamedRun
 
 
 def deep_llama(layers=12):
@@ -138,7 +138,7 @@ def test_a_resumed_run_keeps_its_way(tmp_path, plain, monkeypatch):
         sf.collect(deep_llama(), ids(), path, config=config(memory_budget=TIGHT))
     assert json.loads((path / "manifest.json").read_text())["layout"]["streamed"]
     monkeypatch.setattr(
-        importlib.import_module("streamfisher.collect"), "make_engine", None
+        importlib.import_module("streamfisher.collection.collect"), "make_engine", None
     )  # an ordinary engine would fail
     run = sf.collect(deep_llama(), ids(), path, config=config())  # now there is room for everything
     assert np.array_equal(eigenvalues(run), eigenvalues(plain))

@@ -21,7 +21,7 @@ import streamfisher as sf
 from streamfisher.errors import CapacityError, ConfigError, ModelError
 from streamfisher.stream.engine import StreamEngine
 from streamfisher.stream.shell import Shell
-from streamfisher.stream.skeleton import load_skeleton, skeleton_is_needed
+from streamfisher.models.skeleton import load_skeleton, skeleton_is_needed
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "stream_7b"
 

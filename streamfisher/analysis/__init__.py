@@ -1,0 +1,1 @@
+"""What a stored run is asked: spectra, bootstrap, growth, alignment, eigenvectors, comparison."""

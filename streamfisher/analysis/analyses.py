@@ -1,0 +1,262 @@
+"""What can be asked of a stored run: spectra, alignment of blocks, growth curves, eigenvectors; without the model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from streamfisher.analysis.alignment import Alignment, align
+from streamfisher.analysis.block_grams import BlockGrams, stored_gram
+from streamfisher.blocks.structures import assign_blocks
+from streamfisher.config import SpectralConfig
+from streamfisher.store.eigenvectors import Eigenvectors
+from streamfisher.analysis.eigenvectors import compute_eigenvectors
+from streamfisher.analysis.projection_errors import with_error_bars
+from streamfisher.errors import RunError
+from streamfisher.analysis.partial_run import PartialGrams
+from streamfisher.blocks.gram_keys import check_grouping
+from streamfisher.solving.selection import Normalization, SampleChoice, select
+from streamfisher.solving.density import Scale, SpectralDensity
+from streamfisher.solving.solve import RowPrecision
+from streamfisher.results.spectrum import Spectrum
+from streamfisher.store import Manifest, RunStore
+from streamfisher.analysis.bootstrap import Growth, grow
+from streamfisher.analysis.bootstrap import bootstrap as resample
+
+
+class Analyses:
+    """The part of `Run` that answers questions; `Run` brings the store and builds the Grams."""
+
+    store: RunStore
+    manifest: Manifest
+    config: SpectralConfig
+    parameters: Any  # a property of `Run`: {parameter name: number of elements}
+    n_samples: Any  # a property of `Run`: N
+    build_grams: Any
+    metadata: Any
+
+    def block_grams(
+        self,
+        block_structure: str | Mapping[str, str] | None = None,
+        center: bool | None = None,
+        samples: SampleChoice = None,
+        *,
+        weights: Sequence[float] | np.ndarray | None = None,
+        normalization: Normalization = "samples",
+        partial: bool = False,
+        config: SpectralConfig | None = None,
+        progress: bool = False,
+    ) -> BlockGrams:
+        """Return the Grams of the blocks, built where they are missing; what every analysis starts from.
+
+        Args:
+            block_structure: 'layer', 'module', 'parameter', 'none', or a mapping from glob pattern to block key; `None`
+                means the run's own.
+            center: the covariance of gradients instead of the Fisher; `None` means the run's own.
+            samples: a slice, sample numbers or a boolean mask over the N samples; `None` means all that are valid.
+            weights: (N,) not negative; F = sum w_i g_i g_i^T / sum w_i. `None` means 1 each.
+            normalization: divide by 'samples', or by 'tokens': the number of target tokens of the samples.
+            partial: accept an unfinished run and take the samples that are there; the result says so.
+            config: solver and Gram options; `None` means those the run was made with.
+            progress: show a bar while Grams are built.
+
+        Raises:
+            ConfigError: the structure or the normalization is unknown.
+            DataError: fewer than 2 samples are selected, or the weights cannot be used.
+            RunError: the run is not fully collected and `partial` was not asked for.
+            CorruptRunError: something stored is missing or altered.
+        """
+        config = config or self.config
+        structure = config.block_structure if block_structure is None else block_structure
+        center = config.center_gradients if center is None else center
+        keys = self.store.gram_members
+        assignment = check_grouping(keys, assign_blocks(self.parameters, structure), per=self.config.gram_per)
+        unfinished = PartialGrams(self.store, config) if partial and not self.store.is_collected else None
+        valid = self.store.per_sample("valid") == 1
+        selection = select(
+            self.n_samples,
+            valid if unfinished is None else valid & unfinished.mask,
+            samples,
+            weights,
+            normalization=normalization,
+            n_targets=self.store.per_sample("n_targets"),
+        )
+        if unfinished is None:
+            self.build_grams(config, progress=progress)
+        metadata = self.metadata(config) | selection.facts() | {"partial": unfinished is not None}
+        if unfinished is not None:
+            metadata["samples_collected"] = unfinished.rows.n_samples
+        if samples is not None:
+            metadata["samples"] = f"{len(selection)} selected of {self.n_samples}"
+        metadata["block_structure"] = structure if isinstance(structure, str) else dict(structure)
+        source = self.store if unfinished is None else unfinished
+        return BlockGrams(
+            gram_of=lambda name: stored_gram(source, name, center),
+            parameters={key: sum(self.parameters[name] for name in members) for key, members in keys.items()},
+            assignment=assignment,
+            selection=selection,
+            center=center,
+            config=config,
+            precision=RowPrecision(self.store.row_dtype, self.store.unit_roundoff),
+            metadata=metadata,
+            tile_of=self.store.gram_tile if unfinished is None else None,
+            mean_products_of=(lambda name: None) if center else self.store.gram_mean_products,
+            # Drawn columns and unfinished runs have none; a moment left from before would be of other rows.
+            moment_of=self.store.read_moment
+            if unfinished is None and config.max_params_per_block is None
+            else lambda name: None,
+        )
+
+    def require_exact(self, what: str, config: SpectralConfig | None = None) -> None:
+        """Refuse what projected gradients or drawn columns cannot give.
+
+        Raises:
+            RunError: the run was collected with projections, or Grams are of drawn columns.
+        """
+        if self.config.project is not None:
+            raise RunError(
+                f"{self.store.path} was collected with --project {self.config.project}: its gradients are random "
+                f"projections, and {what} cannot be had from them. Collect another run without --project."
+            )
+        drawn = (config or self.config).max_params_per_block
+        if drawn is not None:
+            raise RunError(f"{self.store.path}: max_params_per_block={drawn} draws columns, and {what} takes all.")
+
+    def spectrum(
+        self,
+        block_structure: str | Mapping[str, str] | None = None,
+        center: bool | None = None,
+        samples: SampleChoice = None,
+        top_k: int | None = None,
+        *,
+        weights: Sequence[float] | np.ndarray | None = None,
+        normalization: Normalization = "samples",
+        partial: bool = False,
+        bootstrap: int = 0,
+        exact: bool = False,
+        config: SpectralConfig | None = None,
+        progress: bool = False,
+    ) -> Spectrum:
+        """Solve the run under a block structure.
+
+        Args:
+            block_structure: see `block_grams`, as for everything that is not listed here.
+            center: the covariance of gradients instead of the Fisher.
+            samples: which samples.
+            top_k: list the largest `top_k` eigenvalues of each block only (the trace stays exact).
+            weights: of the samples.
+            normalization: by 'samples' or 'tokens'.
+            partial: accept an unfinished run.
+            bootstrap: how many resamples to draw for intervals of all metrics, see `uncertainty`; 0 means none.
+            exact: refuse where eigenvalues would be estimates.
+            config: solver and Gram options.
+            progress: show a bar while Grams are built.
+
+        Raises:
+            RunError: `exact` is asked for and the run holds projections, or columns are drawn.
+            StreamfisherError: as `block_grams`.
+        """
+        if exact:
+            self.require_exact("an exact spectrum", config)
+        options = {"weights": weights, "normalization": normalization, "partial": partial}
+        found = self.block_grams(block_structure, center, samples, **options, config=config, progress=progress)
+        spectrum = with_error_bars(self.manifest, self.store, found, found.spectrum(top_k))
+        if bootstrap:
+            spectrum = dataclasses.replace(
+                spectrum, bootstrap=resample(found, spectrum, bootstrap, seed=found.config.seed)
+            )
+        return spectrum
+
+    def growth(
+        self,
+        block_structure: str | Mapping[str, str] | None = None,
+        center: bool | None = None,
+        *,
+        sizes: Sequence[int] | None = None,
+        seed: int = 42,
+        **options: Any,
+    ) -> Growth:
+        """Return the spectra of nested random subsets of the samples, see `uncertainty.grow`.
+
+        Args:
+            block_structure: see `block_grams`.
+            center: the covariance of gradients instead of the Fisher.
+            sizes: of the subsets; `None` means N, N/2, N/4, ... down to 8.
+            seed: of the order in which samples are taken.
+            options: of `block_grams`.
+        """
+        return grow(self.block_grams(block_structure, center, **options), sizes, seed=seed)
+
+    def spectral_density(
+        self,
+        block: str,
+        center: bool | None = None,
+        *,
+        block_structure: str | Mapping[str, str] | None = None,
+        n_vectors: int = 10,
+        n_steps: int = 80,
+        sigma: float | None = None,
+        scale: Scale = "log",
+        seed: int | None = None,
+        **options: Any,
+    ) -> SpectralDensity:
+        """Return how many eigenvalues of a block lie where, by stochastic Lanczos quadrature, with the standard error.
+
+        For N whose eigenvalues are too many to solve for; a few dozen passes over the Gram, which may be larger than
+        the memory.
+
+        Args:
+            block: its key, for example `layer_3`.
+            center: of the covariance instead of the Fisher.
+            block_structure: see `block_grams`.
+            n_vectors: random vectors.
+            n_steps: of Lanczos.
+            sigma: width of the Gaussians, in decades for `scale='log'`; `None` means 0.1 decades, or 1 %.
+            scale: 'log' or 'linear'.
+            seed: of the vectors; `None` means the run's.
+            options: of `block_grams`: samples, weights, normalization, config.
+
+        Raises:
+            StreamfisherError: as `block_grams`, or an option is out of range.
+        """
+        found = self.block_grams(block_structure, center, **options)
+        seed = found.config.seed if seed is None else seed
+        return found.density(block, n_vectors=n_vectors, n_steps=n_steps, sigma=sigma, scale=scale, seed=seed)
+
+    def alignment(
+        self, block_structure: str | Mapping[str, str] | None = None, center: bool | None = None, **options: Any
+    ) -> Alignment:
+        """Return the normalised inner products of the blocks' Grams, see `alignment`; options as in `block_grams`."""
+        return align(self.block_grams(block_structure, center, **options))
+
+    def eigenvectors(
+        self,
+        block: str,
+        top: int = 20,
+        center: bool | None = None,
+        *,
+        block_structure: str | Mapping[str, str] | None = None,
+        overwrite: bool = False,
+        progress: bool = False,
+        **options: Any,
+    ) -> Eigenvectors:
+        """Return the leading eigenvectors of a block in parameter space, computed where they are not stored yet.
+
+        Args:
+            block: its key, for example `layer_3`.
+            top: how many.
+            center: of the covariance instead of the Fisher.
+            block_structure: see `block_grams`.
+            overwrite: replace those that are stored with another `top` or other samples.
+            progress: show a bar.
+            options: of `block_grams`: samples, weights, normalization.
+
+        Raises:
+            StreamfisherError: as `eigenvectors.compute_eigenvectors`.
+        """
+        self.require_exact("eigenvectors", options.get("config"))
+        found = self.block_grams(block_structure, center, **options)
+        return compute_eigenvectors(self.store, found, block, top, overwrite=overwrite, progress=progress)

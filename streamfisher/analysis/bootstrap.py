@@ -1,0 +1,299 @@
+"""How sure a spectrum is, given N samples: the bootstrap, and growth curves.
+
+A bootstrap resample draws N samples with replacement; sample i comes `m_i` times. Its Fisher is that of the samples
+with `m_i > 0` (about 63 %), weighted by `m_i`: a diagonal congruence of a submatrix of the stored Gram. No gradient is
+read, and an eigensolve is a quarter of the whole one.
+
+**What the intervals mean.** They are percentile intervals (B. Efron and R. Tibshirani, "An Introduction to the
+Bootstrap", 1993, ch. 13) of what another N samples from the same source would give. Sums over samples (trace) and well
+separated leading eigenvalues are covered well. A resample has fewer distinct samples than the data, though, so anything
+that counts directions (effective and numerical rank, the tail) comes out lower in every resample, and its interval may
+exclude the value itself. `bias` (mean of the resamples less the value) shows how much; see R. Beran and M. Srivastava,
+"Bootstrap tests and confidence regions for functions of a covariance matrix", Ann. Statist. 13, 1985.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import dask
+import numpy as np
+import psutil
+import threadpoolctl
+
+from streamfisher.analysis.block_grams import BlockGrams
+from streamfisher.config import format_bytes
+from streamfisher.errors import CapacityError, ConfigError
+from streamfisher.results.metrics import SCALAR_METRICS, frobenius
+from streamfisher.runtime.dask_pool import scheduler, worker_count
+from streamfisher.solving.selection import Selection
+from streamfisher.results.spectrum import BlockSpectrum, Spectrum, union
+
+#: Metrics that need no eigenvalues: sums over the entries of the Gram.
+_WITHOUT_SOLVING = {"trace", "participation_ratio"}
+_TASK_RESAMPLES = 16
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A percentile interval of one metric."""
+
+    low: float
+    high: float
+    standard_error: float  # standard deviation over resamples
+    bias: float  # mean over resamples less the value of the data
+
+
+@dataclass(frozen=True)
+class BlockBootstrap:
+    """The resamples of one block, or of the union of all."""
+
+    name: str
+    values: Mapping[str, np.ndarray]  # metric -> (R,) float64, NaN where it is not defined in a resample
+    observed: Mapping[str, float | None]  # metric -> of the data
+    eigenvalue_low: np.ndarray  # (r,) float64, of each eigenvalue by its rank; empty where nothing was solved
+    eigenvalue_high: np.ndarray  # (r,)
+    level: float
+
+    def interval(self, metric: str) -> Interval | None:
+        """Return the interval of a metric; `None` where it is not defined in the data or in any resample."""
+        found, value = self.values[metric], self.observed[metric]
+        found = found[np.isfinite(found)]
+        if value is None or len(found) < 2:
+            return None
+        low, high = np.quantile(found, _tails(self.level))
+        return Interval(float(low), float(high), float(found.std(ddof=1)), float(found.mean()) - value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return `{metric: {low, high, standard_error, bias}}`, `null` for a metric without an interval."""
+        intervals = {name: self.interval(name) for name in self.values}
+        return {name: None if found is None else dataclasses.asdict(found) for name, found in intervals.items()}
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Resamples of a whole spectrum; the same samples are drawn for all blocks."""
+
+    blocks: Mapping[str, BlockBootstrap]
+    global_: BlockBootstrap
+    n_resamples: int
+    seed: int
+    level: float
+
+    def facts(self) -> dict[str, Any]:
+        """Return how the intervals were made."""
+        return {
+            "method": "percentile",
+            "n_resamples": self.n_resamples,
+            "seed": self.seed,
+            "level": self.level,
+        }
+
+
+def bootstrap(
+    grams: BlockGrams,
+    spectrum: Spectrum,
+    n_resamples: int = 1000,
+    *,
+    seed: int = 42,
+    level: float = 0.95,
+    metrics: Sequence[str] = SCALAR_METRICS,
+) -> Bootstrap:
+    """Resample the samples of a spectrum.
+
+    Resample r is drawn by a generator seeded with (seed, r): the same at any number of workers.
+
+    Args:
+        grams: what the spectrum was solved from.
+        spectrum: of the data itself.
+        n_resamples: R.
+        seed: of the draws.
+        level: of the intervals.
+        metrics: which ones; 'trace' and 'participation_ratio' alone need no eigensolve.
+
+    Raises:
+        ConfigError: a number is out of range, or a metric is unknown.
+        CapacityError: the eigenvalues of all resamples do not fit into half of the free memory.
+    """
+    if n_resamples < 2:
+        raise ConfigError(f"{n_resamples} bootstrap resamples are too few; 1000 is usual, 2 the least.")
+    if not 0 < level < 1:
+        raise ConfigError(f"the level {level} of an interval must lie between 0 and 1, for example 0.95.")
+    unknown = [name for name in metrics if name not in SCALAR_METRICS]
+    if unknown:
+        raise ConfigError(f"{unknown[0]!r} is no metric; choose among {', '.join(SCALAR_METRICS)}.")
+    solve = not set(metrics) <= _WITHOUT_SOLVING
+    counts = {key: len(block.eigenvalues) if solve else 0 for key, block in spectrum.blocks.items()}
+    needed = 20 * n_resamples * (sum(counts.values()) + 2 * len(counts))
+    if needed > psutil.virtual_memory().available // 2:
+        raise CapacityError(
+            f"{n_resamples} resamples of {sum(counts.values())} eigenvalues need {format_bytes(needed)}; take fewer "
+            "resamples or larger blocks."
+        )
+    resampled = {
+        key: _resample_block(grams, key, counts[key], spectrum.blocks[key].n_params, n_resamples, seed)
+        for key in spectrum.blocks
+    }
+    members = [
+        {
+            key: _spectrum_of(spectrum.blocks[key], *(part[r] for part in parts), solve)
+            for key, parts in resampled.items()
+        }
+        for r in range(n_resamples)
+    ]
+    blocks = {
+        key: _summarise(block, [member[key] for member in members], metrics, level)
+        for key, block in spectrum.blocks.items()
+    }
+    whole = [union(member, spectrum.global_.top_k) for member in members]
+    return Bootstrap(blocks, _summarise(spectrum.global_, whole, metrics, level), n_resamples, seed, level)
+
+
+def multiplicities(n: int, seed: int, resample: int) -> np.ndarray:
+    """Return how often each of n samples is drawn in n draws with replacement: (n,) int64."""
+    generator = np.random.Generator(np.random.PCG64([seed, resample]))
+    return np.bincount(generator.integers(0, n, n), minlength=n)
+
+
+def _resample_block(
+    grams: BlockGrams, key: str, count: int, n_params: int, n_resamples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return eigenvalues (R, count), traces (R,) and norms (R,) of one block's resamples."""
+    K = grams.rows_gram(key)
+    selection = grams.selection
+    n = len(K)
+    weights = np.ones(n) if selection.weights is None else selection.weights
+    # What each draw of a sample adds to Z; with equal weights and 'samples' it is 1.
+    shares = selection.added()
+    rows = _small_side(K, n_params) if 2 * n_params < n and count else None
+    workers = worker_count(grams.config)
+    tasks = [
+        dask.delayed(_resample, pure=False)(
+            K, rows, weights, shares, grams.center, count, seed, range(start, min(start + _TASK_RESAMPLES, n_resamples))
+        )
+        for start in range(0, n_resamples, _TASK_RESAMPLES)
+    ]
+    with threadpoolctl.threadpool_limits(1):
+        parts = dask.compute(*tasks, **scheduler(workers))
+    eigenvalues, traces, norms = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return eigenvalues, traces, norms
+
+
+def _small_side(K: np.ndarray, n_params: int) -> np.ndarray:
+    """Return rows of at most `n_params` columns that have the Gram `K`: the block in coordinates of its row space."""
+    values, vectors = np.linalg.eigh(K)
+    return vectors[:, -n_params:] * np.sqrt(np.maximum(values[-n_params:], 0.0))
+
+
+def _resample(
+    K: np.ndarray,
+    rows: np.ndarray | None,
+    weights: np.ndarray,
+    shares: np.ndarray,
+    center: bool,
+    count: int,
+    seed: int,
+    resamples: range,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Solve some resamples; of the two sides of a block the smaller one."""
+    eigenvalues, traces, norms = np.zeros((len(resamples), count)), np.empty(len(resamples)), np.empty(len(resamples))
+    for place, r in enumerate(resamples):
+        drawn = multiplicities(len(K), seed, r)
+        distinct = np.flatnonzero(drawn)
+        chosen = Selection(distinct, weights[distinct] * drawn[distinct], float(shares @ drawn))
+        if rows is not None:
+            part = rows[distinct]
+            if center:
+                part = part - (chosen.weights @ part) / chosen.weights.sum()
+            part = part * np.sqrt(chosen.weights / chosen.denominator)[:, None]
+            F = part.T @ part
+        else:
+            sub = chosen.restrict(K)
+            F = chosen.scale(chosen.center(sub) if center else sub) / len(chosen)
+        traces[place], norms[place] = np.trace(F), frobenius(F)
+        if count:
+            values = np.maximum(np.linalg.eigvalsh(F)[::-1][:count], 0.0)
+            eigenvalues[place, : len(values)] = values
+    return eigenvalues, traces, norms
+
+
+def _spectrum_of(block: BlockSpectrum, values: np.ndarray, trace: float, norm: float, solved: bool) -> BlockSpectrum:
+    """Return a resample as a spectrum like that of the data, with the same noise floor."""
+    above = values > block.noise_floor if solved else np.ones(0, dtype=bool)
+    return dataclasses.replace(block, eigenvalues=values, above_floor=above, trace=float(trace), norm=float(norm))
+
+
+def _summarise(
+    block: BlockSpectrum, resamples: Sequence[BlockSpectrum], metrics: Sequence[str], level: float
+) -> BlockBootstrap:
+    observed = block.metrics
+    if len(resamples[0].eigenvalues):
+        rows = [resample.metrics for resample in resamples]
+        low, high = np.quantile(np.stack([r.eigenvalues for r in resamples]), _tails(level), axis=0)
+    else:  # nothing was solved
+        rows = [
+            {"trace": r.trace, "participation_ratio": (r.trace / r.norm) ** 2 if r.norm else 0.0} for r in resamples
+        ]
+        low = high = np.zeros(0)
+    values = {
+        name: np.array([np.nan if row.get(name) is None else row[name] for row in rows], dtype=np.float64)
+        for name in metrics
+    }
+    return BlockBootstrap(block.name, values, {name: observed[name] for name in metrics}, low, high, level)
+
+
+def _tails(level: float) -> tuple[float, float]:
+    return (1 - level) / 2, (1 + level) / 2
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Spectra of nested subsets of the samples: whether N was enough."""
+
+    sizes: tuple[int, ...]  # ascending; the last is all
+    spectra: tuple[Spectrum, ...]  # one per size
+    seed: int  # of the order in which samples are taken
+
+    def curve(self, metric: str, block: str | None = None) -> np.ndarray:
+        """Return a metric at each size, (len(sizes),) float64, NaN where undefined; of the whole unless `block`."""
+        found = [
+            (spectrum.global_ if block is None else spectrum.blocks[block]).metrics[metric] for spectrum in self.spectra
+        ]
+        return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return `{sizes, seed, blocks: {name: {metric: [value at each size]}}}` as plain JSON values."""
+        names: list[str | None] = [None, *self.spectra[0].blocks]
+        curves = {
+            "global" if name is None else name: {
+                metric: [None if np.isnan(value) else float(value) for value in self.curve(metric, name)]
+                for metric in SCALAR_METRICS
+            }
+            for name in names
+        }
+        return {"sizes": list(self.sizes), "seed": self.seed, "curves": curves}
+
+
+def grow(grams: BlockGrams, sizes: Sequence[int] | None = None, *, seed: int = 42) -> Growth:
+    """Solve nested subsets: the first samples of one seeded random order, each subset within the next.
+
+    Args:
+        grams: of all samples.
+        sizes: of the subsets; `None` means N, N/2, N/4, ... down to 8.
+        seed: of the order.
+
+    Raises:
+        ConfigError: a size is under 2 or over the number of samples.
+    """
+    n = len(grams.selection)
+    if sizes is None:
+        halves = [n >> shift for shift in range(12) if n >> shift >= 8]
+        sizes = halves or [n]
+    sizes = sorted(set(sizes))
+    if not sizes or sizes[0] < 2 or sizes[-1] > n:
+        raise ConfigError(f"growth sizes {sizes} must lie between 2 and the {n} samples that are selected.")
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
+    return Growth(tuple(sizes), tuple(grams.subset(np.sort(order[:size])).spectrum() for size in sizes), seed)

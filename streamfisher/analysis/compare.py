@@ -1,0 +1,222 @@
+"""Runs side by side: metrics, spectra, and where they share parameters, the overlap of their leading eigenspaces.
+
+With orthonormal bases `V_A`, `V_B` (k, P) of two k-dimensional eigenspaces, the singular values of `V_A V_B^T` are the
+cosines of the principal angles between them (C. Jordan, 1875; A. Bjorck and G. Golub, "Numerical methods for computing
+angles between linear subspaces", Math. Comp. 27, 1973). Their mean square is the overlap of G. Gur-Ari, D. Roberts and
+E. Dyer, "Gradient descent happens in a tiny subspace", 2018: 1 for the same space, about k / P for unrelated ones.
+
+`V = C^T G`, so `V_A V_B^T = C_A^T (G_A G_B^T) C_B` is added up over slabs of columns of both stores: neither V nor the
+rows are ever held.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamfisher.analysis.run import Run
+from streamfisher.analysis.block_grams import BlockGrams
+from streamfisher.analysis.eigenvectors import leading_coefficients, slabs
+from streamfisher.errors import ConfigError, RunError
+from streamfisher.results.metrics import SCALAR_METRICS
+from streamfisher.results.spectrum import Spectrum
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Principal angles between the k leading eigenspaces of one block in two runs."""
+
+    block: str
+    runs: tuple[str, str]
+    cosines: np.ndarray  # (k,) float64, descending, 0 to 1
+    n_params: int
+
+    @property
+    def k(self) -> int:
+        """Return the dimension of the spaces."""
+        return len(self.cosines)
+
+    @property
+    def mean_squared_cosine(self) -> float:
+        """Return `|V_A V_B^T|_F^2 / k`: 1 for the same space, k / P expected for random ones."""
+        return float(np.mean(self.cosines**2))
+
+    @property
+    def angles(self) -> np.ndarray:
+        """Return the principal angles in degrees, ascending, (k,) float64."""
+        return np.degrees(np.arccos(np.clip(self.cosines, 0.0, 1.0)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "block": self.block,
+            "runs": list(self.runs),
+            "k": self.k,
+            "mean_squared_cosine": self.mean_squared_cosine,
+            "expected_of_random": min(self.k / self.n_params, 1.0),
+            "cosines": [float(value) for value in self.cosines],
+            "angles_in_degrees": [float(value) for value in self.angles],
+        }
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two or more runs under one block structure."""
+
+    labels: tuple[str, ...]  # of the runs
+    spectra: tuple[Spectrum, ...]
+    shared_blocks: tuple[str, ...]  # keys that every run has
+    overlaps: tuple[Overlap, ...]  # of each run with the next, for blocks of the same parameters
+    warnings: tuple[str, ...]  # what keeps the numbers from being compared at face value
+
+    def trajectory(self, metric: str, block: str | None = None) -> np.ndarray:
+        """Return a metric in each run, (R,) float64, NaN where undefined; of the whole unless `block` names one."""
+        found = [
+            (spectrum.global_ if block is None else spectrum.blocks[block]).metrics[metric] for spectrum in self.spectra
+        ]
+        return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values: for every block and metric one value per run, and intervals where asked for."""
+        blocks: dict[str, Any] = {}
+        for key in (*self.shared_blocks, None):
+            members = [spectrum.global_ if key is None else spectrum.blocks[key] for spectrum in self.spectra]
+            metrics = [member.metrics for member in members]
+            entry: dict[str, Any] = {name: [found[name] for found in metrics] for name in SCALAR_METRICS}
+            drawn = [spectrum.bootstrap for spectrum in self.spectra if spectrum.bootstrap is not None]
+            if len(drawn) == len(self.spectra):
+                of_block = [found.global_ if key is None else found.blocks[key] for found in drawn]
+                entry["intervals"] = [found.to_dict() for found in of_block]
+            blocks["global" if key is None else key] = entry
+        return {
+            "runs": list(self.labels),
+            "blocks": blocks,
+            "overlaps": [overlap.to_dict() for overlap in self.overlaps],
+            "warnings": list(self.warnings),
+            "metadata": [spectrum.metadata for spectrum in self.spectra],
+        }
+
+
+def compare(
+    runs: Sequence[Run | str | Path],
+    block_structure: str | Mapping[str, str] = "layer",
+    center: bool = False,
+    *,
+    top: int = 10,
+    labels: Sequence[str] | None = None,
+    bootstrap: int = 0,
+    **options: Any,
+) -> Comparison:
+    """Compare two or more runs (checkpoints, models, data sets).
+
+    Args:
+        runs: in the order in which they are shown; overlaps are of each with the next.
+        block_structure: see `Run.block_grams`.
+        center: compare covariances.
+        top: k, dimension of the eigenspaces whose overlap is computed; 0 means none. A block with fewer eigenvalues
+            above its noise floor gives as many as both runs have.
+        labels: one per run; `None` means the names of their folders.
+        bootstrap: resamples for intervals of the metrics.
+        options: of `Run.block_grams`: samples, weights, normalization, partial.
+
+    Raises:
+        ConfigError: there are fewer than 2 runs, or `top` is negative.
+        RunError: the runs have no block in common.
+    """
+    if len(runs) < 2:
+        raise ConfigError(f"{len(runs)} run was given; name at least 2 to compare.")
+    if top < 0:
+        raise ConfigError(f"--top {top} must not be negative.")
+    opened = [run if isinstance(run, Run) else Run(run) for run in runs]
+    names = tuple(labels) if labels is not None else _labels([run.path for run in opened])
+    if len(names) != len(opened) or len(set(names)) < len(names):
+        raise ConfigError(f"{len(opened)} runs need as many different labels, not {list(names)}.")
+    grams = [run.block_grams(block_structure, center, **options) for run in opened]
+    shared = [key for key in grams[0].blocks if all(key in other.blocks for other in grams[1:])]
+    common = set.intersection(*(set(run.parameters.items()) for run in opened))
+    if not shared or (not common and shared != ["global"]):
+        raise RunError(
+            f"{' and '.join(names)} share nothing: no parameter of the same name and size, and "
+            f"{'no block' if not shared else 'blocks of the same names only'}. "
+            "Compare their whole spectra with --blocks none, or group them with patterns of your own."
+        )
+    spectra = tuple(run.spectrum(block_structure, center, bootstrap=bootstrap, **options) for run in opened)
+    overlaps = []
+    for (i, a), (j, b) in itertools.pairwise(enumerate(opened)):
+        for key in shared if top else ():
+            estimated = opened[i].config.max_params_per_block or a.config.project or b.config.project
+            if _same_parameters(grams[i], grams[j], key) and not estimated:
+                found = subspace_overlap(a, b, grams[i], grams[j], key, top)
+                if found is not None:
+                    overlaps.append(Overlap(key, (names[i], names[j]), *found))
+    return Comparison(names, spectra, tuple(shared), tuple(overlaps), _warnings(spectra, names))
+
+
+def subspace_overlap(
+    a: Run, b: Run, grams_a: BlockGrams, grams_b: BlockGrams, block: str, top: int
+) -> tuple[np.ndarray, int] | None:
+    """Return the cosines (k,) of the principal angles and P; `None` where a run has no eigenvalue above its floor.
+
+    Both bases are orthonormalised by what `V V^T` really is, in float64, so errors of the Grams do not enter.
+    """
+    k = min(top, _rank(grams_a, block), _rank(grams_b, block))
+    if k < 1:
+        return None
+    C_a, C_b = leading_coefficients(grams_a, block, k), leading_coefficients(grams_b, block, k)
+    cross, own_a, own_b = np.zeros((k, k)), np.zeros((k, k)), np.zeros((k, k))
+    n_params = 0
+    for name in grams_a.blocks[block]:
+        n_params += a.parameters[name]
+        width = max(a.store.chunk_columns(name), b.store.chunk_columns(name))
+        pairs = zip(slabs(a.store, name, width), slabs(b.store, name, width), strict=True)
+        for (_, _, rows_a), (_, _, rows_b) in pairs:
+            V_a, V_b = C_a.T @ rows_a, C_b.T @ rows_b
+            cross += V_a @ V_b.T
+            own_a += V_a @ V_a.T
+            own_b += V_b @ V_b.T
+    left = np.linalg.solve(np.linalg.cholesky(own_a), cross)
+    both = np.linalg.solve(np.linalg.cholesky(own_b), left.T)
+    return np.minimum(np.linalg.svd(both, compute_uv=False), 1.0), n_params
+
+
+def _rank(grams: BlockGrams, block: str) -> int:
+    return int(grams.only(block).spectrum().blocks[block].above_floor.sum())
+
+
+def _same_parameters(a: BlockGrams, b: BlockGrams, key: str) -> bool:
+    return {n: a.parameters[n] for n in a.blocks[key]} == {n: b.parameters[n] for n in b.blocks[key]}
+
+
+def _labels(paths: Sequence[Path]) -> tuple[str, ...]:
+    """Return the shortest ends of the paths that tell the runs apart."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return tuple(names)
+    return tuple(f"{number + 1}: {path}" for number, path in enumerate(paths))
+
+
+def _warnings(spectra: Sequence[Spectrum], labels: Sequence[str]) -> tuple[str, ...]:
+    """Return in words what differs between runs besides what is compared."""
+    texts = {
+        "n_samples": "N differs, and ranks and tails depend on it",
+        "sample_unit": "N counts different things",
+        "loss": "the losses differ",
+        "loss_reduction": "the losses are reduced otherwise",
+        "labels": "labels of the data against labels of the model",
+        "dtype_store": "rows are stored in different dtypes, with different noise floors",
+        "data_fingerprint": "the data differ",
+        "partial": "a run is not finished",
+    }
+    found = []
+    for key, text in texts.items():
+        values = [spectrum.metadata.get(key) for spectrum in spectra]
+        if len({str(value) for value in values}) > 1:
+            shown = ", ".join(f"{label}: {str(value)[:12]}" for label, value in zip(labels, values, strict=True))
+            found.append(f"{text} ({shown})")
+    return tuple(found)

@@ -1,0 +1,185 @@
+"""A stored run, re-examined: any block structure, centered or not, any subset of samples, without the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from streamfisher.analysis.analyses import Analyses
+from streamfisher.analysis.block_grams import stored_gram
+from streamfisher.config import SpectralConfig
+from streamfisher.reduction import gram as grams
+from streamfisher.reduction.stored_grams import build_stored_grams
+from streamfisher.runtime.run_log import RunLog
+from streamfisher.solving.selection import select
+from streamfisher.solving.solve import RowPrecision, describe, solve_blocks
+from streamfisher.store import RunLock, RunStore
+
+__all__ = ["RowPrecision", "Run", "describe", "open_run", "solve_blocks"]
+
+
+class Run(Analyses):
+    """An open run: what `collect` and `open_run` return."""
+
+    def __init__(self, path: str | Path):
+        self.store = RunStore(path)
+        self.manifest = self.store.manifest
+        self.config = SpectralConfig.from_dict(self.manifest.config)
+
+    @property
+    def path(self) -> Path:
+        """Return the run's folder."""
+        return self.store.path
+
+    @property
+    def n_samples(self) -> int:
+        """Return N, counting skipped samples too."""
+        return self.store.n_samples
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Return `{parameter name: number of elements}` of the captured parameters."""
+        return {item["name"]: math.prod(item["shape"]) for item in self.manifest.parameters}
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Return the per-sample losses, (N,) float64."""
+        return self.store.per_sample("loss")
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, N={self.n_samples}, P={sum(self.parameters.values())})"
+
+    def _repr_html_(self) -> str:
+        from streamfisher.reports.page import run_html
+
+        return run_html(self)
+
+    def add(
+        self,
+        model: nn.Module,
+        samples: Any,
+        *,
+        loss: Callable[..., Any] | None = None,
+        n_samples: int | None = None,
+        progress: bool = False,
+    ) -> Run:
+        """Compute the gradients of further samples into this run; return it, opened again.
+
+        Args:
+            model: the model the run was made with.
+            samples: all samples, those of the run first; what is new is what comes after them.
+            loss: the same as when the run was made.
+            n_samples: how many to use, from the first; `None` means all.
+            progress: show a bar.
+
+        Raises:
+            RunMismatchError: model or first samples are not those of the run, or its rows are stored centered.
+        """
+        from streamfisher.collection.collect import collect  # the one place where analysis asks for more data
+
+        return collect(model, samples, self.path, config=self.config, loss=loss, n_samples=n_samples, progress=progress)
+
+    def build_grams(self, config: SpectralConfig | None = None, *, progress: bool = False) -> list[str]:
+        """Build the Grams that are missing; return the keys (names of parameters, by default) of those that were built.
+
+        Args:
+            config: precision, workers and memory budget; `None` means those the run was made with.
+            progress: show a bar.
+
+        Raises:
+            RunError: the run is not fully collected, or another process is writing it.
+            CorruptRunError: stored rows are missing or do not have the norms they were collected with.
+        """
+        config = config or self.config
+        self.store.require_rows()
+        done = self.store.grams_done(grams.gram_settings(config))
+        return list(self._build([key for key in self.store.gram_members if key not in done], config, progress=progress))
+
+    def rebuild_grams(self, config: SpectralConfig | None = None, *, progress: bool = False) -> dict[str, float | None]:
+        """Build every Gram again from the stored rows and say whether it agrees with the one that was there.
+
+        Args:
+            config: precision, workers and memory budget; `None` means those the run was made with.
+            progress: show a bar.
+
+        Returns:
+            Gram key -> `|new - old| / |new|` (Frobenius); `None` where there was none, or it could not be read.
+
+        Raises:
+            RunError: the run is not fully collected, or another process is writing it.
+            CorruptRunError: stored rows are missing or do not have the norms they were collected with.
+        """
+        self.store.require_rows()
+        return self._build(list(self.store.gram_members), config or self.config, rebuild=True, progress=progress)
+
+    def _build(
+        self, keys: list[str], config: SpectralConfig, *, rebuild: bool = False, progress: bool = False
+    ) -> dict[str, float | None]:
+        if not keys:
+            return {}
+        self.store.fsync = config.fsync
+        with RunLock(self.path), RunLog(self.path, "grams", grams=len(keys)):
+            return build_stored_grams(self.store, config, keys, rebuild=rebuild, progress=progress)
+
+    def gram(self, name: str, *, center: bool = False) -> np.ndarray:
+        """Return the Gram of one parameter's rows over the valid samples, (n, n) float64."""
+        chosen = select(self.n_samples, self.store.per_sample("valid") == 1)
+        K = chosen.restrict(stored_gram(self.store, name, center))
+        return chosen.center(K) if center else K
+
+    def metadata(self, config: SpectralConfig | None = None) -> dict[str, Any]:
+        """Return the facts that a result of this run must carry: what N counts, what was left out, and of what."""
+        valid = self.store.per_sample("valid") == 1
+        return describe(
+            self.manifest,
+            config or self.config,
+            n_stored=self.n_samples,
+            n_targets=int(self.store.per_sample("n_targets")[valid].sum()),
+            skipped=self.store.skipped(),
+        )
+
+    def info(self) -> dict[str, Any]:
+        """Return what the run holds and how far it is, as plain JSON values."""
+        store = self.store
+        done = store.finished_units()
+        samples_done = sum(len(unit) for unit in store.units if unit.index in done)
+        return {
+            "path": str(self.path),
+            "format_version": self.manifest.format_version,
+            "n_samples": self.n_samples,
+            "samples_done": samples_done,
+            "complete": samples_done == self.n_samples,
+            "grams_done": len(store.grams_done(grams.gram_settings(self.config))),
+            "n_grams": len(store.gram_members),
+            "n_parameters": len(self.parameters),
+            "n_waves": len(store.waves),
+            "gradients_deleted": [name for name in self.parameters if store.is_deleted(name)],
+            "factored_parameters": [name for name in self.parameters if store.representation(name) == "factors"],
+            "total_params": sum(self.parameters.values()),
+            "projected_parameters": [name for name, size in self.parameters.items() if store.parameters[name] < size],
+            "bytes_on_disk": store.bytes_on_disk(),
+            "config": dict(self.manifest.config),
+            "model": dict(self.manifest.model),
+            "data": {key: value for key, value in self.manifest.data.items() if key != "chunk_digests"},
+            "loss": dict(self.manifest.loss),
+            "layout": dict(self.manifest.layout),
+            "probe": dict(self.manifest.probe),
+            "excluded": dict(self.manifest.excluded),
+            "skipped": {str(sample): reason for sample, reason in store.skipped().items()},
+            "versions": dict(self.manifest.versions),
+        }
+
+
+def open_run(path: str | Path) -> Run:
+    """Open a stored run for reading.
+
+    Raises:
+        RunError: the folder does not exist or is not a run.
+        CorruptRunError: its manifest is damaged or of another format version.
+    """
+    return Run(path)

@@ -1,0 +1,180 @@
+"""The command `plan`: what a run would take, from a config alone."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from streamfisher.cli.analyse import AddCommand, print_json
+from streamfisher.config import SpectralConfig, parse_bytes
+from streamfisher.errors import CapacityError, ConfigError, DataError, StreamfisherError
+from streamfisher.cli.options import (RunOptions, add_analysis_options, add_cluster_options, add_collection_options, read_run_options)
+from streamfisher.planning.model_trace import ModelTrace
+from streamfisher.planning.rates import UNKNOWN, Rates, measure
+
+if TYPE_CHECKING:
+    from streamfisher.planning.plan import RunPlan
+
+
+#: Runs of fewer operations take less time than measuring how much time they would take.
+_WORTH_MEASURING = 2e12
+
+
+def add_plan_command(add: AddCommand) -> None:
+    """Add `plan`, which takes the options of `run` and those that describe a machine."""
+    plan = add("plan", _plan, "bytes, passes, memory and time of a run before it runs; needs no weights and no data")
+    add_collection_options(plan)
+    add_analysis_options(plan)
+    add_cluster_options(plan)
+    machine = plan.add_argument_group("machine (default: this one, measured in a few seconds)")
+    machine.add_argument("--flops", type=float, default=None, help="operations/s of passes and products, as 400e12")
+    machine.add_argument("--solve-flops", type=float, default=None, help="operations/s of the float64 eigensolve")
+    machine.add_argument("--disk", default=None, metavar="RATE", help="of writing and reading, for example 3GB/s")
+    machine.add_argument("--devices", type=int, default=0, help="how many accelerators (default: none)")
+    machine.add_argument("--device-memory", default=None, metavar="SIZE", help="of each, for example 80GB")
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    out = vars(arguments).pop("out", None)  # a plan writes nothing; it says which disk is meant
+    options = read_run_options(arguments)
+    if not options.model:
+        raise ConfigError("MODEL is missing; see `streamfisher plan --help`.")
+    if arguments.devices and arguments.device_memory is None:
+        raise ConfigError(f"--devices {arguments.devices}: say how much memory each has, with --device-memory 80GB.")
+    plan = plan_of(options, arguments, _existing(Path(out) if out else Path.cwd()))
+    if arguments.json:
+        print_json(plan.to_dict())
+    else:
+        print(plan.table())
+    return 0 if plan.chosen.fits else CapacityError.exit_code
+
+
+def plan_of(options: RunOptions, machine_options: argparse.Namespace, folder: Path, source: Any = None) -> RunPlan:
+    """Return the plan of the run that options describe.
+
+    Args:
+        options: of the run.
+        machine_options: rates and devices, as `plan` takes them; what is missing is measured here.
+        folder: one that exists, on the disk of the run.
+        source: the samples, where they are loaded already because the run begins; a short run is then planned without
+            measuring how fast this machine is, which would take as long.
+
+    Raises:
+        ModelError: the model cannot be built or traced without its weights.
+        DataError: neither data nor the number and length of samples are given.
+    """
+    from streamfisher.planning.plan import Machine, plan_run
+    from streamfisher.planning.skeletons import build_skeleton
+
+    arguments, config = machine_options, options.config
+    model = build_skeleton(options.model, dtype=config.dtype_model, trust_remote_code=options.trust_remote_code)
+    lengths, batch = _samples(options, source)
+    trace = _trace(model, batch, lengths, config)
+    disk = config.disk_budget
+    memory = config.memory_budget
+    machine = Machine(
+        memory=int(memory) if memory is not None else psutil.virtual_memory().available // 2,
+        disk=int(disk) if disk is not None else psutil.disk_usage(str(folder)).free,
+        devices=arguments.devices,
+        device_memory=parse_bytes(arguments.device_memory, "--device-memory") if arguments.device_memory else None,
+    )
+    structures = len(options.structures) * len(options.centers)
+    plan = partial(plan_run, trace, lengths, config, machine=machine, structures=structures)
+    if source is not None:
+        short = plan(rates=UNKNOWN)
+        if sum(stage.flops for stage in short.chosen.stages) < _WORTH_MEASURING:
+            return short
+    return plan(rates=_rates(arguments, config, trace, lengths, folder))
+
+
+def announce_plan(options: RunOptions, source: Any) -> None:
+    """Print the plan of a run that is about to start, or why there is none."""
+    here = argparse.Namespace(flops=None, solve_flops=None, disk=None, devices=0, device_memory=None)
+    try:
+        text = plan_of(options, here, _existing(Path(options.out)), source).table()
+    except StreamfisherError as error:
+        text = f"No plan can be made: {error}"
+    print(f"{text}\n", file=sys.stderr)
+
+
+def _samples(options: RunOptions, source: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """Return the length of each sample, and one sample as a batch: of the data, or as the options describe them."""
+    from streamfisher.data.loading import load_samples
+    from streamfisher.data.samples import Samples, collate, sequence_length
+
+    config = options.config
+    if options.data:
+        source = source or load_samples(
+            options.data, tokenize=options.tokenizer(), field=options.field, max_length=config.max_length
+        )
+        samples = Samples(source, options.samples, config.max_length)
+        lengths = [sequence_length(samples[index]) or 1 for index in range(len(samples))]
+        batch = collate([samples[0]])
+    else:
+        if options.samples is None or config.max_length is None:
+            raise DataError("without DATA, say how many samples of how many tokens: --samples 1024 --max-length 512.")
+        lengths = [config.max_length] * options.samples
+        batch = {"input_ids": torch.zeros(1, config.max_length, dtype=torch.long)}
+    if config.sample_unit == "token":  # each is cut after its target, so the lengths run from 2 to the whole
+        drawn = config.tokens_per_sequence
+        lengths = [
+            2 + place * (length - 1) // min(drawn or length - 1, length - 1)
+            for length in lengths
+            for place in range(min(drawn or length - 1, length - 1))
+        ]
+    if len(lengths) < 2:
+        raise DataError(f"{len(lengths)} sample was given; a spectrum needs at least 2.")
+    return lengths, batch
+
+
+def _trace(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], lengths: list[int], config: SpectralConfig
+) -> ModelTrace:
+    """Trace one sample of the mean length."""
+    from streamfisher.planning.skeletons import predicts_next_token
+    from streamfisher.planning.tracing import captured_names, trace_model
+
+    mean = sum(lengths) / len(lengths)
+    names = captured_names(model, config.include, config.exclude)
+    trace = trace_model(model, batch, causal=predicts_next_token(model, config.loss), parameters=dict.fromkeys(names))
+    return trace.scaled(mean) if round(mean) != round(trace.tokens) else trace
+
+
+def _rates(
+    arguments: argparse.Namespace, config: SpectralConfig, trace: ModelTrace, lengths: list[int], folder: Path
+) -> Rates:
+    """Return the rates that are given, and measure the rest here."""
+    disk = None
+    if arguments.disk is not None:
+        disk = float(parse_bytes(str(arguments.disk).lower().removesuffix("/s"), "--disk"))
+    flops, solve = _positive("--flops", arguments.flops), _positive("--solve-flops", arguments.solve_flops)
+    if flops is not None and solve is not None and disk is not None:
+        return Rates(passes=flops, products=flops, forming=flops, solve=solve, write=disk, read=disk)
+    layer = trace.layer
+    if layer is not None:
+        batch = max(1, config.batch_tokens // max(round(trace.tokens), 1))
+        layer = dataclasses.replace(layer, batch=min(batch, config.chunk_size, len(lengths)))
+    measured = measure(len(lengths), dtype_gram=config.dtype_gram, codec=config.codec, layer=layer, folder=folder)
+    here = {"chunk_seconds": 0.0, "array_seconds": 0.0} if disk is not None else {}
+    return measured.given(passes=flops, products=flops, forming=flops, solve=solve, write=disk, read=disk, **here)
+
+
+def _positive(option: str, value: float | None) -> float | None:
+    if value is not None and not 0 < value < float("inf"):
+        raise ConfigError(f"{option} {value:g} must be a number of operations per second, for example 400e12.")
+    return value
+
+
+def _existing(path: Path) -> Path:
+    """Return the nearest folder that exists."""
+    path = path.absolute()
+    while not path.is_dir():
+        path = path.parent
+    return path

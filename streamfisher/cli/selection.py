@@ -1,0 +1,107 @@
+"""Options that say which samples of a stored run count: `--samples`, `--weights`, `--normalize-by`, `--partial`."""
+
+from __future__ import annotations
+
+import argparse
+import operator
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from streamfisher.analysis.run import Run
+from streamfisher.errors import ConfigError
+from streamfisher.solving.selection import read_samples, read_weights
+
+_COMPARISONS = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+_CONDITION = re.compile(r"^\s*([A-Za-z_]\w*)\s*(<=|>=|==|!=|<|>)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*$")
+
+
+def add_selection_options(parser: argparse.ArgumentParser) -> None:
+    """Add which samples of a stored run count, and how much."""
+    group = parser.add_argument_group("samples")
+    group.add_argument(
+        "--samples",
+        default=None,
+        metavar="A:B|FILE|'FIELD>X'",
+        help="a slice; a .npy or text file of numbers or a mask; a condition on loss, n_targets or a field of the data",
+    )
+    group.add_argument("--weights", default=None, metavar="FILE.npy", help="one weight per sample of the run")
+    group.add_argument("--normalize-by", default="samples", metavar="samples|tokens", help="default: samples")
+    group.add_argument(
+        "--bootstrap", type=int, default=0, metavar="R", help="intervals of all metrics from R resamples, e.g. 1000"
+    )
+    group.add_argument("--partial", action="store_true", help="analyse what an unfinished run has; marked as partial")
+
+
+def selection_options(arguments: argparse.Namespace, n_samples: int, run: Run | None = None) -> dict[str, Any]:
+    """Return the options of `Run.spectrum` that `add_selection_options` read.
+
+    Args:
+        arguments: parsed.
+        n_samples: of the run, or the smallest of several.
+        run: whose fields a condition is about; `None` where there are several runs.
+    """
+    condition = _CONDITION.match(arguments.samples or "")
+    return {
+        "samples": where(run, condition) if condition and run else parse_samples(arguments.samples, n_samples),
+        "weights": None if arguments.weights is None else read_weights(arguments.weights),
+        "normalization": arguments.normalize_by,
+        "partial": arguments.partial,
+        "bootstrap": arguments.bootstrap,
+    }
+
+
+def where(run: Run, condition: re.Match[str]) -> np.ndarray:
+    """Return the mask, (N,) bool, of the samples that meet a condition such as `loss>3.5` or `label==2`.
+
+    Raises:
+        ConfigError: the run has no such field, or fewer than 2 samples meet the condition.
+    """
+    name, sign, number = condition.groups()
+    fields = run.store.fields()
+    if name not in fields:
+        raise ConfigError(f"--samples {condition.string}: the run has no field {name!r}; it has {', '.join(fields)}.")
+    mask = _COMPARISONS[sign](fields[name], float(number))
+    if mask.sum() < 2:
+        raise ConfigError(f"--samples {condition.string} selects {mask.sum()} of the run's {len(mask)} samples.")
+    return mask
+
+
+def parse_samples(text: str | None, n_samples: int) -> slice | np.ndarray | None:
+    """Return the slice that `'0:512'`, `':100'` or `'100'` (the first hundred) names, or the numbers in a file.
+
+    Raises:
+        ConfigError: the text has another form or selects fewer than 2 of `n_samples`.
+    """
+    if text is None:
+        return None
+    if text.endswith((".npy", ".txt")) or Path(text).is_file():
+        return read_samples(text)
+    parts = text.split(":")
+    try:
+        numbers = [int(part) if part.strip() else None for part in parts]
+    except ValueError:
+        numbers = []
+    if not 1 <= len(numbers) <= 3 or (len(numbers) == 3 and numbers[2] == 0):
+        raise ConfigError(f"--samples {text!r} is not a slice (start:stop:step); write for example 0:512 or 0:1024:2.")
+    chosen = slice(numbers[0]) if len(numbers) == 1 else slice(*numbers)
+    if len(range(*chosen.indices(n_samples))) < 2:
+        raise ConfigError(f"--samples {text} selects fewer than 2 of the run's {n_samples} samples.")
+    return chosen
+
+
+def check_target(path: Path, suffixes: tuple[str, ...] = ()) -> None:
+    """Refuse a file that could not be written, before anything is computed for it."""
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ConfigError(f"--out {path}: the name must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}.")
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise ConfigError(f"--out {path}: it must name a file in a folder that exists.")

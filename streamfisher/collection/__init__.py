@@ -1,0 +1,1 @@
+"""Collecting a run: who computes what, in which order, and where it stopped."""

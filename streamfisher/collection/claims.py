@@ -1,0 +1,53 @@
+"""Units of work, each handed to the rank that asks first, so that a slow rank does not hold the others up.
+
+A claim is the next value of a counter in the store that the ranks share. It lives in memory only: after a kill there
+is no stale claim, and what was claimed but not marked is handed out again. Which rank computes a unit changes no bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from streamfisher.runtime.ranks import Ranks
+from streamfisher.data.samples import Unit
+from streamfisher.models.sharding import share_of
+
+
+class Claims:
+    """The units of one pass over the data; iterate to claim one after the other.
+
+    All ranks make it together, in the same order of passes. Rank 0's list counts: others may already see markers of
+    units that a fast rank has finished since.
+
+    Args:
+        ranks: all that share the work.
+        name: of the pass.
+        units: those not done yet, as this rank sees them; only rank 0's are used.
+        every: all units of the run.
+        together: all ranks take the same steps, so each has a fixed share instead.
+    """
+
+    def __init__(
+        self, ranks: Ranks, name: str, units: Sequence[Unit], every: Sequence[Unit], *, together: bool = False
+    ):
+        self.ranks = ranks
+        self.name = name
+        left = ranks.share(f"the units of pass {name}", [unit.index for unit in units])
+        self.units = [every[index] for index in left]
+        self.together = together
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def __iter__(self) -> Iterator[Unit]:
+        if self.together:
+            for unit in share_of(self.units, self.ranks.index, self.ranks.count):
+                self.ranks.check()
+                yield unit
+            return
+        while True:
+            self.ranks.check()
+            position = self.ranks.add(f"{self.name}/claimed", 1) - 1
+            if position >= len(self.units):
+                return
+            yield self.units[position]

@@ -1,0 +1,219 @@
+"""One look at all samples before the first gradient: the loss they need, what N counts, their lengths and contents."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from streamfisher.config import SpectralConfig
+from streamfisher.errors import ConfigError, DataError, LossError, ModelError, NonFiniteError, StreamfisherError
+from streamfisher.gradients import select_parameters
+from streamfisher.models.losses import PerSampleLoss, resolve_loss
+from streamfisher.models.offload import input_device
+from streamfisher.data.samples import Samples, TokenSamples, collate, make_units, sequence_length
+
+#: The probe takes this many samples: a third tells a batch axis from an axis that happens to have size 2.
+PROBE_SAMPLES = 3
+#: Among so many first samples the probe looks for some with finite gradients.
+_SEARCHED = 64
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is fixed before a run starts; the same on every rank."""
+
+    samples: Samples  # numbered 0 to N - 1, one per token where the unit is the token
+    loss: PerSampleLoss
+    lengths: list[int]  # tokens of each sample; 1 where it is no sequence
+    chunk_digests: list[str]  # SHA-256 of the contents of each unit
+    n_sequences: int | None  # how many sequences the tokens come from; None unless the unit is the token
+    fields: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (N,) float64: scalars that every sample has
+
+    def sample_unit(self, config: SpectralConfig) -> str:
+        """Return what N counts: 'sequence', 'token', or 'example' for samples that are no sequences."""
+        if config.sample_unit == "sequence" and sequence_length(self.samples[0]) is None:
+            return "example"
+        return config.sample_unit
+
+    def data_manifest(self, config: SpectralConfig, description: str | Mapping[str, Any] | None) -> dict[str, Any]:
+        """Return the manifest's entry about the data."""
+        facts: dict[str, Any] = {
+            "n_samples": len(self.samples),
+            "sample_unit": self.sample_unit(config),
+            "chunk_size": config.chunk_size,
+            "chunk_digests": self.chunk_digests,
+            "fingerprint": hashlib.sha256("".join(self.chunk_digests).encode()).hexdigest(),
+            "description": description,
+        }
+        return facts if self.n_sequences is None else facts | {"n_sequences": self.n_sequences}
+
+
+def survey(
+    model: nn.Module,
+    source: Any,
+    config: SpectralConfig,
+    loss: Callable[..., Tensor] | None = None,
+    n_samples: int | None = None,
+) -> Survey:
+    """Number the samples, choose the loss, and check that every sample has something to predict.
+
+    Args:
+        model: on its device.
+        source: samples in any form that `Samples` takes.
+        config: `max_length`, `sample_unit`, `chunk_size` and `loss` count here.
+        loss: the user's own `(model, batch) -> (B,)`; `None` means `config.loss`, or a choice.
+        n_samples: how many to use, from the first (sequences, where the unit is the token).
+
+    Raises:
+        DataError: there are fewer than 2 samples, or one has no target token; the message names it.
+        ModelError: it has no parameters to capture, or some without values; or it cannot be run on the samples.
+        LossError: no loss fits the model's output and the labels.
+        ConfigError: token samples are asked for where the loss has no tokens.
+    """
+    samples = Samples(source, n_samples, config.max_length)
+    if len(samples) < 2 and config.sample_unit != "token":
+        raise DataError(f"{len(samples)} sample was given; a spectrum needs at least 2.")
+    select_parameters(model, config.include, config.exclude)  # a model that cannot be captured is not run first
+    first = collate([samples[index] for index in range(min(PROBE_SAMPLES, len(samples)))])
+    try:
+        chosen = resolve_loss(model, to_model(first, model), loss if loss is not None else config.loss)
+    except StreamfisherError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        raise ModelError(
+            f"the model cannot be run on sample 0: {type(error).__name__}: {error}. Its forward must take what the "
+            "samples hold, and token ids must lie in its vocabulary; --debug shows where it failed."
+        ) from error
+    n_sequences = None
+    if config.sample_unit == "token":
+        if chosen.name not in ("causal", "token"):
+            raise ConfigError(
+                f"sample_unit='token' needs a token-wise loss of streamfisher's own; the loss here is {chosen.name!r}."
+            )
+        n_sequences = len(samples)
+        samples = Samples(
+            TokenSamples(
+                samples,
+                shifted=chosen.name == "causal",
+                per_sequence=config.tokens_per_sequence,
+                seed=config.seed,
+            )
+        )
+        if len(samples) < 2:
+            raise DataError("the data holds 1 target token; a spectrum needs at least 2.")
+    units = make_units(len(samples), config.chunk_size)
+    lengths, scalars = [], []
+    for index in range(len(samples)):
+        sample = samples[index]
+        lengths.append(sequence_length(sample) or 1)
+        _require_targets(chosen, sample, index)
+        scalars.append({key: float(value) for key, value in sample.items() if value.ndim == 0})
+    fields = {key: np.array([values[key] for values in scalars]) for key in _common_keys(scalars)}
+    return Survey(samples, chosen, lengths, [samples.digest(unit) for unit in units], n_sequences, fields)
+
+
+def _common_keys(scalars: list[dict[str, float]]) -> list[str]:
+    return [key for key in scalars[0] if all(key in values for values in scalars)]
+
+
+def to_model(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the batch on the model's device, floating inputs in the model's dtype."""
+    parameter = next(iter(model.parameters()), None)
+    if parameter is None:
+        return batch
+    dtype = parameter.dtype if parameter.is_floating_point() else None
+    return {
+        key: value.to(input_device(model), dtype if value.is_floating_point() else None, non_blocking=True)
+        for key, value in batch.items()
+    }
+
+
+def _require_targets(loss: PerSampleLoss, sample: dict[str, Tensor], index: int) -> None:
+    try:
+        count = int(loss.n_targets(collate([sample]))[0])
+    except LossError as error:
+        raise DataError(f"sample {index}: {error}") from error
+    if count > 0:
+        return
+    length = sequence_length(sample)
+    if length is not None and length < 2 and loss.name == "causal":
+        raise DataError(
+            f"sample {index} is a sequence of {length} token; a causal model predicts the next token, so it needs 2."
+        )
+    raise DataError(f"all labels of sample {index} are masked; it has nothing to predict. Leave it out.")
+
+
+def probe_batch(found: Survey, model: nn.Module, parameters: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Return the first samples whose gradients are finite, the second of another length where there is one.
+
+    Args:
+        found: the survey.
+        model: on its device.
+        parameters: the captured ones; whether they require a gradient does not matter.
+
+    Raises:
+        NonFiniteError: not even two of the first samples have finite gradients.
+    """
+    parameters = list(parameters)
+    first = range(min(_SEARCHED, len(found.samples)))
+    numbers = list(itertools.islice((n for n in first if _is_finite(found, model, parameters, n)), PROBE_SAMPLES))
+    if len(numbers) < 2:
+        bad = next(n for n in first if n not in numbers)
+        raise NonFiniteError(
+            f"sample {bad}: the loss or its gradient is not finite, as for all but {len(numbers)} of the first "
+            f"{len(first)} samples. Look for NaN in the data and in the model's parameters, or use a wider --dtype."
+        )
+    length = found.lengths[numbers[0]]
+    if all(found.lengths[number] == length for number in numbers):
+        others = (n for n in range(numbers[-1] + 1, len(found.samples)) if found.lengths[n] != length)
+        candidates = itertools.islice(others, PROBE_SAMPLES)
+        numbers[1] = next((n for n in candidates if _is_finite(found, model, parameters, n)), numbers[1])
+    return collate([found.samples[number] for number in numbers])
+
+
+def _is_finite(found: Survey, model: nn.Module, parameters: Sequence[Tensor], number: int) -> bool:
+    """Return whether the loss of a sample and its gradient are finite, by plain autograd."""
+    if any(parameter.is_meta or isinstance(parameter, DTensor) for parameter in parameters):  # the loss alone
+        loss = found.loss(model, to_model(collate([found.samples[number]]), model)).sum()
+        return bool(torch.isfinite(loss))
+    before = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            loss = found.loss(model, to_model(collate([found.samples[number]]), model)).sum()
+            if not bool(torch.isfinite(loss)) or not loss.requires_grad:
+                return bool(torch.isfinite(loss))
+            return _backward_is_finite(loss, parameters)
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)
+
+
+def _backward_is_finite(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Return whether the gradients by leaves are finite; each is dropped as soon as it was looked at."""
+    finite: list[bool] = []
+
+    def look(parameter: Tensor) -> None:
+        finite.append(bool(torch.isfinite(parameter.grad).all()))
+        parameter.grad = None
+
+    before = [parameter.grad for parameter in parameters]
+    handles = [parameter.register_post_accumulate_grad_hook(look) for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward()
+    finally:
+        for handle, parameter, grad in zip(handles, parameters, before, strict=True):
+            handle.remove()
+            parameter.grad = grad
+    return all(finite)

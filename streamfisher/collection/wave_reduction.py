@@ -1,0 +1,83 @@
+"""A wave's gradients to its Grams, shared among the ranks, and then deleted where they are not to be kept."""
+
+from __future__ import annotations
+
+import os
+
+from tqdm import tqdm
+
+from streamfisher.config import SpectralConfig
+from streamfisher.runtime.memory import local_ranks
+from streamfisher.runtime.ranks import Ranks
+from streamfisher.reduction import gram as grams
+from streamfisher.reduction.stored_grams import build_stored_grams
+from streamfisher.store import RunStore
+
+
+def is_reduced(store: RunStore, wave: int, config: SpectralConfig) -> bool:
+    """Return whether all Grams of a wave are there, for all samples and as `config` asks for them."""
+    done = store.grams_done(grams.gram_settings(config))
+    return done.issuperset(store.keys_of(store.waves[wave]))
+
+
+def reopen_wave(store: RunStore, wave: int, config: SpectralConfig) -> None:
+    """Let a wave be collected again whose gradients were deleted and whose Grams are damaged or of another kind.
+
+    Where only markers of some units are lost, those units are, and the Grams stay.
+    """
+    if any(store.is_deleted(name) for name in store.waves[wave]):
+        if not is_reduced(store, wave, config):
+            for unit in store.units:
+                store.forget_unit(unit, wave)
+        store.want_gradients(wave)
+
+
+def reduce_wave(store: RunStore, wave: int, config: SpectralConfig, ranks: Ranks, *, progress: bool) -> None:
+    """Build the missing Grams of a wave, every rank those it claims, and delete the wave's gradients.
+
+    Args:
+        store: of a run whose lock is held; the wave is fully collected.
+        wave: its number.
+        config: precision, workers and memory budget; what one host has is shared among its ranks.
+        ranks: all of them.
+        progress: show bars.
+
+    Raises:
+        CorruptRunError: stored gradients are missing or do not have the norms they were collected with.
+        CapacityError: not even one panel fits the memory budget.
+    """
+    done = store.grams_done(grams.gram_settings(config))
+    todo = ranks.share(f"the Grams of wave {wave}", [k for k in store.keys_of(store.waves[wave]) if k not in done])
+    own = _share_of_host(config)
+    if progress and ranks.is_main and todo and len(store.waves) > 1:
+        tqdm.write(f"Grams of wave {wave + 1} of {len(store.waves)}")
+    for keys in _claimed(todo, wave, own, ranks):
+        build_stored_grams(store, own, keys, progress=progress and ranks.is_main)
+        ranks.alive()
+    ranks.wait("for the other ranks' Grams")
+    if ranks.is_main:
+        store.delete_gradients(wave)
+    ranks.wait("for the end of the wave")
+
+
+def _claimed(todo: list[str], wave: int, config: SpectralConfig, ranks: Ranks):
+    """Yield groups of keys for this rank: all for a single one, else enough to keep its workers busy."""
+    if ranks.count == 1:
+        if todo:
+            yield todo
+        return
+    size = 2 * (config.n_workers or 1)
+    groups = [todo[start : start + size] for start in range(0, len(todo), size)]
+    while True:
+        ranks.check()
+        position = ranks.add(f"grams/{wave}/claimed", 1) - 1
+        if position >= len(groups):
+            return
+        yield groups[position]
+
+
+def _share_of_host(config: SpectralConfig) -> SpectralConfig:
+    """Return the config with this rank's share of the cores of its host; its share of the memory it has already."""
+    if local_ranks() == 1:
+        return config
+    return config.replace(n_workers=config.n_workers or max(1, len(os.sched_getaffinity(0)) // local_ranks()))

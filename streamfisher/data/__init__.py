@@ -1,0 +1,1 @@
+"""Samples: numbered, cut into units and batches, and read from files."""

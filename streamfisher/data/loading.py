@@ -1,0 +1,142 @@
+"""Samples from a text file, a folder of text files, JSON lines, numpy arrays, or the user's own callable."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamfisher.errors import DataError
+from streamfisher.models.loading import call, is_callable_spec
+
+Tokenize = Callable[[str], list[int]]
+
+_TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".text", ".tex", ".html", ".c", ".h", ".cpp", ".js", ".ts", ".java"}
+DEFAULT_LENGTH = 128
+
+
+def tokenize_bytes(text: str) -> list[int]:
+    """Return the UTF-8 bytes of a text: the vocabulary of 256 that needs no tokenizer."""
+    return list(text.encode("utf-8"))
+
+
+def load_samples(
+    spec: str, *, tokenize: Tokenize | None = None, field: str = "text", max_length: int | None = None
+) -> Any:
+    """Return a map-style dataset for what `spec` names.
+
+    - a text file, or a folder of them (sorted by path): the tokens of each file are cut into sequences of `max_length`
+      that do not overlap; what remains at a file's end is kept if it has at least 2 tokens;
+    - `.jsonl`: one sample per line, the text in `field`, cut to `max_length`; a list of integers there is taken as ids;
+    - `.npy`: token ids (1-D, cut into sequences; 2-D, one per row) or an array of inputs, one per row;
+    - `.npz`: one array per key, all with the same first axis;
+    - `package.module:callable`: returns or yields dicts of tensors without batch axis.
+
+    Args:
+        spec: as above.
+        tokenize: text to token ids; `None` takes bytes.
+        field: of JSON lines.
+        max_length: tokens per sequence; `None` means 128 where text must be cut.
+
+    Raises:
+        DataError: nothing is there, it is empty, or of a kind that is not known.
+    """
+    path = Path(spec)
+    tokenize = tokenize or tokenize_bytes
+    length = max_length or DEFAULT_LENGTH
+    if not path.exists() and is_callable_spec(spec):
+        return _called(spec)
+    if not path.exists():
+        raise DataError(f"DATA {spec}: there is no such file or folder, and it is not of the form module:callable.")
+    if path.is_dir():
+        return _nonempty(list(_folder(path, tokenize, length)), spec)
+    if path.suffix == ".jsonl":
+        return _nonempty(list(_json_lines(path, tokenize, field, max_length)), spec)
+    if path.suffix in (".npy", ".npz"):
+        return _arrays(path, length)
+    return _nonempty(list(_sequences(tokenize(_read_text(path)), length)), spec)
+
+
+def _called(spec: str) -> Any:
+    source = call(spec, "DATA")
+    if isinstance(source, Mapping) or (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+        return source
+    if not isinstance(source, Iterable):
+        raise DataError(f"DATA {spec} returned a {type(source).__name__}; it must return or yield dicts of tensors.")
+    return list(source)
+
+
+def _folder(folder: Path, tokenize: Tokenize, length: int) -> Iterator[dict[str, Tensor]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in _TEXT_SUFFIXES)
+    if not files:
+        raise DataError(f"DATA {folder}: the folder holds no text files ({', '.join(sorted(_TEXT_SUFFIXES))}).")
+    for path in files:
+        yield from _sequences(tokenize(_read_text(path)), length)
+
+
+def _sequences(tokens: list[int], length: int) -> Iterator[dict[str, Tensor]]:
+    ids = torch.tensor(tokens, dtype=torch.int64)
+    for start in range(0, len(ids), length):
+        piece = ids[start : start + length]
+        if len(piece) >= min(2, length):
+            yield {"input_ids": piece}
+
+
+def _json_lines(path: Path, tokenize: Tokenize, field: str, max_length: int | None) -> Iterator[dict[str, Tensor]]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"DATA {path}, line {number}: not JSON ({error}).") from error
+            if not isinstance(record, dict) or field not in record:
+                keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+                raise DataError(
+                    f"DATA {path}, line {number}: there is no field {field!r} (there is: {keys}); use --field."
+                )
+            value = record[field]
+            if not isinstance(value, str) and not (isinstance(value, list) and all(type(id) is int for id in value)):
+                raise DataError(f"DATA {path}, line {number}: {field!r} is neither text nor token ids; use --field.")
+            ids = tokenize(value) if isinstance(value, str) else value
+            yield {"input_ids": torch.tensor(ids, dtype=torch.int64)[:max_length]}
+
+
+def _arrays(path: Path, length: int) -> Any:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        arrays = dict(loaded) if path.suffix == ".npz" else {"input_ids": loaded}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        reason = "it holds Python objects, or is not of that format" if "pickle" in str(error) else str(error)
+        raise DataError(f"DATA {path} cannot be read as numpy arrays of numbers: {reason}.") from error
+    if not arrays or any(array.size == 0 for array in arrays.values()):
+        raise DataError(f"DATA {path} holds no samples.")
+    for key, array in arrays.items():
+        if array.dtype.kind not in "biuf":
+            raise DataError(f"DATA {path}: {key!r} has dtype {array.dtype}; only numbers can be samples.")
+        if array.dtype.kind in "iu":
+            arrays[key] = array.astype(np.int64)  # torch indexes with int64 and does not know all of the others
+    ids = arrays.get("input_ids")
+    if len(arrays) == 1 and ids is not None and ids.ndim == 1 and ids.dtype.kind == "i":
+        return _nonempty(list(_sequences(ids.tolist(), length)), str(path))
+    return {key: torch.from_numpy(array) for key, array in arrays.items()}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise DataError(f"DATA {path} cannot be read: {error}") from error
+
+
+def _nonempty(samples: list[dict[str, Tensor]], spec: str) -> list[dict[str, Tensor]]:
+    if not samples:
+        raise DataError(f"DATA {spec} is empty: no sequence of at least 2 tokens was found.")
+    return samples

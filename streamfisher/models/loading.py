@@ -1,0 +1,223 @@
+"""A model from a Hugging Face folder or id, or from the user's own callable."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from streamfisher.models.checkpoint import load_sharded, load_weights
+from streamfisher.errors import ConfigError, ModelError, StreamfisherError, require
+from streamfisher.models.device_map import DeviceMap, check_device_map, place
+from streamfisher.models.sharding import shard
+
+
+def load_model(
+    spec: str,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    device_map: DeviceMap | None = None,
+    offload_folder: str | Path = "offload",
+    sharded: bool = False,
+) -> nn.Module:
+    """Return a model in eval mode on `device`, or spread by `device_map`, or sharded over all ranks.
+
+    Args:
+        spec: a Hugging Face folder or id, or `package.module:callable` that returns an `nn.Module` when called without
+            arguments. The callable is the only code of yours that is run.
+        dtype: cast to it; `None` keeps the dtype of the checkpoint.
+        device: where to put it.
+        trust_remote_code: run code that comes with a Hugging Face checkpoint.
+        device_map: a strategy of Accelerate, or module names and devices, instead of `device`.
+        offload_folder: for weights that the map puts on disk.
+        sharded: by FSDP2. Each rank then reads its part of a checkpoint only; what a callable returns is made whole on
+            every rank first.
+
+    Raises:
+        ConfigError: the device map does not fit the model; or it is to be sharded over one rank, or by a map as well.
+        ModelError: the model cannot be found or loaded, or the callable returns something else.
+        MissingExtraError: transformers is needed and not installed.
+    """
+    device = torch.device(device)
+    if sharded and device_map is not None:
+        raise ConfigError("--fsdp spreads the weights over ranks and --device-map over devices; use one of them.")
+    if ":" in spec and not Path(spec).exists():
+        model = call(spec, "MODEL")
+        if not isinstance(model, nn.Module):
+            raise ModelError(
+                f"MODEL {spec} returned a {type(model).__name__}, not a torch.nn.Module; it must return the model."
+            )
+    else:
+        where = {"device_map": {"": str(device)}}
+        if device_map is not None:
+            where = {"device_map": device_map, "offload_folder": str(offload_folder)}
+        return _load_pretrained(spec, dtype, trust_remote_code, where, device if sharded else None).eval()
+    if dtype is not None:
+        model = model.to(dtype)
+    if device_map is not None:
+        return place(model, device_map, offload_folder).eval()
+    if sharded:
+        return shard(model, device).eval()
+    return model.to(device).eval()
+
+
+def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of a Hugging Face folder or id.
+
+    Raises:
+        ModelError: there is none.
+        MissingExtraError: transformers is not installed.
+    """
+    check_pretrained(spec)
+    require("transformers", "hf", f"tokenize text for {spec}")
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no tokenizer could be loaded from {spec}: {_first_line(error)}. Use --tokenizer bytes, or give token ids."
+        ) from error
+
+
+def is_callable_spec(spec: str) -> bool:
+    """Return whether `spec` has the form `package.module:callable`."""
+    module, colon, attribute = spec.partition(":")
+    return bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def call(spec: str, what: str) -> Any:
+    """Import `package.module:callable` (the current folder counts) and return what the call gives.
+
+    Raises:
+        ConfigError: the text has another form, the module or attribute does not exist, or it is not callable.
+    """
+    if not is_callable_spec(spec):
+        raise ConfigError(f"{what} {spec!r} does not exist as a path and is not of the form package.module:callable.")
+    module_name, _, attribute = spec.partition(":")
+    with _current_folder_on_path():
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"{what} {spec}: {error}. The folder you are in is searched, and what is installed."
+            ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ConfigError(f"{what} {spec}: {module_name} has no callable named {attribute}.")
+    if _needs_arguments(function):
+        raise ConfigError(f"{what} {spec}: {attribute} must be callable without arguments; write a function that is.")
+    return function()
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that `name` means, once a tensor could be put there.
+
+    Raises:
+        ConfigError: torch does not know it, or it is not there.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"--device {name} cannot be used: {_first_line(error)}. Use --device cpu, or leave it out."
+        ) from error
+    return device
+
+
+def check_pretrained(spec: str) -> None:
+    """Refuse what can be neither a Hugging Face folder nor an id, before anything is fetched.
+
+    Raises:
+        ConfigError: it looks like `module:callable` and is not of that form.
+        ModelError: there is no such folder, or it has no `config.json`.
+    """
+    path = Path(spec)
+    if ":" in spec and not path.exists():
+        raise ConfigError(f"MODEL {spec!r} does not exist as a path and is not of the form package.module:callable.")
+    looks_like_path = spec.startswith((".", "/", "~")) or spec.count("/") > 1
+    if not path.exists() and looks_like_path:
+        raise ModelError(
+            f"MODEL {spec}: there is no such folder. Give a Hugging Face folder or id, or module:callable."
+        )
+    if path.is_file():
+        raise ModelError(f"MODEL {spec} is a file. Give the Hugging Face folder it is in, an id, or module:callable.")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(
+            f"MODEL {spec}: the folder has no config.json, so it is not a Hugging Face model. Give the folder that "
+            "save_pretrained wrote, an id, or module:callable."
+        )
+
+
+def _needs_arguments(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return True
+    except ValueError:  # it has no signature that Python knows
+        return False
+    return False
+
+
+def _load_pretrained(
+    spec: str,
+    dtype: torch.dtype | None,
+    trust_remote_code: bool,
+    where: Mapping[str, Any],
+    sharded_on: torch.device | None,
+) -> nn.Module:
+    check_pretrained(spec)
+    require("transformers", "hf", f"load the model {spec}")
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(spec, trust_remote_code=trust_remote_code)
+        kind = auto_class(transformers, config)
+        options = {"config": config, "dtype": dtype or "auto", "use_safetensors": True}
+        options["trust_remote_code"] = trust_remote_code
+        if sharded_on is not None:
+            return load_sharded(kind, spec, options, sharded_on)
+        if isinstance(where["device_map"], dict) and "offload_folder" in where:  # the user's own
+            with torch.device("meta"):
+                check_device_map(kind._from_config(config), where["device_map"])
+        return load_weights(kind, spec, {**options, **where})
+    except StreamfisherError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(f"MODEL {spec} cannot be loaded: {_first_line(error)}") from error
+
+
+def auto_class(transformers: Any, config: Any) -> Any:
+    """Return the class the checkpoint was saved from, so that no head is made up or lost."""
+    for name in getattr(config, "architectures", None) or []:
+        kind = getattr(transformers, name, None)
+        if kind is not None:
+            return kind
+    return transformers.AutoModelForCausalLM
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+@contextlib.contextmanager
+def _current_folder_on_path():
+    folder = str(Path.cwd())
+    added = folder not in sys.path
+    if added:
+        sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if added:
+            sys.path.remove(folder)

@@ -1,0 +1,205 @@
+"""What a run that is about to start will hold, and how it fits its budgets: representation, batches, waves, Grams."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from streamfisher.config import SpectralConfig, format_bytes
+from streamfisher.errors import CapacityError, ConfigError
+from streamfisher.runtime.memory import local_ranks, working_memory
+from streamfisher.blocks.gram_keys import gram_keys
+from streamfisher.planning.representation import choose_representation, sample_bytes
+from streamfisher.data.samples import make_batches, make_units
+from streamfisher.gradients.shapes import GradientShape
+from streamfisher.planning.waves import FACTOR_COPIES, WaveLimits, WaveSize, WaveSizes, cut_waves
+
+#: Kept free on the disk besides what the run needs.
+DISK_MARGIN = 64 << 20
+#: Of a memory budget, at most these shares are for the activations of a batch, and for them and its factors.
+_ACTIVATION_SHARE = 0.5
+_BATCH_SHARE = 0.8
+#: Of the disk, at most this share is for the boundaries of streamed layers.
+BOUNDARY_SHARE = 0.25
+#: Batches are not made smaller than this for the sake of factors; then there are more waves instead.
+_LEAST_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Provisions:
+    """How a run is laid out; everything here is stored with it and does not change when it is resumed."""
+
+    representation: dict[str, str]  # parameter -> 'dense' or 'factors'
+    waves: list[WaveSize]
+    grams: dict[str, list[str]]  # Gram key -> parameters
+    keep: list[str]  # patterns of parameters whose gradients stay
+    batch_tokens: int  # padded tokens of one backward pass
+    gram_bytes: int  # 8 N^2 for each Gram
+
+    def layout(self) -> dict[str, Any]:
+        """Return the part of the manifest's layout that says so, as plain JSON values."""
+        return {
+            "representation": self.representation,
+            "waves": [list(wave.parameters) for wave in self.waves],
+            "grams": self.grams,
+            "keep": self.keep,
+            "batch_tokens": self.batch_tokens,
+        }
+
+    @property
+    def disk(self) -> int:
+        """Return the most bytes that are on disk at one time, uncompressed, kept gradients counted in every wave."""
+        largest = max(wave.disk for wave in self.waves)
+        return self.gram_bytes + (sum(wave.disk for wave in self.waves) if self.keep else largest)
+
+
+def provide(
+    shapes: Sequence[GradientShape],
+    lengths: Sequence[int],
+    config: SpectralConfig,
+    path: Path,
+    *,
+    row_dtype: torch.dtype,
+    activations: float = 0.0,
+    segments: Sequence[Sequence[str]] | None = None,
+) -> Provisions:
+    """Decide how a new run is laid out, within its budgets.
+
+    Args:
+        shapes: of all parameters, in the model's order.
+        lengths: tokens of each sample.
+        config: budgets, and everything about how gradients are held.
+        path: of the run, for what is free on its disk.
+        row_dtype: in which rows are computed.
+        activations: bytes in host memory that a backward pass takes for each padded token.
+        segments: parameters that share no wave with those of another segment, in this order; `None`: any may.
+
+    Raises:
+        CapacityError: something does not fit; the message says what, by how much, and what would make it fit.
+        ConfigError: rows are to be stored centered, and that takes more than one wave.
+    """
+    n_samples = len(lengths)
+    row_itemsize = torch.finfo(row_dtype).bits // 8
+    stored_itemsize = torch.finfo(config.dtype_store or row_dtype).bits // 8
+    chosen = choose_representation(
+        shapes, config.representation, row_itemsize=stored_itemsize, centered=config.store_centered
+    )
+    memory = working_memory(config.memory_budget)
+    _, factors = sample_bytes(shapes, chosen, 1)
+    batch_tokens = _fit_batches(config, lengths, activations, factors, memory)
+    sizes = WaveSizes(
+        shapes,
+        chosen,
+        n_samples=n_samples,
+        unit_rows=min(config.chunk_size, n_samples),
+        batch_samples=_samples_of_a_batch(lengths, config.chunk_size, batch_tokens),
+        row_itemsize=row_itemsize,
+        stored_itemsize=stored_itemsize,
+    )
+    names = [shape.name for shape in shapes]
+    n_grams = len(gram_keys(names, config.gram_per))
+    gram_bytes = 8 * n_samples**2 * n_grams
+    means = 8 * sum(shape.columns for shape in shapes) * (len(make_units(n_samples, config.chunk_size)) + 1)
+    limits = WaveLimits(
+        disk=disk_limit(config, path) - gram_bytes - (means if config.store_centered else 0),
+        memory=int(memory - (activations * batch_tokens if config.memory_budget else 0)),
+        disk_why=_why(config.disk_budget, "--disk-budget", "what is free on the disk"),
+        memory_why=_why(config.memory_budget, "--memory-budget", "what is free"),
+    )
+    if limits.disk <= 0:
+        raise CapacityError(
+            f"{n_grams} Grams of {n_samples} samples take {format_bytes(gram_bytes)} and {limits.disk_why} is "
+            f"{format_bytes(disk_limit(config, path))}. Take fewer samples, or keep fewer Grams with --gram-per layer."
+        )
+    keep = config.keep_gradients
+    if keep is None:
+        whole = sizes.of(names)
+        keep = ("*",) if whole.disk <= limits.disk and whole.memory <= limits.memory else ()
+    if segments is None:
+        waves = cut_waves(sizes, limits, keep)
+    else:
+        waves = [wave for names in segments for wave in cut_waves(sizes, limits, keep, names)]
+    if len(waves) > 1 and config.store_centered:
+        raise ConfigError(
+            f"store_centered=True takes one pass over all parameters, and within the budgets the run takes {len(waves)}"
+            ". Leave it out (--center gives the covariance of uncentered gradients too), or give more disk and memory."
+        )
+    cut = [list(wave.parameters) for wave in waves]
+    return Provisions(dict(chosen), waves, gram_keys(names, config.gram_per, cut), list(keep), batch_tokens, gram_bytes)
+
+
+def of_one_rank(config: SpectralConfig) -> SpectralConfig:
+    """Return the config with one rank's share of its host's memory budget."""
+    if config.memory_budget is None or local_ranks() == 1:
+        return config
+    return config.replace(memory_budget=max(int(config.memory_budget) // local_ranks(), 1))
+
+
+def _fit_batches(
+    config: SpectralConfig, lengths: Sequence[int], activations: float, factors: float, memory: int
+) -> int:
+    """Return how many padded tokens a backward pass may take: the config's, or fewer where the budget asks for it.
+
+    Smaller batches come before more waves: down to `_LEAST_TOKENS` they cost little, and a wave costs a pass.
+    """
+    longest = max(lengths)
+    if config.memory_budget is None or activations <= 0:
+        return config.batch_tokens
+    if activations * longest > _ACTIVATION_SHARE * memory:
+        needed = int(longest * activations / _ACTIVATION_SHARE)
+        raise CapacityError(
+            f"one sample of {longest} tokens needs about {format_bytes(longest * activations)} for its activations and "
+            f"--memory-budget {format_bytes(memory)} leaves {format_bytes(_ACTIVATION_SHARE * memory)} for them. Give "
+            f"at least {format_bytes(needed)}, or cut the samples with --max-length."
+        )
+    each = activations + FACTOR_COPIES * factors * len(lengths) / sum(lengths)
+    fits = min(int(_ACTIVATION_SHARE * memory / activations), max(int(_BATCH_SHARE * memory / each), _LEAST_TOKENS))
+    return min(config.batch_tokens, max(fits, longest))
+
+
+def _samples_of_a_batch(lengths: Sequence[int], chunk_size: int, batch_tokens: int) -> float:
+    """Return the samples of the largest batch."""
+    units = make_units(len(lengths), chunk_size)
+    return max(len(batch) for unit in units for batch in make_batches(lengths[unit.start : unit.stop], batch_tokens))
+
+
+def disk_limit(config: SpectralConfig, path: Path) -> int:
+    """Return the bytes that a run may take on its disk."""
+    free = free_disk(path) - DISK_MARGIN
+    return min(free, config.disk_budget) if config.disk_budget is not None else free
+
+
+def boundary_room(config: SpectralConfig, path: Path) -> int:
+    """Return the bytes on the disk that the boundaries of streamed layers may take."""
+    return int(BOUNDARY_SHARE * disk_limit(config, path))
+
+
+def free_disk(path: Path) -> int:
+    """Return the bytes that are free on the disk that a path is or will be on."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def check_disk(path: Path, needed: int) -> None:
+    """Refuse work that the disk has no room for.
+
+    Raises:
+        CapacityError: the message names what is needed, what is free, and what would help.
+    """
+    free = free_disk(path)
+    if needed + DISK_MARGIN > free:
+        raise CapacityError(
+            f"the run needs up to {format_bytes(needed)} on disk and {path.absolute().parent} has {format_bytes(free)} "
+            "free. Make room, take fewer samples, or write to another disk."
+        )
+
+
+def _why(value: Any, option: str, otherwise: str) -> str:
+    return option if value is not None else otherwise

@@ -1,0 +1,146 @@
+"""A plan as text: what is to be stored, the ways of doing it side by side, and the stages of the one that is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streamfisher.config import format_bytes
+from streamfisher.planning.plan import RunPlan
+from streamfisher.planning.rates import UNKNOWN
+from streamfisher.planning.shortfalls import round_up
+from streamfisher.planning.strategy import BlockBytes, Stage, Way
+
+
+def plan_table(plan: RunPlan) -> str:
+    """Return the plan for a person to read."""
+    trace = plan.trace
+    lines = [
+        f"{trace.name}: {trace.n_params:,} parameters in {len(trace.shapes)} tensors, "
+        f"weights {format_bytes(trace.weight_bytes)}",
+        f"{plan.n_samples:,} samples of {plan.mean_length:.0f} tokens on average; one plain forward and backward of "
+        f"all of them is {format_count(3.0 * plan.n_samples * trace.forward_flops)} operations",
+        "",
+        *_columns([("block", "parameters", "as rows", "as factors", "stored"), *map(_block_row, folded(plan.blocks))]),
+        f"Grams: {plan.n_grams} of {format_bytes(8.0 * plan.n_samples**2)}, {format_bytes(plan.gram_bytes)} in all. "
+        "Sizes are uncompressed.",
+        "",
+        *ways_table(plan),
+        "",
+        f"Taken: {taken(plan.chosen)}",
+        *_columns([("stage", "operations", "read", "written", "memory", "time"), *map(_stage_row, plan.chosen.stages)]),
+        "Memory is the host's, beside the model's weights. Rates: " + _rates(plan),
+    ]
+    if plan.chosen.fits:
+        lines.append("It fits.")
+    else:
+        lines.append("It does not fit:")
+        lines += [f"  - {problem}" for problem in plan.problems()]
+        disk, memory = (round_up(plan.least[what]) for what in ("disk", "memory"))
+        if plan.ways[-1].fits:
+            lines.append(f"--stream layers would fit, in {format_seconds(plan.ways[-1].seconds)}.")
+        lines.append(f"The least with which waves would do: --disk-budget {disk} --memory-budget {memory}.")
+    return "\n".join(lines)
+
+
+def ways_table(plan: RunPlan) -> list[str]:
+    """Return the ways of a run side by side."""
+    head = ("way", "passes", "written", "disk at most", "boundaries", "weights", "memory", "time", "fits")
+    return _columns([head, *(way_row(way) for way in plan.ways)])
+
+
+def way_row(way: Way) -> tuple[str, ...]:
+    """Return one way as cells of text."""
+    name = f"{way.name} ({way.waves})" if way.name == "waves" else way.name
+    boundaries = "" if not way.boundaries else format_bytes(way.boundaries)
+    if way.every > 1:
+        boundaries += f" (1 in {way.every})"
+    return (
+        name,
+        f"{way.passes:.2f}",
+        format_bytes(way.gradients),
+        format_bytes(way.disk),
+        boundaries or "-",
+        format_bytes(way.weights),
+        format_bytes(way.memory),
+        format_seconds(way.seconds),
+        "yes" if way.fits else "no",
+    )
+
+
+def folded(blocks: Sequence[BlockBytes]) -> list[tuple[str, BlockBytes]]:
+    """Return blocks with runs of equal ones written as one: `layer_0 ... layer_31`, each."""
+    found: list[tuple[list[str], BlockBytes]] = []
+    for block in blocks:
+        same = found and (found[-1][1].n_params, found[-1][1].stored) == (block.n_params, block.stored)
+        if same:
+            found[-1][0].append(block.name)
+        else:
+            found.append(([block.name], block))
+    return [
+        (names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}, each of {len(names)}", block)
+        for names, block in found
+    ]
+
+
+def format_count(value: float) -> str:
+    """Return `'2.1e+15'`."""
+    return f"{value:.2g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time in the unit that suits it; a dash for none."""
+    if seconds == 0.0:
+        return "-"
+    for limit, scale, unit in ((120.0, 1.0, "s"), (7200.0, 60.0, "min"), (172800.0, 3600.0, "h")):
+        if seconds < limit:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds / 86400.0:.3g} days"
+
+
+def taken(way: Way) -> str:
+    """Return a way in words, with the number of its waves."""
+    if way.name != "waves":
+        return way.name
+    return "a single wave, with all gradients on disk at once" if way.waves == 1 else f"{way.waves} waves"
+
+
+def _block_row(named: tuple[str, BlockBytes]) -> tuple[str, ...]:
+    name, block = named
+    return (
+        name,
+        f"{block.n_params:,}",
+        format_bytes(block.dense),
+        format_bytes(block.factors),
+        format_bytes(block.stored),
+    )
+
+
+def _stage_row(stage: Stage) -> tuple[str, ...]:
+    return (
+        stage.name,
+        format_count(stage.flops),
+        format_bytes(stage.read),
+        format_bytes(stage.written),
+        format_bytes(stage.memory),
+        format_seconds(stage.seconds),
+    )
+
+
+def _rates(plan: RunPlan) -> str:
+    rates = plan.rates
+    if rates == UNKNOWN:
+        return "not measured, because the run is short; `streamfisher plan` measures them."
+    return (
+        f"passes {format_count(rates.passes)}/s, products {format_count(rates.products)}/s, rows of factors "
+        f"{format_count(rates.forming)}/s, solve {format_count(rates.solve)}/s, write {format_bytes(rates.write)}/s, "
+        f"read {format_bytes(rates.read)}/s; {rates.source}."
+    )
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines

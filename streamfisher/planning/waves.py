@@ -1,0 +1,147 @@
+"""Waves: parameters cut into groups whose gradients fit the disk and memory budgets, one pass over the data for each.
+
+A wave is collected, reduced to its Grams, and its gradients are deleted unless they are to be kept. Grams of different
+parameters never need one another's rows, so the result is the same as that of one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from streamfisher.config import format_bytes
+from streamfisher.errors import CapacityError
+from streamfisher.planning.representation import Representation, sample_bytes
+from streamfisher.gradients.shapes import GradientShape
+
+#: A batch's factors exist in the graph, flattened for storing, and encoded, one tensor at a time.
+FACTOR_COPIES = 2.0
+
+
+@dataclass(frozen=True)
+class WaveLimits:
+    """What one wave may take, in bytes."""
+
+    disk: int  # for gradients that exist at the same time, kept ones included
+    memory: int  # of the host, beside the model and its activations
+    disk_why: str = "--disk-budget"  # what sets the limit, for messages
+    memory_why: str = "--memory-budget"
+
+
+@dataclass(frozen=True)
+class WaveSize:
+    """What one wave takes, in bytes, uncompressed."""
+
+    parameters: tuple[str, ...]
+    rows: int  # on disk, of all samples
+    factors: int  # on disk, of all samples
+    memory: int  # buffers of one unit's rows and one batch's factors
+
+    @property
+    def disk(self) -> int:
+        """Return the sum of rows and factors."""
+        return self.rows + self.factors
+
+
+class WaveSizes:
+    """Sizes of any group of parameters under one choice of representation.
+
+    Args:
+        shapes: of all parameters, in the model's order.
+        chosen: how each is held.
+        n_samples: N.
+        unit_rows: samples whose rows are in memory at a time.
+        batch_samples: samples of one backward pass.
+        row_itemsize: bytes of a number of a row as it is computed.
+        stored_itemsize: bytes of a number of a row as it is stored.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[GradientShape],
+        chosen: Mapping[str, Representation],
+        *,
+        n_samples: int,
+        unit_rows: int,
+        batch_samples: float,
+        row_itemsize: int,
+        stored_itemsize: int,
+    ):
+        self.shapes = {shape.name: shape for shape in shapes}
+        self.chosen = chosen
+        self.n_samples, self.unit_rows, self.batch_samples = n_samples, unit_rows, batch_samples
+        self.row_itemsize, self.stored_itemsize = row_itemsize, stored_itemsize
+
+    def of(self, names: Sequence[str]) -> WaveSize:
+        """Return the size of a wave of these parameters."""
+        members = [self.shapes[name] for name in names]
+        rows, factors = sample_bytes(members, self.chosen, 1)
+        buffered = self.unit_rows * rows * self.row_itemsize
+        return WaveSize(
+            tuple(names),
+            rows=self.n_samples * rows * self.stored_itemsize,
+            factors=int(self.n_samples * factors),
+            memory=int(buffered + FACTOR_COPIES * self.batch_samples * factors),
+        )
+
+
+def cut_waves(
+    sizes: WaveSizes, limits: WaveLimits, keep: Sequence[str] = (), among: Sequence[str] | None = None
+) -> list[WaveSize]:
+    """Return the waves, as few as fit: consecutive parameters in the model's order.
+
+    Args:
+        sizes: of groups of parameters.
+        limits: of one wave.
+        keep: glob patterns of parameters whose gradients stay on disk.
+        among: the parameters to cut into waves; `None`: all.
+
+    Raises:
+        CapacityError: one parameter alone does not fit; the message names it and the budget that would do.
+    """
+    kept = [name for name in sizes.shapes if is_kept(name, keep)]
+    kept_bytes = sizes.of(kept).disk
+    disk = limits.disk - kept_bytes
+    waves: list[WaveSize] = []
+    names: list[str] = []
+    for name in sizes.shapes if among is None else among:
+        grown = sizes.of([*names, name])
+        if names and not _fits(grown, sizes, keep, disk, limits.memory):
+            waves.append(sizes.of(names))
+            names = []
+        alone = sizes.of([name])
+        if not names and not _fits(alone, sizes, keep, disk, limits.memory):
+            raise CapacityError(_too_small(name, alone, sizes, kept_bytes, limits))
+        names.append(name)
+    return [*waves, sizes.of(names)]
+
+
+def is_kept(name: str, keep: Sequence[str]) -> bool:
+    """Return whether a parameter's gradients stay on disk after its Gram is built."""
+    return any(fnmatchcase(name, pattern) for pattern in keep)
+
+
+def _fits(wave: WaveSize, sizes: WaveSizes, keep: Sequence[str], disk: int, memory: int) -> bool:
+    passing = sizes.of([name for name in wave.parameters if not is_kept(name, keep)])
+    return passing.disk <= disk and wave.memory <= memory
+
+
+def _too_small(name: str, alone: WaveSize, sizes: WaveSizes, kept: int, limits: WaveLimits) -> str:
+    if alone.memory > limits.memory:
+        dense = sizes.chosen[name] == "dense"
+        fits = max(int(sizes.unit_rows * limits.memory // max(alone.memory, 1)), 0) if dense else 0
+        remedy = f"take --chunk-size {fits} or less, " if fits else ""
+        return (
+            f"the gradients of {name} alone need {format_bytes(alone.memory)} of memory for "
+            f"{sizes.unit_rows if dense else round(sizes.batch_samples)} samples at a time and {limits.memory_why} "
+            f"leaves {format_bytes(limits.memory)} for them. {remedy.capitalize()}give or free "
+            f"{format_bytes(alone.memory - limits.memory)} more, or leave the parameter out with --exclude."
+        )
+    return (
+        f"the gradients of {name} alone need {format_bytes(alone.disk)} on disk, and {limits.disk_why} leaves "
+        f"{format_bytes(max(limits.disk - kept, 0))}"
+        + (f" beside {format_bytes(kept)} that --keep-gradients keeps" if kept else "")
+        + f". Give or free {format_bytes(alone.disk - limits.disk + kept)} more, take fewer samples, write to another "
+        "disk, or leave the parameter out with --exclude."
+    )

@@ -1,0 +1,91 @@
+"""A comparison of runs for people: a table, and the spectra overlaid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from streamfisher.analysis.compare import Comparison
+from streamfisher.errors import require
+from streamfisher.reports.text import COLOURS, STYLES, band, structure_name
+
+_METRICS = ("trace", "largest_eigenvalue", "spectral_gap", "condition_number", "effective_rank", "stable_rank")
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """Return metrics of every shared block with one line per run, overlaps, and what to beware of."""
+    rows = [("block", "run", *(name.replace("_", " ") for name in _METRICS))]
+    for key in (*comparison.shared_blocks, None):
+        if key is None and comparison.shared_blocks == ("global",):
+            continue
+        for label, spectrum in zip(comparison.labels, comparison.spectra, strict=True):
+            block = spectrum.global_ if key is None else spectrum.blocks[key]
+            values = block.metrics
+            cells = ["-" if values[name] is None else f"{values[name]:.4g}" for name in _METRICS]
+            if spectrum.bootstrap is not None:
+                drawn = spectrum.bootstrap.global_ if key is None else spectrum.bootstrap.blocks[key]
+                intervals = [drawn.interval(name) for name in _METRICS]
+                cells = [
+                    cell if i is None else f"{cell} ({i.low:.4g} .. {i.high:.4g})"
+                    for cell, i in zip(cells, intervals, strict=True)
+                ]
+            rows.append(("global" if key is None else key, label, *cells))
+    lines = _aligned(rows)
+    if comparison.overlaps:
+        lines += ["", "Overlap of leading eigenspaces (mean squared cosine of the principal angles; 1: the same space)"]
+        table = [("block", "runs", "k", "overlap", "of random", "smallest angle", "largest angle")]
+        for overlap in comparison.overlaps:
+            angles = overlap.angles
+            shown = (f"{overlap.mean_squared_cosine:.4f}", f"{min(overlap.k / overlap.n_params, 1):.1e}")
+            degrees = (f"{angles[0]:.1f} deg", f"{angles[-1]:.1f} deg")
+            table.append((overlap.block, " / ".join(overlap.runs), str(overlap.k), *shown, *degrees))
+        lines += _aligned(table)
+    lines += [f"Note: {text}." for text in comparison.warnings]
+    return "\n".join(lines)
+
+
+def comparison_picture(comparison: Comparison, path: str | Path) -> Path:
+    """Draw the spectra of all runs over each other, one panel per shared block; return the path.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    require("matplotlib", "plots", "draw the comparison")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    keys = list(comparison.shared_blocks)
+    columns = min(4, len(keys))
+    rows = -(-len(keys) // columns)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(max(3.6 * columns, 5), 3.0 * rows + 0.4), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(keys) :]:
+        axis.set_visible(False)
+    for axis, key in zip(axes.flat, keys, strict=False):
+        for number, (label, spectrum) in enumerate(zip(comparison.labels, comparison.spectra, strict=True)):
+            block = spectrum.blocks[key]
+            above = block.above_floor
+            index = np.arange(1, len(above) + 1)[above]
+            colour = COLOURS[number % len(COLOURS)]
+            if spectrum.bootstrap is not None:
+                band(axis, spectrum.bootstrap.blocks[key], block, colour)
+            style = STYLES[number % len(STYLES)]
+            partial = " (partial)" if spectrum.metadata.get("partial") else ""
+            axis.loglog(index, block.eigenvalues[above], style, color=colour, linewidth=1.5, label=label + partial)
+        axis.set_title(key, fontsize=10)
+        axis.grid(which="major", linewidth=0.4, alpha=0.5)
+    axes[0, 0].legend(fontsize=7, frameon=False)
+    figure.supxlabel(f"index (blocks: {structure_name(comparison.spectra[0])})", fontsize=9)
+    figure.supylabel("eigenvalue", fontsize=9)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return Path(path)
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,193 @@
+"""Figures of spectra as inline SVG: readable in print, and by the colour-blind.
+
+Lines differ in colour (Okabe and Ito) and in dashes; heat maps use cividis, which is monotone in lightness and looks
+the same to the colour-blind, and carry their numbers.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from streamfisher.errors import require
+from streamfisher.reports.text import COLOURS, STYLES, panel
+from streamfisher.results.spectrum import BlockSpectrum, Spectrum
+from streamfisher.analysis.bootstrap import Growth
+
+_LEGEND = 16  # more entries than that say nothing
+
+
+def svg(draw: Callable[[Any], None], *, width: float, height: float, title: str) -> str:
+    """Return one figure as an SVG element without external resources; the same bytes for the same figure.
+
+    Args:
+        draw: draws on the figure that it is given.
+        width: in inches.
+        height: in inches.
+        title: said by screen readers.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    require("matplotlib", "plots", "draw the report")
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    settings = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": title,
+        "font.family": ["sans-serif"],
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # Ids must differ between the figures of one page.
+    prefix = re.sub(r"[^a-z0-9]+", "-", title.lower())
+    text = re.sub(r'\bid="', f'id="{prefix}-', text)
+    text = re.sub(r'((?:xlink:)?href="#)', rf"\1{prefix}-", text)
+    text = text.replace("url(#", f"url(#{prefix}-")
+    escaped = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escaped}" ', 1)
+
+
+def eigenvalue_curves(spectrum: Spectrum, title: str) -> str:
+    """Draw eigenvalues against their index, log-log, with noise floors (dotted) and bootstrap intervals (bands)."""
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        panel(axis, spectrum)
+        axis.set_title("")
+        axis.set_ylabel("eigenvalue")
+        known = [block for block in spectrum.blocks.values() if block.above_floor.any()]
+        for number, block in enumerate(spectrum.blocks.values()):
+            if block.above_floor.any():
+                axis.axhline(block.noise_floor, color=COLOURS[number % len(COLOURS)], linestyle=":", linewidth=0.8)
+        if known:
+            floors = [block.noise_floor for block in known]
+            least = min(float(block.eigenvalues[block.above_floor].min()) for block in known)
+            axis.set_ylim(bottom=max(min(floors) / 3, least / 30))
+
+    return svg(draw, width=5.4, height=3.9, title=title)
+
+
+def densities(spectra: Sequence[tuple[str, BlockSpectrum]], title: str) -> str:
+    """Draw the spectral density: the share of eigenvalues per decade, above the noise floor."""
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        logs = [np.log10(block.eigenvalues[block.above_floor]) for _, block in spectra]
+        everything = np.concatenate(logs)
+        if not everything.size:
+            axis.text(0.5, 0.5, "nothing above the noise floor", ha="center", transform=axis.transAxes)
+            return
+        low, high = everything.min() - 0.1, everything.max() + 0.1
+        edges = np.linspace(low, high, 12 + int(np.sqrt(everything.size)))
+        for number, ((name, _), values) in enumerate(zip(spectra, logs, strict=True)):
+            if values.size:
+                density = np.histogram(values, edges)[0] / values.size / np.diff(edges)
+                style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
+                axis.stairs(density, edges, label=name, linewidth=1.5, **style)
+        axis.set_xlabel("log10 of the eigenvalue")
+        axis.set_ylabel("share per decade")
+        axis.legend(fontsize=7, frameon=False)
+
+    return svg(draw, width=5.4, height=3.2, title=title)
+
+
+def cumulative_variance(spectrum: Spectrum, title: str) -> str:
+    """Draw the share of the trace in the k leading eigenvalues of each block."""
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        blocks = [*spectrum.blocks.values()]
+        blocks += [spectrum.global_] if len(blocks) > 1 else []
+        for number, block in enumerate(blocks):
+            if block.trace > 0:
+                share = np.cumsum(block.eigenvalues) / block.trace
+                whole = block is spectrum.global_
+                colour = "#000000" if whole else COLOURS[number % len(COLOURS)]
+                style = "-" if whole else STYLES[number // len(COLOURS) % len(STYLES)]
+                index = np.arange(1, len(share) + 1)
+                axis.semilogx(index, share, style, color=colour, linewidth=2.2 if whole else 1.3, label=block.name)
+        axis.set_ylim(0, 1.02)
+        axis.set_xlabel("number of leading eigenvalues")
+        axis.set_ylabel("share of the trace")
+        axis.grid(which="major", linewidth=0.4, alpha=0.5)
+        if len(blocks) <= _LEGEND:
+            axis.legend(fontsize=7, frameon=False, ncols=2 if len(blocks) > 6 else 1)
+
+    return svg(draw, width=5.4, height=3.9, title=title)
+
+
+def growth_curves(growth: Growth, metric: str, label: str, title: str, *, log: bool = False) -> str:
+    """Draw a metric of every block against the number of samples, of nested subsets."""
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        names = list(growth.spectra[0].blocks)
+        for number, name in enumerate(names):
+            style = STYLES[number // len(COLOURS) % len(STYLES)]
+            colour = COLOURS[number % len(COLOURS)]
+            values = growth.curve(metric, name)
+            axis.plot(growth.sizes, values, style, color=colour, marker="o", markersize=3, label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(growth.sizes, [str(size) for size in growth.sizes])
+        axis.minorticks_off()
+        if log:
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
+        axis.set_xlabel("samples")
+        axis.set_ylabel(label)
+        axis.grid(which="major", linewidth=0.4, alpha=0.5)
+        if len(names) <= _LEGEND:
+            axis.legend(fontsize=7, frameon=False, ncols=2 if len(names) > 6 else 1)
+
+    return svg(draw, width=5.4, height=3.6, title=title)
+
+
+def heat_map(
+    matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str], title: str, *, label: str, log: bool = False
+) -> str:
+    """Draw a matrix with its numbers; NaN stays empty.
+
+    Args:
+        matrix: (rows, columns) float64.
+        rows: names.
+        columns: names.
+        title: of the figure.
+        label: of the colour bar.
+        log: logarithmic colours, for values that span decades.
+    """
+    from matplotlib.colors import LogNorm
+
+    shown = np.ma.masked_invalid(np.where(matrix > 0, matrix, np.nan) if log else matrix)
+    numbers = len(columns) <= 14
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        norm = LogNorm() if log and shown.count() else None
+        image = axis.imshow(shown, cmap="cividis", aspect="auto", norm=norm)
+        axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8)
+        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0)
+        figure.colorbar(image, ax=axis, label=label, shrink=0.9)
+        for i, j in zip(*np.nonzero(~shown.mask if shown.mask.ndim else np.ones(shown.shape)), strict=True):
+            if numbers:
+                dark = image.norm(shown[i, j]) < 0.55
+                axis.text(j, i, f"{shown[i, j]:.3g}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
+
+    return svg(draw, width=max(4.2, 1.6 + 0.62 * len(columns)), height=max(2.2, 1.2 + 0.32 * len(rows)), title=title)

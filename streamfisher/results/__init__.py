@@ -1,0 +1,1 @@
+"""Frozen results: spectra, their metrics, and what is known of their errors."""

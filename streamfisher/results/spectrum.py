@@ -1,0 +1,284 @@
+"""Eigenvalues to metrics, blocks to the whole.
+
+Formulas, with N samples, block b of P_b parameters, and K_b the N x N Gram of the block's gradient rows:
+
+    F_b = (1/N) G_b^T G_b            eigenvalues of K_b / N, and zeros
+    C_b = (1/N) (G_b - m)^T (G_b - m)   eigenvalues of H K_b H / N, H = I - 1 1^T / N
+
+The Fisher with blocks is block diagonal, so its eigenvalues are the union of the blocks' eigenvalues.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from streamfisher.results.metrics import effective_rank, shape_metrics
+from streamfisher.results.noise import backward_noise
+
+if TYPE_CHECKING:
+    from streamfisher.analysis.bootstrap import Bootstrap
+
+NORMALIZATION = {False: "(1/N) * G^T G", True: "(1/N) * (G - mean)^T (G - mean)"}
+
+#: What forward and backward passes multiply a unit roundoff by: in the size of a row, and in a singular value's place.
+_ROW_ERROR = 192.0
+_AMPLIFICATION = 32.0
+#: Centering by H K H with float32 products loses digits in proportion to N |mean|^2 over the trace of the covariance;
+#: at this ratio the error of an eigenvalue reaches about 1e-4.
+MEAN_DOMINANCE_LIMIT = 1000.0
+
+
+@dataclass(frozen=True)
+class BlockSpectrum:
+    """Eigenvalues of one block of the Fisher, F_b = (1/N) G_b^T G_b, or of all blocks together."""
+
+    name: str
+    eigenvalues: np.ndarray  # (r,) float64, descending; r = min(N, P) unless `truncated`
+    trace: float  # sum of all eigenvalues, exact also when truncated
+    noise_floor: float  # eigenvalues below it are rounding, see docs/concepts.md; the largest block's for a union
+    above_floor: np.ndarray  # (r,) bool, which eigenvalues are above the noise floor of their own block
+    n_samples: int
+    n_params: int
+    truncated: bool = False  # only the largest eigenvalues are listed
+    solver: str = "lapack-syevd"
+    jitter: float = 0.0  # relative jitter that the solver needed; 0 normally
+    roundoff: float = 2.0**-24  # unit roundoff of the rows
+    reason: str | None = None  # why the spectrum is empty, where it is
+    top_k: int = 100  # how many eigenvalues `metrics` lists
+    norm: float | None = None  # |F|_F, root of the sum of all squared eigenvalues; None: from those listed
+    residuals: np.ndarray | None = (
+        None  # (r,) float64, |F v - lambda v|: an eigenvalue lies within it; None: all solved
+    )
+    solved_side: str = "samples"  # of the N x N matrix; 'parameters': of the P x P one
+    error_bars: dict[str, float | None] | None = None  # metric -> relative error of a projected run; None: exact
+
+    @property
+    def relative_errors(self) -> np.ndarray:
+        """Return an estimate of each eigenvalue's relative error, (r,) float64; infinite below the noise floor.
+
+        Forward and backward passes leave a relative error of some u in every row and move a singular value by some
+        `u sigma_1` (Weyl); products move an eigenvalue by about `eps(product) lambda_1`:
+
+            u (192 + 32 sqrt(lambda_1 / lambda_k)) + floor / (N lambda_k)
+
+        and an iterative solver by no more than its residual, which is added.
+
+        The two factors are what small float32 models showed (`tests/benchmarks/precision.py`), with room. What a
+        bfloat16 or float16 model rounds before a row is formed is not counted.
+        """
+        errors = np.full(len(self.eigenvalues), np.inf)
+        values = self.eigenvalues[self.above_floor]
+        if len(values):
+            rows = self.roundoff * (_ROW_ERROR + _AMPLIFICATION * np.sqrt(self.eigenvalues[0] / values))
+            errors[self.above_floor] = rows + self.noise_floor / (self.n_samples * values)
+            if self.residuals is not None:
+                errors[self.above_floor] += self.residuals[self.above_floor] / values
+        return errors
+
+    def with_floor(self, floor: float) -> BlockSpectrum:
+        """Return the block with its noise floor raised to `floor`, where it was lower."""
+        if floor <= self.noise_floor:
+            return self
+        return dataclasses.replace(self, noise_floor=floor, above_floor=self.eigenvalues > floor)
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Return the block's metrics as plain JSON values.
+
+        - `largest_eigenvalue`, `second_eigenvalue`: lambda_1, lambda_2 (0 where there is no second);
+        - `spectral_gap`: lambda_1 - lambda_2;
+        - `condition_number`: lambda_1 over the smallest eigenvalue above the noise floor; `null` where none is;
+        - `effective_rank`: exp(H(p)), p the eigenvalues above the floor over their sum (Roy and Vetterli, 2007);
+        - `numerical_rank`: how many eigenvalues lie above the noise floor;
+        - `trace`: the sum of all eigenvalues, that is, the mean squared gradient norm;
+        - `top_eigenvalues`: the largest ones, descending;
+        - stable rank, participation ratio, cumulative variance and power law: see `metrics.shape_metrics`.
+        """
+        values = self.eigenvalues
+        significant = values[self.above_floor]
+        second = float(values[1]) if len(values) > 1 else 0.0
+        largest = float(values[0]) if len(values) else 0.0
+        return {
+            "n_samples": self.n_samples,
+            "n_params": self.n_params,
+            "n_eigenvalues": len(values),
+            "largest_eigenvalue": largest,
+            "second_eigenvalue": second,
+            "spectral_gap": largest - second,
+            "condition_number": largest / float(significant[-1]) if len(significant) and not self.truncated else None,
+            "effective_rank": effective_rank(significant) if not self.truncated else None,
+            "numerical_rank": len(significant) if not self.truncated else None,
+            "noise_floor": self.noise_floor,
+            "top_eigenvalues": [float(value) for value in values[: self.top_k]],
+            "trace": self.trace,
+            **shape_metrics(
+                values,
+                self.above_floor,
+                self.trace,
+                float(np.linalg.norm(values)) if self.norm is None else self.norm,
+                truncated=self.truncated,
+            ),
+            "truncated": self.truncated,
+            "solver": self.solver,
+            "jitter": self.jitter,
+            "solved_side": self.solved_side,
+            **({"largest_residual": float(self.residuals.max())} if self.residuals is not None else {}),
+            **({"reason": self.reason} if self.reason else {}),
+        }
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The spectrum of a Fisher or covariance under one block structure."""
+
+    blocks: dict[str, BlockSpectrum]
+    global_: BlockSpectrum  # the union of the blocks' eigenvalues
+    metadata: dict[str, Any] = field(default_factory=dict)
+    bootstrap: Bootstrap | None = None  # intervals of the metrics, where they were asked for
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return `{'global', 'per_block', 'metadata'}` as plain JSON values, with every eigenvalue."""
+        whole = _with_eigenvalues(self.global_)
+        whole["n_total_eigenvalues"] = whole["n_eigenvalues"]
+        whole["total_params"] = whole["n_params"]
+        largest = whole["largest_eigenvalue"]
+        whole["gd_convergence_scale"] = 1.0 / largest if largest > 0 and math.isfinite(1.0 / largest) else None
+        per_block = {name: _with_eigenvalues(block) for name, block in self.blocks.items()}
+        metadata = self.metadata
+        if self.bootstrap is not None:
+            whole["intervals"] = self.bootstrap.global_.to_dict()
+            for name, values in per_block.items():
+                values["intervals"] = self.bootstrap.blocks[name].to_dict()
+            metadata = metadata | {"bootstrap": self.bootstrap.facts()}
+        return {"global": whole, "per_block": per_block, "metadata": metadata}
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write `to_dict()` as JSON, the same bytes for the same spectrum; return the path."""
+        return write_spectra([self], path)
+
+    def _repr_html_(self) -> str:
+        from streamfisher.reports.page import spectrum_html
+
+        return spectrum_html(self)
+
+    def __repr__(self) -> str:
+        whole = self.global_
+        return (
+            f"Spectrum({len(self.blocks)} blocks, N={whole.n_samples}, P={whole.n_params}, trace={whole.trace:.4g}, "
+            f"largest={whole.metrics['largest_eigenvalue']:.4g})"
+        )
+
+
+def _with_eigenvalues(block: BlockSpectrum) -> dict[str, Any]:
+    """Return a block's metrics with all its eigenvalues, and their residuals where an iterative solver gave them."""
+    found = block.metrics | {"eigenvalues": [float(value) for value in block.eigenvalues]}
+    if block.residuals is not None:
+        found["residuals"] = [float(value) for value in block.residuals]
+    if block.error_bars is not None:
+        found["error_bars"] = dict(block.error_bars)
+    return found
+
+
+def write_spectra(spectra: Iterable[Spectrum], path: str | Path) -> Path:
+    """Write one spectrum as itself, several as a list under `spectra`; deterministic bytes, strict JSON."""
+    contents = [spectrum.to_dict() for spectrum in spectra]
+    content = contents[0] if len(contents) == 1 else {"spectra": contents}
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def center(K: np.ndarray) -> np.ndarray:
+    """Return H K H, the Gram of centered rows: row and column means removed."""
+    means = K.mean(axis=0)
+    centered = K - means[None, :] - means[:, None] + means.mean()
+    return (centered + centered.T) / 2
+
+
+def uncenter(K: np.ndarray, mean_products: np.ndarray) -> np.ndarray:
+    """Return the Gram of rows `c_i + m` from that of rows `c_i`.
+
+    Args:
+        K: (N, N), `<c_i, c_j>`.
+        mean_products: (N + 1,), `<c_i, m>` and, last, `<m, m>`.
+    """
+    products = mean_products[:-1]
+    return K + products[None, :] + products[:, None] + mean_products[-1]
+
+
+def union(blocks: Mapping[str, BlockSpectrum], top_k: int) -> BlockSpectrum:
+    """Return the spectrum of the block-diagonal Fisher: the union of the blocks' eigenvalues, never an average.
+
+    Where blocks list their k largest only, the k largest of the union are known, and no more of them are listed.
+    """
+    members = list(blocks.values())
+    if len(members) == 1:
+        only = members[0]
+        return dataclasses.replace(only, name="global")
+    values = np.concatenate([block.eigenvalues for block in members])
+    above = np.concatenate([block.above_floor for block in members])
+    residuals = np.concatenate(
+        [np.zeros(len(block.eigenvalues)) if block.residuals is None else block.residuals for block in members]
+    )
+    order = np.argsort(values, kind="stable")[::-1]
+    cut = [len(block.eigenvalues) for block in members if block.truncated]
+    order = order[: min(cut)] if cut else order
+    return BlockSpectrum(
+        "global",
+        values[order],
+        float(sum(block.trace for block in members)),
+        max(block.noise_floor for block in members),
+        above[order],
+        members[0].n_samples,
+        sum(block.n_params for block in members),
+        truncated=any(block.truncated for block in members),
+        solver=", ".join(sorted({block.solver for block in members})),
+        jitter=max(block.jitter for block in members),
+        roundoff=max(block.roundoff for block in members),
+        top_k=top_k,
+        norm=math.hypot(*(block.norm or 0.0 for block in members)),
+        residuals=residuals[order] if any(block.residuals is not None for block in members) else None,
+        solved_side=", ".join(sorted({block.solved_side for block in members})),
+    )
+
+
+def combine(
+    blocks: Mapping[str, BlockSpectrum], whole_trace: float, computed: torch.dtype, facts: dict[str, Any], top_k: int
+) -> Spectrum:
+    """Return the spectrum of solved blocks, with the floor that the backward pass puts under each of them.
+
+    Args:
+        blocks: solved, in order.
+        whole_trace: of the Fisher of all parameters together.
+        computed: dtype of the backward pass.
+        facts: metadata of the result.
+        top_k: how many eigenvalues the metrics of the whole list.
+    """
+    floor = backward_noise(computed, whole_trace)
+    blocks = {key: block.with_floor(floor) for key, block in blocks.items()}
+    return Spectrum(blocks, union(blocks, top_k), facts)
+
+
+def block_diagonal_error(blocks_squared: float, whole_squared: float) -> float | None:
+    """Return the relative Frobenius error of the block-diagonal approximation, |F - blockdiag F| / |F|.
+
+    `|F|^2 = |K|^2 / N^2` and `|blockdiag F|^2 = sum_b |K_b|^2 / N^2`, both exact.
+
+    Args:
+        blocks_squared: sum over blocks of the squared Frobenius norm of their Grams.
+        whole_squared: squared Frobenius norm of the Gram of all parameters.
+    """
+    if whole_squared <= 0:
+        return None
+    return math.sqrt(max(whole_squared - blocks_squared, 0.0) / whole_squared)

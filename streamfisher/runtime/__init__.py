@@ -1,0 +1,1 @@
+"""The machine a run works on: ranks, memory, disk, threads, signals, durable files."""

@@ -1,0 +1,63 @@
+"""Which wave captures a parameter, and which gradients were deleted after their Grams were built."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from streamfisher.errors import RunError
+from streamfisher.store.factors import delete_factors
+from streamfisher.store.names import node_name
+from streamfisher.store.part import StorePart
+from streamfisher.planning.waves import is_kept
+
+
+class WaveState(StorePart):
+    """What a `RunStore` does with waves."""
+
+    def wave_of(self, name: str) -> int:
+        """Return the wave that captures a parameter."""
+        return next(index for index, names in enumerate(self.waves) if name in names)
+
+    def is_deleted(self, name: str) -> bool:
+        """Return whether a parameter's gradients were deleted after they were reduced."""
+        return not is_kept(name, self.keep) and self._deleted_path(self.wave_of(name)).is_file()
+
+    def delete_gradients(self, wave: int) -> None:
+        """Delete the gradients of a wave that are not to be kept; the marker comes first, so a kill ends it later."""
+        passing = [name for name in self.waves[wave] if not is_kept(name, self.keep)]
+        if not passing:
+            return
+        self._mark(f"deleted-{wave}", {"parameters": passing})
+        entries = [entry for unit in self.units for entry in self.factor_entries(unit, wave)]
+        keep = {key for entry in entries for key in self._kept_keys(entry)}
+        for name in passing:
+            self._arrays.pop(f"gradients/{node_name(name)}", None)
+            for chunks in (self.path / "gradients" / node_name(name)).glob("c*"):
+                shutil.rmtree(chunks, ignore_errors=True)
+        keys = {key for entry in entries for key in entry["sides"]}
+        delete_factors(self._factor_folder(wave), sorted(keys - keep))
+
+    def want_gradients(self, wave: int) -> None:
+        """Take back that a wave's gradients were deleted, because they are collected again."""
+        self._deleted_path(wave).unlink(missing_ok=True)
+
+    def _kept_keys(self, entry: Mapping[str, Any]) -> set[str]:
+        return {
+            key for name, uses in entry["pairs"].items() if is_kept(name, self.keep) for pair in uses for key in pair
+        }
+
+    def _deleted_path(self, wave: int) -> Path:
+        return self.path / "done" / f"deleted-{wave}.json"
+
+    def _factor_folder(self, wave: int) -> Path:
+        return self.path / "factors" / str(wave)
+
+    def _require_kept(self, name: str) -> None:
+        if self.is_deleted(name):
+            raise RunError(
+                f"{self.path}: the gradients of {name} were deleted after its Gram was built, to stay within the disk "
+                "budget. What needs rows needs a run with --keep-gradients all, or with a pattern that matches it."
+            )
