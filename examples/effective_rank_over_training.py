@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 import streamfisher as sf
-from streamfisher.analysis.compare import Comparison, compare
-from streamfisher.reports.comparison import comparison_picture
+from streamfisher.analysis.compare import compare
 from streamfisher.demo import ByteTransformer, demo_samples
 from streamfisher.demo.model import initialise
+from streamfisher.reports.comparison import comparison_picture
+from streamfisher.results.analyses import Comparison
 
 CHECKPOINTS = (0, 10, 40, 120)  # steps
 N_SAMPLES, LENGTH = 48, 48

@@ -13,8 +13,9 @@ import tempfile
 from pathlib import Path
 
 import streamfisher as sf
-from streamfisher.analysis.compare import Comparison, compare
+from streamfisher.analysis.compare import compare
 from streamfisher.demo import demo_samples, load_demo_model
+from streamfisher.results.analyses import Comparison
 
 N_SAMPLES, LENGTH = 64, 64
 

@@ -7,17 +7,14 @@ differs) or it is not (it changes where and how fast, never what). `IDENTITY_FIE
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import yaml
 
+from streamfisher.byte_sizes import _UNITS, parse_bytes
 from streamfisher.errors import ConfigError
 
 StorageMode = Literal["full", "chunked", "streaming"]
@@ -255,68 +252,7 @@ def check_keys(values: Mapping[str, Any], known: list[str], what: str) -> None:
             raise ConfigError(f"{key!r} is not a known {what}. {hint}")
 
 
-def read_config_file(path: str | Path) -> dict[str, Any]:
-    """Read a flat mapping of options from a `.toml`, `.yaml`, `.yml` or `.json` file.
-
-    Raises:
-        ConfigError: the file is missing, cannot be parsed, or does not hold a mapping.
-    """
-    return {str(key).replace("-", "_"): value for key, value in read_mapping(path, "--config").items()}
-
-
-def read_mapping(path: str | Path, option: str) -> dict[Any, Any]:
-    """Read a mapping from a `.toml`, `.yaml`, `.yml` or `.json` file that `option` of the command line names.
-
-    Raises:
-        ConfigError: the file is missing, cannot be parsed, or does not hold a mapping.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{option} {path}: there is no such file.")
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".toml":
-            values: Any = tomllib.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            values = yaml.safe_load(text)
-        elif path.suffix == ".json":
-            values = json.loads(text)
-        else:
-            raise ConfigError(f"{option} {path}: unknown kind {path.suffix!r}; use .toml, .yaml or .json.")
-    except (tomllib.TOMLDecodeError, yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{option} {path} cannot be parsed: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{option} {path} must hold a mapping, not {type(values).__name__}.")
-    return values
-
-
-_UNITS = {"": 1, "b": 1, "k": 1e3, "kb": 1e3, "kib": 2**10, "m": 1e6, "mb": 1e6, "mib": 2**20, "g": 1e9, "gb": 1e9}
 _UNITS |= {"gib": 2**30, "t": 1e12, "tb": 1e12, "tib": 2**40}
-
-
-def parse_bytes(value: int | str, field: str = "size") -> int:
-    """Return a number of bytes from `2000000`, `'2GB'` (powers of ten) or `'2GiB'` (powers of two).
-
-    Raises:
-        ConfigError: the text is not a size, or it is not positive.
-    """
-    text = str(value).strip().lower().replace(" ", "").replace("_", "")
-    digits = text.rstrip("abcdefghijklmnopqrstuvwxyz")
-    try:
-        size = int(float(digits) * _UNITS[text[len(digits) :]])
-    except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"{field}={value!r} is not a size; write for example 500MB, 2GB or 16GiB.") from None
-    if size <= 0:
-        raise ConfigError(f"{field}={value!r} must be more than nothing.")
-    return size
-
-
-def format_bytes(size: float) -> str:
-    """Return `'1.50 GB'` for 1.5e9: powers of ten, three significant digits."""
-    for unit, scale in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= scale:
-            return f"{size / scale:.3g} {unit}"
-    return f"{size:.0f} B"
 
 
 def _plain(value: Any) -> Any:

@@ -120,3 +120,7 @@ def require(package: str, extra: str, purpose: str) -> None:
             f"{package} is needed to {purpose} and is not installed. "
             f"Install it with: pip install 'streamfisher[{extra}]'"
         )
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -19,17 +19,20 @@ from torch import Tensor, nn
 
 from streamfisher.analysis.run import RowPrecision, describe, solve_blocks
 from streamfisher.blocks.structures import assign_blocks, group_blocks
-from streamfisher.collection.collect import collect, make_engine, make_manifest
-from streamfisher.config import SpectralConfig
-from streamfisher.runtime.determinism import deterministic
-from streamfisher.errors import ConfigError, DataError
-from streamfisher.reduction import gram as grams
-from streamfisher.reduction.rows import MemoryRows
-from streamfisher.reduction.subsets import draw_columns
-from streamfisher.data.samples import Samples, make_units
-from streamfisher.results.spectrum import NORMALIZATION, Spectrum
-from streamfisher.collection.survey import probe_batch, survey, to_model
+from streamfisher.collection.collect import collect, make_engine
+from streamfisher.collection.prepare import make_manifest
+from streamfisher.collection.survey import probe_batch, survey
 from streamfisher.collection.unit_rows import gradient_units
+from streamfisher.config import SpectralConfig
+from streamfisher.data.batches import make_units
+from streamfisher.data.samples import Samples
+from streamfisher.errors import ConfigError, DataError
+from streamfisher.models.offload import to_model
+from streamfisher.reduction import gram as grams
+from streamfisher.reduction.subsets import draw_columns
+from streamfisher.results.spectrum import NORMALIZATION, Spectrum
+from streamfisher.runtime.determinism import deterministic
+from streamfisher.sinks.memory import MemoryRows
 
 
 class FisherSpectral:

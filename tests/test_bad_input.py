@@ -28,10 +28,10 @@ from bad_input import (
 )
 from command_line import arrays, cli, contents
 
-from streamfisher.runtime import memory as host_memory
 from streamfisher import open_run
-from streamfisher.planning import run_layout as provisions
 from streamfisher.errors import RunError
+from streamfisher.planning import run_layout as provisions
+from streamfisher.runtime import memory as host_memory
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ import torch
 from tiny_models import TinyCausal
 
 from streamfisher import SpectralConfig, open_run
-from streamfisher.callbacks import CollectCallback
 from streamfisher.analysis.compare import compare
+from streamfisher.callbacks import CollectCallback
 from streamfisher.errors import ConfigError, MissingExtraError
 
 CONFIG = SpectralConfig(chunk_size=4, n_workers=1)

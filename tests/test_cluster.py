@@ -17,12 +17,12 @@ from command_line import cli
 from tiny_models import TinyRegression, vectors
 
 import streamfisher as sf
-from streamfisher.runtime.cluster import dask_client
 from streamfisher.errors import ConfigError
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.gram import build_grams
 from streamfisher.reduction.products import NumpySum, TorchSum, complete, panel_sum
-from streamfisher.reduction.rows import MemoryRows
+from streamfisher.runtime.dask_pool import dask_client
+from streamfisher.sinks.memory import MemoryRows
 from streamfisher.store.layout import PANEL
 
 TESTS = Path(__file__).parent

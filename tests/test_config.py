@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from streamfisher import SpectralConfig
-from streamfisher.config import IDENTITY_FIELDS, check_keys, format_bytes, parse_bytes, parse_dtype, read_config_file
+from streamfisher.byte_sizes import format_bytes, parse_bytes
+from streamfisher.cli.config_file import read_config_file
+from streamfisher.config import IDENTITY_FIELDS, check_keys, parse_dtype
 from streamfisher.errors import ConfigError
 
 SIZES = {

@@ -12,8 +12,8 @@ from tiny_runs import PATTERNS, forget_last_unit, make_run, rows
 from streamfisher import demo
 from streamfisher.analysis import eigenvectors as module
 from streamfisher.analysis.run import open_run
-from streamfisher.store.eigenvectors import open_eigenvectors
 from streamfisher.errors import ConfigError, DataError, RunError
+from streamfisher.store.eigenvectors import open_eigenvectors
 
 BLOCK = {"block_structure": PATTERNS}
 

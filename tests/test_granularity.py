@@ -2,9 +2,9 @@
 
 import pytest
 
+from streamfisher.blocks.gram_keys import check_grouping, gram_groups, gram_keys, possible_structures
 from streamfisher.blocks.structures import assign_blocks
 from streamfisher.errors import ConfigError
-from streamfisher.blocks.gram_keys import check_grouping, gram_groups, gram_keys, possible_structures
 
 NAMES = [
     "model.embed_tokens.weight",

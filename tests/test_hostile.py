@@ -15,10 +15,11 @@ from tiny_runs import make_run
 
 import streamfisher
 from streamfisher import open_run
-from streamfisher.config import SpectralConfig, read_config_file
+from streamfisher.cli.config_file import read_config_file
+from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConfigError, CorruptRunError, StreamfisherError
-from streamfisher.store import RunStore
 from streamfisher.runtime.durable import read_json, write_json
+from streamfisher.store import RunStore
 from streamfisher.verification.verify import verify
 
 SOURCES = sorted(Path(streamfisher.__file__).parent.rglob("*.py"))

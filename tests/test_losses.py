@@ -7,8 +7,8 @@ from torch import nn
 from transformers import BatchEncoding
 
 from streamfisher.errors import DataError, LossError
-from streamfisher.models.losses import resolve_loss
 from streamfisher.models.calling import call_model, find_logits, sample_of
+from streamfisher.models.losses import resolve_loss
 from streamfisher.models.model_labels import draw_labels, sample_seed
 
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from streamfisher.results import metrics
 from streamfisher.analysis.run import RowPrecision, solve_blocks
 from streamfisher.config import SpectralConfig
+from streamfisher.results import metrics
 
 
 def block_of(G, top_k=None):

@@ -14,20 +14,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import streamfisher as sf
-from streamfisher.config import parse_bytes
+from streamfisher.byte_sizes import parse_bytes
 from streamfisher.demo import demo_samples, load_demo_model
 from streamfisher.errors import ModelError
 from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.factors import FactorPair, squared_norms
+from streamfisher.gradients.shapes import Factor, GradientShape
 from streamfisher.models.losses import resolve_loss
-from streamfisher.planning.choice import WORTH
+from streamfisher.models.skeleton import build_skeleton
 from streamfisher.planning.costs import forming_flops, norm_flops, pass_flops, plain_flops, product_cost
 from streamfisher.planning.model_trace import ModelTrace
-from streamfisher.planning.plan import Machine, RunPlan, plan_run
+from streamfisher.planning.plan import WORTH, Machine, RunPlan, plan_run
 from streamfisher.planning.rates import Rates, measure
-from streamfisher.planning.skeletons import build_skeleton
 from streamfisher.planning.tracing import trace_model
-from streamfisher.gradients.shapes import Factor, GradientShape
 
 SHAPES = Path(__file__).parents[1] / "examples" / "plan"
 WAVES = sf.SpectralConfig()

@@ -17,8 +17,8 @@ from torch import nn
 import streamfisher as sf
 from streamfisher.errors import ConfigError, CorruptRunError, RunError, RunMismatchError
 from streamfisher.gradients import GradientEngine
-from streamfisher.models.losses import resolve_loss
 from streamfisher.gradients.projection import Projection, projected_shape, signs
+from streamfisher.models.losses import resolve_loss
 
 SEEDS = 300
 

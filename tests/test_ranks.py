@@ -17,10 +17,10 @@ from forked_commands import forked
 from rank_processes import bytes_of, children, command, finished, launch, markers, wait_for
 
 from streamfisher.collection.claims import Claims
-from streamfisher.errors import RankError, RunError, StoppedError
 from streamfisher.collection.progress import Rate
+from streamfisher.data.batches import make_units
+from streamfisher.errors import RankError, RunError, StoppedError
 from streamfisher.runtime.ranks import Ranks
-from streamfisher.data.samples import make_units
 from streamfisher.runtime.signals import StopRequest, finishing_first
 from streamfisher.store import RankLock, RunLock
 

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from streamfisher.data.batches import collate, make_batches, make_units
+from streamfisher.data.samples import Samples, TokenSamples
 from streamfisher.errors import DataError
-from streamfisher.data.samples import Samples, TokenSamples, collate, make_batches, make_units
 
 
 def sequences(*lengths):

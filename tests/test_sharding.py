@@ -11,11 +11,12 @@ from forked_commands import forked
 from rank_processes import bytes_of, finished, launch, markers
 from torch import nn
 
+from streamfisher.collection.claims import idle_batches, share_of
+from streamfisher.collection.guard import guarded_steps
+from streamfisher.data.batches import make_batches, make_units
 from streamfisher.errors import ConfigError, ModelError
 from streamfisher.models.loading import load_model
-from streamfisher.data.samples import make_batches, make_units
-from streamfisher.collection.guard import guarded_steps
-from streamfisher.models.sharding import _blocks, idle_batches, share_of
+from streamfisher.models.sharding import _blocks
 
 
 def command(out, *options):

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from streamfisher import SpectralConfig
-from streamfisher.results import spectrum as spectra
 from streamfisher.analysis.run import RowPrecision, solve_blocks
+from streamfisher.results import spectrum as spectra
 from streamfisher.results.noise import noise_floor
 
 PRECISION = RowPrecision(torch.float64, 2.0**-53)

@@ -15,9 +15,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from streamfisher import SpectralConfig, open_run
 from streamfisher.collection import collect
 from streamfisher.errors import CorruptRunError, RunError
-from streamfisher.store import RunLock, RunStore, codecs
 from streamfisher.runtime import durable
 from streamfisher.runtime.durable import read_json, sweep_partials, write_json
+from streamfisher.store import RunLock, RunStore, codecs
 from streamfisher.store.layout import PANEL, check_free, chunk_columns
 from streamfisher.store.names import node_name
 

@@ -5,7 +5,7 @@ import pytest
 import tiny_runs
 
 import streamfisher as sf
-from streamfisher.config import format_bytes
+from streamfisher.byte_sizes import format_bytes
 from streamfisher.errors import CapacityError, ConfigError, CorruptRunError
 from streamfisher.solving import tiled_gram, tiled_solve
 from streamfisher.store.layout import node_name

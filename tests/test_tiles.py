@@ -11,9 +11,9 @@ import streamfisher as sf
 from streamfisher.errors import CapacityError, CorruptRunError
 from streamfisher.reduction import stored_grams as gram_stage
 from streamfisher.reduction.gram import build_grams
-from streamfisher.reduction.rows import MemoryRows
 from streamfisher.reduction.subsets import draw_columns
 from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles, tile_bytes, tile_workers, tiles_of, whole_bytes
+from streamfisher.sinks.memory import MemoryRows
 from streamfisher.store import RunStore
 from streamfisher.store.arrays import CHUNK
 from streamfisher.store.layout import PANEL, TILE, node_name

@@ -11,11 +11,11 @@ from tiny_runs import PATTERNS, make_run, rows
 
 from streamfisher import SpectralConfig
 from streamfisher.analysis.block_grams import BlockGrams
+from streamfisher.analysis.bootstrap import bootstrap, multiplicities
 from streamfisher.errors import ConfigError
 from streamfisher.results.metrics import SCALAR_METRICS
 from streamfisher.solving.selection import select
 from streamfisher.solving.solve import RowPrecision
-from streamfisher.analysis.bootstrap import bootstrap, multiplicities
 
 
 def grams_of(G, center=False, weights=None, **options):

@@ -10,12 +10,12 @@ from rank_processes import bytes_of, command, finished, launch, wait_for
 from test_factors import llama, sequences
 
 import streamfisher as sf
-from streamfisher.errors import CapacityError, ConfigError, RunError, RunMismatchError
 from streamfisher.collection import wave_reduction as reduction
+from streamfisher.errors import CapacityError, ConfigError, RunError, RunMismatchError
 from streamfisher.gradients.shapes import Factor, GradientShape
+from streamfisher.planning.waves import WaveLimits, WaveSizes, cut_waves
 from streamfisher.store import RunStore
 from streamfisher.verification.verify import verify
-from streamfisher.planning.waves import WaveLimits, WaveSizes, cut_waves
 
 GRAMS = 8 * 11**2 * 21  # bytes of the Grams of 11 samples of the tiny Llama
 

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from streamfisher import SpectralConfig
-from streamfisher.config import format_bytes
+from streamfisher.byte_sizes import format_bytes
+from streamfisher.models.skeleton import build_skeleton
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.plan import Machine, RunPlan, plan_run
 from streamfisher.planning.rates import Rates
 from streamfisher.planning.table import way_row
-from streamfisher.planning.skeletons import build_skeleton
 from streamfisher.planning.tracing import trace_model
 
 HERE = Path(__file__).parent

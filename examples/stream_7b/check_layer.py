@@ -16,14 +16,15 @@ import torch
 from torch.utils import _pytree as pytree
 
 import streamfisher as sf
+from streamfisher.data.batches import collate
 from streamfisher.data.loading import load_samples
+from streamfisher.data.samples import Samples
 from streamfisher.gradients import ProbeReport
 from streamfisher.models.losses import resolve_loss
-from streamfisher.data.samples import Samples, collate
+from streamfisher.models.skeleton import load_skeleton
 from streamfisher.stream import LayerStream
 from streamfisher.stream.backward import grad_at
 from streamfisher.stream.replay import value_name
-from streamfisher.models.skeleton import load_skeleton
 
 
 def layer_gradients(stream, batches, checked):

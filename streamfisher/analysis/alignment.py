@@ -13,33 +13,12 @@ CKA of S. Kornblith et al., "Similarity of neural network representations revisi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import psutil
 
 from streamfisher.analysis.block_grams import BlockGrams
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """Normalised inner products of the Grams of all pairs of blocks."""
-
-    blocks: tuple[str, ...]
-    matrix: np.ndarray  # (B, B) float64, symmetric, 0 to 1, diagonal 1; NaN where a block has no gradient
-    centered: bool
-    n_samples: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values; `null` where a block has no gradient."""
-        rows = [[float(value) if np.isfinite(value) else None for value in row] for row in self.matrix]
-        return {
-            "blocks": list(self.blocks),
-            "matrix": rows,
-            "centered": self.centered,
-            "n_samples": self.n_samples,
-        }
+from streamfisher.results.analyses import Alignment
 
 
 def align(grams: BlockGrams) -> Alignment:

@@ -8,23 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from streamfisher.analysis.alignment import Alignment, align
+from streamfisher.analysis.alignment import align
 from streamfisher.analysis.block_grams import BlockGrams, stored_gram
+from streamfisher.analysis.bootstrap import bootstrap as resample
+from streamfisher.analysis.eigenvectors import compute_eigenvectors
+from streamfisher.analysis.growth import grow
+from streamfisher.analysis.partial_run import PartialGrams
+from streamfisher.analysis.projection_errors import with_error_bars
+from streamfisher.blocks.gram_keys import check_grouping
 from streamfisher.blocks.structures import assign_blocks
 from streamfisher.config import SpectralConfig
-from streamfisher.store.eigenvectors import Eigenvectors
-from streamfisher.analysis.eigenvectors import compute_eigenvectors
-from streamfisher.analysis.projection_errors import with_error_bars
 from streamfisher.errors import RunError
-from streamfisher.analysis.partial_run import PartialGrams
-from streamfisher.blocks.gram_keys import check_grouping
-from streamfisher.solving.selection import Normalization, SampleChoice, select
-from streamfisher.solving.density import Scale, SpectralDensity
-from streamfisher.solving.solve import RowPrecision
+from streamfisher.results.analyses import Alignment, Growth, Scale, SpectralDensity
 from streamfisher.results.spectrum import Spectrum
+from streamfisher.solving.selection import Normalization, SampleChoice, select
+from streamfisher.solving.solve import RowPrecision
 from streamfisher.store import Manifest, RunStore
-from streamfisher.analysis.bootstrap import Growth, grow
-from streamfisher.analysis.bootstrap import bootstrap as resample
+from streamfisher.store.eigenvectors import Eigenvectors
 
 
 class Analyses:

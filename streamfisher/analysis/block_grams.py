@@ -12,21 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from streamfisher.blocks.structures import group_blocks
-from streamfisher.config import SpectralConfig, format_bytes
-from streamfisher.runtime.determinism import one_thread
-from streamfisher.errors import CapacityError, ConfigError
-from streamfisher.runtime.memory import working_memory
 from streamfisher.analysis.partial_run import PartialGrams
-from streamfisher.reduction.moment import Moment
-from streamfisher.solving.selection import Selection
-from streamfisher.solving.density import SpectralDensity, spectral_density
+from streamfisher.blocks.structures import group_blocks
+from streamfisher.byte_sizes import format_bytes
+from streamfisher.config import SpectralConfig
+from streamfisher.errors import CapacityError, ConfigError
+from streamfisher.results.analyses import SpectralDensity
+from streamfisher.results.spectrum import Spectrum
+from streamfisher.runtime.determinism import one_thread
+from streamfisher.runtime.memory import working_memory
+from streamfisher.solving.centering import uncenter
+from streamfisher.solving.density import spectral_density
 from streamfisher.solving.lanczos import DenseOperator
+from streamfisher.solving.selection import Selection
 from streamfisher.solving.solve import RowPrecision, add, solve_blocks
 from streamfisher.solving.tiled_gram import ReadTile, TiledGram
 from streamfisher.solving.tiled_solve import fits_dense, solve_tiled
-from streamfisher.results.spectrum import Spectrum, uncenter
 from streamfisher.store import RunStore
+from streamfisher.store.moments import Moment
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,7 @@ exclude the value itself. `bias` (mean of the resamples less the value) shows ho
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import dask
 import numpy as np
@@ -25,72 +23,19 @@ import psutil
 import threadpoolctl
 
 from streamfisher.analysis.block_grams import BlockGrams
-from streamfisher.config import format_bytes
+from streamfisher.byte_sizes import format_bytes
 from streamfisher.errors import CapacityError, ConfigError
+from streamfisher.results.bootstrap import BlockBootstrap, Bootstrap, tails
 from streamfisher.results.metrics import SCALAR_METRICS, frobenius
-from streamfisher.runtime.dask_pool import scheduler, worker_count
+from streamfisher.results.spectrum import BlockSpectrum, Spectrum
+from streamfisher.runtime.dask_pool import scheduler
+from streamfisher.runtime.threads import worker_count
+from streamfisher.solving.combine import union
 from streamfisher.solving.selection import Selection
-from streamfisher.results.spectrum import BlockSpectrum, Spectrum, union
 
 #: Metrics that need no eigenvalues: sums over the entries of the Gram.
 _WITHOUT_SOLVING = {"trace", "participation_ratio"}
 _TASK_RESAMPLES = 16
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A percentile interval of one metric."""
-
-    low: float
-    high: float
-    standard_error: float  # standard deviation over resamples
-    bias: float  # mean over resamples less the value of the data
-
-
-@dataclass(frozen=True)
-class BlockBootstrap:
-    """The resamples of one block, or of the union of all."""
-
-    name: str
-    values: Mapping[str, np.ndarray]  # metric -> (R,) float64, NaN where it is not defined in a resample
-    observed: Mapping[str, float | None]  # metric -> of the data
-    eigenvalue_low: np.ndarray  # (r,) float64, of each eigenvalue by its rank; empty where nothing was solved
-    eigenvalue_high: np.ndarray  # (r,)
-    level: float
-
-    def interval(self, metric: str) -> Interval | None:
-        """Return the interval of a metric; `None` where it is not defined in the data or in any resample."""
-        found, value = self.values[metric], self.observed[metric]
-        found = found[np.isfinite(found)]
-        if value is None or len(found) < 2:
-            return None
-        low, high = np.quantile(found, _tails(self.level))
-        return Interval(float(low), float(high), float(found.std(ddof=1)), float(found.mean()) - value)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return `{metric: {low, high, standard_error, bias}}`, `null` for a metric without an interval."""
-        intervals = {name: self.interval(name) for name in self.values}
-        return {name: None if found is None else dataclasses.asdict(found) for name, found in intervals.items()}
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """Resamples of a whole spectrum; the same samples are drawn for all blocks."""
-
-    blocks: Mapping[str, BlockBootstrap]
-    global_: BlockBootstrap
-    n_resamples: int
-    seed: int
-    level: float
-
-    def facts(self) -> dict[str, Any]:
-        """Return how the intervals were made."""
-        return {
-            "method": "percentile",
-            "n_resamples": self.n_resamples,
-            "seed": self.seed,
-            "level": self.level,
-        }
 
 
 def bootstrap(
@@ -232,7 +177,7 @@ def _summarise(
     observed = block.metrics
     if len(resamples[0].eigenvalues):
         rows = [resample.metrics for resample in resamples]
-        low, high = np.quantile(np.stack([r.eigenvalues for r in resamples]), _tails(level), axis=0)
+        low, high = np.quantile(np.stack([r.eigenvalues for r in resamples]), tails(level), axis=0)
     else:  # nothing was solved
         rows = [
             {"trace": r.trace, "participation_ratio": (r.trace / r.norm) ** 2 if r.norm else 0.0} for r in resamples
@@ -243,57 +188,3 @@ def _summarise(
         for name in metrics
     }
     return BlockBootstrap(block.name, values, {name: observed[name] for name in metrics}, low, high, level)
-
-
-def _tails(level: float) -> tuple[float, float]:
-    return (1 - level) / 2, (1 + level) / 2
-
-
-@dataclass(frozen=True)
-class Growth:
-    """Spectra of nested subsets of the samples: whether N was enough."""
-
-    sizes: tuple[int, ...]  # ascending; the last is all
-    spectra: tuple[Spectrum, ...]  # one per size
-    seed: int  # of the order in which samples are taken
-
-    def curve(self, metric: str, block: str | None = None) -> np.ndarray:
-        """Return a metric at each size, (len(sizes),) float64, NaN where undefined; of the whole unless `block`."""
-        found = [
-            (spectrum.global_ if block is None else spectrum.blocks[block]).metrics[metric] for spectrum in self.spectra
-        ]
-        return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return `{sizes, seed, blocks: {name: {metric: [value at each size]}}}` as plain JSON values."""
-        names: list[str | None] = [None, *self.spectra[0].blocks]
-        curves = {
-            "global" if name is None else name: {
-                metric: [None if np.isnan(value) else float(value) for value in self.curve(metric, name)]
-                for metric in SCALAR_METRICS
-            }
-            for name in names
-        }
-        return {"sizes": list(self.sizes), "seed": self.seed, "curves": curves}
-
-
-def grow(grams: BlockGrams, sizes: Sequence[int] | None = None, *, seed: int = 42) -> Growth:
-    """Solve nested subsets: the first samples of one seeded random order, each subset within the next.
-
-    Args:
-        grams: of all samples.
-        sizes: of the subsets; `None` means N, N/2, N/4, ... down to 8.
-        seed: of the order.
-
-    Raises:
-        ConfigError: a size is under 2 or over the number of samples.
-    """
-    n = len(grams.selection)
-    if sizes is None:
-        halves = [n >> shift for shift in range(12) if n >> shift >= 8]
-        sizes = halves or [n]
-    sizes = sorted(set(sizes))
-    if not sizes or sizes[0] < 2 or sizes[-1] > n:
-        raise ConfigError(f"growth sizes {sizes} must lie between 2 and the {n} samples that are selected.")
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
-    return Growth(tuple(sizes), tuple(grams.subset(np.sort(order[:size])).spectrum() for size in sizes), seed)

@@ -13,93 +13,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from streamfisher.analysis.run import Run
 from streamfisher.analysis.block_grams import BlockGrams
 from streamfisher.analysis.eigenvectors import leading_coefficients, slabs
+from streamfisher.analysis.run import Run
 from streamfisher.errors import ConfigError, RunError
-from streamfisher.results.metrics import SCALAR_METRICS
+from streamfisher.results.analyses import Comparison, Overlap
 from streamfisher.results.spectrum import Spectrum
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Principal angles between the k leading eigenspaces of one block in two runs."""
-
-    block: str
-    runs: tuple[str, str]
-    cosines: np.ndarray  # (k,) float64, descending, 0 to 1
-    n_params: int
-
-    @property
-    def k(self) -> int:
-        """Return the dimension of the spaces."""
-        return len(self.cosines)
-
-    @property
-    def mean_squared_cosine(self) -> float:
-        """Return `|V_A V_B^T|_F^2 / k`: 1 for the same space, k / P expected for random ones."""
-        return float(np.mean(self.cosines**2))
-
-    @property
-    def angles(self) -> np.ndarray:
-        """Return the principal angles in degrees, ascending, (k,) float64."""
-        return np.degrees(np.arccos(np.clip(self.cosines, 0.0, 1.0)))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {
-            "block": self.block,
-            "runs": list(self.runs),
-            "k": self.k,
-            "mean_squared_cosine": self.mean_squared_cosine,
-            "expected_of_random": min(self.k / self.n_params, 1.0),
-            "cosines": [float(value) for value in self.cosines],
-            "angles_in_degrees": [float(value) for value in self.angles],
-        }
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Two or more runs under one block structure."""
-
-    labels: tuple[str, ...]  # of the runs
-    spectra: tuple[Spectrum, ...]
-    shared_blocks: tuple[str, ...]  # keys that every run has
-    overlaps: tuple[Overlap, ...]  # of each run with the next, for blocks of the same parameters
-    warnings: tuple[str, ...]  # what keeps the numbers from being compared at face value
-
-    def trajectory(self, metric: str, block: str | None = None) -> np.ndarray:
-        """Return a metric in each run, (R,) float64, NaN where undefined; of the whole unless `block` names one."""
-        found = [
-            (spectrum.global_ if block is None else spectrum.blocks[block]).metrics[metric] for spectrum in self.spectra
-        ]
-        return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values: for every block and metric one value per run, and intervals where asked for."""
-        blocks: dict[str, Any] = {}
-        for key in (*self.shared_blocks, None):
-            members = [spectrum.global_ if key is None else spectrum.blocks[key] for spectrum in self.spectra]
-            metrics = [member.metrics for member in members]
-            entry: dict[str, Any] = {name: [found[name] for found in metrics] for name in SCALAR_METRICS}
-            drawn = [spectrum.bootstrap for spectrum in self.spectra if spectrum.bootstrap is not None]
-            if len(drawn) == len(self.spectra):
-                of_block = [found.global_ if key is None else found.blocks[key] for found in drawn]
-                entry["intervals"] = [found.to_dict() for found in of_block]
-            blocks["global" if key is None else key] = entry
-        return {
-            "runs": list(self.labels),
-            "blocks": blocks,
-            "overlaps": [overlap.to_dict() for overlap in self.overlaps],
-            "warnings": list(self.warnings),
-            "metadata": [spectrum.metadata for spectrum in self.spectra],
-        }
 
 
 def compare(

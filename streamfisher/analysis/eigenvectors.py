@@ -23,10 +23,10 @@ import numpy as np
 from tqdm import tqdm
 
 from streamfisher.analysis.block_grams import BlockGrams
-from streamfisher.store.eigenvectors import Eigenvectors, folder_name, open_eigenvectors
 from streamfisher.errors import ConfigError, CorruptRunError, RunError
-from streamfisher.store import RunLock, RunStore, codecs
 from streamfisher.runtime.durable import read_json, write_json, write_marker
+from streamfisher.store import RunLock, RunStore, codecs
+from streamfisher.store.eigenvectors import Eigenvectors, folder_name, open_eigenvectors
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.names import node_name
 

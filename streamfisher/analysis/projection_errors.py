@@ -19,8 +19,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from streamfisher.analysis.block_grams import BlockGrams
-from streamfisher.results.metrics import SCALAR_METRICS
 from streamfisher.gradients.projection import projected_shape
+from streamfisher.results.metrics import SCALAR_METRICS
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum
 from streamfisher.store import Manifest, RunStore
 

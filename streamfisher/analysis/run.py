@@ -12,12 +12,13 @@ from torch import nn
 
 from streamfisher.analysis.analyses import Analyses
 from streamfisher.analysis.block_grams import stored_gram
+from streamfisher.analysis.facts import describe
 from streamfisher.config import SpectralConfig
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.stored_grams import build_stored_grams
 from streamfisher.runtime.run_log import RunLog
 from streamfisher.solving.selection import select
-from streamfisher.solving.solve import RowPrecision, describe, solve_blocks
+from streamfisher.solving.solve import RowPrecision, solve_blocks
 from streamfisher.store import RunLock, RunStore
 
 __all__ = ["RowPrecision", "Run", "describe", "open_run", "solve_blocks"]
@@ -55,7 +56,7 @@ class Run(Analyses):
         return f"Run({str(self.path)!r}, N={self.n_samples}, P={sum(self.parameters.values())})"
 
     def _repr_html_(self) -> str:
-        from streamfisher.reports.page import run_html
+        from streamfisher.results.notebook import run_html
 
         return run_html(self)
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from streamfisher.errors import ConfigError
 from streamfisher.cli.options import add_analysis_options, read_run_options
+from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.cli.selection import add_selection_options, check_target, selection_options
+from streamfisher.errors import ConfigError
 
 FORMATS = ("csv", "json", "npz", "parquet", "safetensors")
-
-#: Makes the parser of one command: (name, function, description) -> parser.
-AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
 
 
 def add_commands(add: AddCommand) -> None:
@@ -167,8 +163,3 @@ def _export(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(f"Written: {path}" for path in files))
     return 0
-
-
-def print_json(content: Any) -> None:
-    """Print plain JSON values on one line."""
-    print(json.dumps(content, allow_nan=False))

@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 from streamfisher.blocks.structures import STRUCTURES
-from streamfisher.config import SpectralConfig, check_keys, read_config_file, read_mapping
+from streamfisher.cli.config_file import read_config_file, read_mapping
+from streamfisher.config import SpectralConfig, check_keys
 from streamfisher.errors import ConfigError
 
 #: Names on the command line and in files that differ from the field they set.
@@ -51,7 +52,8 @@ class RunOptions:
     def tokenizer(self) -> Any:
         """Return text -> token ids: the model's own tokenizer for Hugging Face models, bytes for callables."""
         from streamfisher.data.loading import tokenize_bytes
-        from streamfisher.models.loading import is_callable_spec, load_tokenizer
+        from streamfisher.models.loading import load_tokenizer
+        from streamfisher.runtime.callables import is_callable_spec
 
         spec = self.tokenizer_spec or ("bytes" if is_callable_spec(self.model) else self.model)
         if spec == "bytes":

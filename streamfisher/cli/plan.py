@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from streamfisher.cli.analyse import AddCommand, print_json
-from streamfisher.config import SpectralConfig, parse_bytes
+from streamfisher.byte_sizes import parse_bytes
+from streamfisher.cli.options import (
+    RunOptions,
+    add_analysis_options,
+    add_cluster_options,
+    add_collection_options,
+    read_run_options,
+)
+from streamfisher.cli.output import AddCommand, print_json
+from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError, ConfigError, DataError, StreamfisherError
-from streamfisher.cli.options import (RunOptions, add_analysis_options, add_cluster_options, add_collection_options, read_run_options)
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import UNKNOWN, Rates, measure
 
@@ -70,8 +77,8 @@ def plan_of(options: RunOptions, machine_options: argparse.Namespace, folder: Pa
         ModelError: the model cannot be built or traced without its weights.
         DataError: neither data nor the number and length of samples are given.
     """
+    from streamfisher.models.skeleton import build_skeleton
     from streamfisher.planning.plan import Machine, plan_run
-    from streamfisher.planning.skeletons import build_skeleton
 
     arguments, config = machine_options, options.config
     model = build_skeleton(options.model, dtype=config.dtype_model, trust_remote_code=options.trust_remote_code)
@@ -106,8 +113,9 @@ def announce_plan(options: RunOptions, source: Any) -> None:
 
 def _samples(options: RunOptions, source: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
     """Return the length of each sample, and one sample as a batch: of the data, or as the options describe them."""
+    from streamfisher.data.batches import collate, sequence_length
     from streamfisher.data.loading import load_samples
-    from streamfisher.data.samples import Samples, collate, sequence_length
+    from streamfisher.data.samples import Samples
 
     config = options.config
     if options.data:
@@ -138,7 +146,7 @@ def _trace(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], lengths: list[int], config: SpectralConfig
 ) -> ModelTrace:
     """Trace one sample of the mean length."""
-    from streamfisher.planning.skeletons import predicts_next_token
+    from streamfisher.models.skeleton import predicts_next_token
     from streamfisher.planning.tracing import captured_names, trace_model
 
     mean = sum(lengths) / len(lengths)

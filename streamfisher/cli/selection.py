@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from streamfisher.analysis.run import Run
-from streamfisher.errors import ConfigError
-from streamfisher.solving.selection import read_samples, read_weights
+from streamfisher.errors import ConfigError, DataError
 
 _COMPARISONS = {
     "<": operator.lt,
@@ -105,3 +104,50 @@ def check_target(path: Path, suffixes: tuple[str, ...] = ()) -> None:
         raise ConfigError(f"--out {path}: the name must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}.")
     if not path.absolute().parent.is_dir() or path.is_dir():
         raise ConfigError(f"--out {path}: it must name a file in a folder that exists.")
+
+
+def read_samples(path: str | Path) -> np.ndarray:
+    """Read sample numbers from a `.npy` file (integers, or a boolean mask) or a text file, one number per line.
+
+    Raises:
+        DataError: the file is not there, empty, or holds something else.
+    """
+    path = Path(path)
+    values = _load_array(path, "--samples") if path.suffix == ".npy" else _read_lines(path)
+    if values.ndim != 1 or values.dtype.kind not in "iub" or values.size == 0:
+        raise DataError(
+            f"--samples {path} must hold sample numbers or a mask, one axis; it has {values.dtype} {values.shape}."
+        )
+    return values
+
+
+def read_weights(path: str | Path) -> np.ndarray:
+    """Read weights, one for each sample of the run, from a `.npy` file.
+
+    Raises:
+        DataError: the file is not there or holds something else.
+    """
+    values = _load_array(Path(path), "--weights")
+    if values.ndim != 1 or values.dtype.kind not in "iuf":
+        raise DataError(f"--weights {path} must hold one number per sample; it has {values.dtype} {values.shape}.")
+    return values.astype(np.float64)
+
+
+def _load_array(path: Path, option: str) -> np.ndarray:
+    if not path.is_file():
+        raise DataError(f"{option} {path}: there is no such file.")
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{option} {path} cannot be read as a .npy file: {error}") from error
+
+
+def _read_lines(path: Path) -> np.ndarray:
+    try:
+        lines = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--samples {path} cannot be read: {error}") from error
+    try:
+        return np.array([int(line) for line in lines], dtype=np.int64)
+    except ValueError as error:
+        raise DataError(f"--samples {path} must hold one sample number per line: {error}.") from None

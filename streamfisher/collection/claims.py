@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from streamfisher.data.batches import Unit, make_batches
 from streamfisher.runtime.ranks import Ranks
-from streamfisher.data.samples import Unit
-from streamfisher.models.sharding import share_of
 
 
 class Claims:
@@ -51,3 +50,17 @@ class Claims:
             if position >= len(self.units):
                 return
             yield self.units[position]
+
+
+def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
+    """Return the units of one rank of `count`: with shared weights all have to take the same steps anyway."""
+    return list(units[index::count])
+
+
+def idle_batches(units: Sequence[Unit], lengths: Sequence[int], batch_tokens: int, index: int, count: int) -> int:
+    """Return how many batches the busiest rank has more than rank `index`."""
+    steps = [
+        sum(len(make_batches(lengths[unit.start : unit.stop], batch_tokens)) for unit in share_of(units, rank, count))
+        for rank in range(count)
+    ]
+    return max(steps) - steps[index]

@@ -8,52 +8,49 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from streamfisher.planning import run_layout as provisions
 from streamfisher.analysis.run import Run
-from streamfisher.config import SpectralConfig, dtype_name, format_bytes
-from streamfisher.runtime.determinism import deterministic
-from streamfisher.errors import RunMismatchError
+from streamfisher.collection.passes import mean_pass, row_pass
+from streamfisher.collection.prepare import (
+    beside_weights,
+    check_streamable,
+    choose_way,
+    first_samples,
+    fixed_way,
+    make_engine,
+    make_manifest,
+    probe_engine,
+    stream_engine,
+)
+from streamfisher.collection.resume import create_or_resume
+from streamfisher.collection.streamed import StreamedRun
+from streamfisher.collection.survey import Survey, survey
+from streamfisher.collection.wave_reduction import is_reduced, reduce_wave, reopen_wave
+from streamfisher.config import SpectralConfig
 from streamfisher.gradients import GradientEngine, ProbeReport
 from streamfisher.gradients.state import without_packing
-from streamfisher.runtime.memory import local_ranks
-from streamfisher.collection.prepare import (NewRun, beside_weights, choose_way, fixed_way, lay_out, make_engine, probe_engine, stream_engine)
-from streamfisher.collection.passes import mean_pass, row_pass
-from streamfisher.planning.run_layout import Provisions, boundary_room, of_one_rank
-from streamfisher.runtime.ranks import Ranks, start_ranks
-from streamfisher.collection.wave_reduction import is_reduced, reduce_wave, reopen_wave
-from streamfisher.runtime.run_log import RunLog
-from streamfisher.data.samples import make_units
 from streamfisher.models.sharding import is_sharded, reshard
-from streamfisher.runtime.signals import finishing_first
-from streamfisher.store import (
-    Manifest,
-    RankLock,
-    RunLock,
-    RunStore,
-    grow_run,
-    model_manifest,
-    resume_differences,
-    stage_of,
-    units_left,
-    versions,
-)
-from streamfisher.store.codecs import chunks_at_a_time
-from streamfisher.store.layout import chunk_columns
-from streamfisher.collection.streamed import StreamedRun, check_streamable, first_samples
-from streamfisher.stream.engine import StreamEngine
 from streamfisher.models.weights import Resident
-from streamfisher.collection.survey import Survey, survey
+from streamfisher.planning.run_layout import boundary_room
+from streamfisher.runtime.determinism import deterministic
+from streamfisher.runtime.memory import local_ranks, of_one_rank
+from streamfisher.runtime.ranks import Ranks, start_ranks
+from streamfisher.runtime.run_log import RunLog
+from streamfisher.runtime.signals import finishing_first
+from streamfisher.runtime.threads import chunks_at_a_time
+from streamfisher.store import (
+    RankLock,
+    RunStore,
+    stage_of,
+)
+from streamfisher.stream.engine import StreamEngine
 
 
 def collect(
@@ -128,7 +125,7 @@ def collect(
             manifest = make_manifest(model, engine, found, stated, description)
             ranks.agree(manifest.facts() | {"folder": str(path.absolute())})
             if ranks.is_main:
-                _create_or_resume(path, manifest, model, engine, found, config, ranks, locks, progress, prepared)
+                create_or_resume(path, manifest, model, engine, found, config, ranks, locks, progress, prepared)
             elif is_sharded(model) and not ranks.share("whether the run exists"):
                 probe_engine(model, engine, found, config.memory_budget)
             ranks.wait("for the run's folder")
@@ -182,103 +179,3 @@ def _waves(
             stream.finish(wave)
     if stream is not None:
         stream.close()
-
-
-def _create_or_resume(
-    path: Path,
-    manifest: Manifest,
-    model: nn.Module,
-    engine: GradientEngine | StreamEngine,
-    found: Survey,
-    config: SpectralConfig,
-    ranks: Ranks,
-    locks: contextlib.ExitStack,
-    progress: bool,
-    prepared: NewRun | None,
-) -> None:
-    """Make the run's folder, or check that what is there is this very run; lock it for all ranks."""
-    resuming = (path / "manifest.json").is_file()
-    if is_sharded(model):
-        ranks.share("whether the run exists", resuming)
-    if resuming:
-        locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
-        store = RunStore(path)
-        found_differences = resume_differences(store.manifest, manifest, found.samples.digest)
-        if found_differences:
-            raise RunMismatchError(
-                f"{path} cannot be resumed, because it was made otherwise:\n  - "
-                + "\n  - ".join(found_differences)
-                + "\nUse the same model, data and settings, or another folder."
-            )
-        if len(store.waves) == 1:
-            units = make_units(len(found.samples), config.chunk_size)
-            left = units_left(store, len(found.samples)) / max(len(units), 1)
-            grams = 8 * len(found.samples) ** 2 * len(store.gram_members)
-            provisions.check_disk(path, int(store.bytes_of_rows(len(found.samples)) * left) + grams)
-        if len(found.samples) > store.n_samples:
-            if progress:
-                tqdm.write(f"{path} grows from {store.n_samples} to {len(found.samples)} samples")
-            store.fsync = config.fsync
-            grow_run(store, manifest)
-        return
-    new = prepared or lay_out(path, model, engine, found, config)
-    if progress:
-        tqdm.write(new.report.summary())
-    if progress and len(new.provided.waves) > 1:
-        tqdm.write(_announced(new.provided))
-    path.mkdir(parents=True, exist_ok=True)
-    locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
-    layout = manifest.layout | new.layout()
-    RunStore.create(path, dataclasses.replace(manifest, probe=new.report.to_dict(), layout=layout))
-
-
-def _announced(provided: Provisions) -> str:
-    parts = ", ".join(format_bytes(wave.disk) for wave in provided.waves)
-    return (
-        f"{len(provided.waves)} waves: each is a pass over the data that captures some of the parameters, is reduced "
-        f"to its Grams, and deleted before the next. On disk, uncompressed: {parts}"
-    )
-
-
-def make_manifest(
-    model: nn.Module,
-    engine: GradientEngine | StreamEngine,
-    found: Survey,
-    config: SpectralConfig,
-    description: str | Mapping[str, Any] | None,
-    report: ProbeReport | None = None,
-) -> Manifest:
-    """Return the facts of a run that is about to start; `report` is what the probe found, once it has run."""
-    store_dtype = config.dtype_store or engine.row_dtype
-    itemsize = torch.finfo(store_dtype).bits // 8
-    n = len(found.samples)
-    projection = engine.projection if isinstance(engine, GradientEngine) else None
-    columns = {} if projection is None else projection.columns
-    return Manifest(
-        config=config.to_dict(),
-        identity=config.identity(),
-        model=model_manifest(model),
-        parameters=[
-            {
-                "name": info.name,
-                "shape": list(info.shape),
-                "dtype": dtype_name(info.dtype),
-                **({"columns": columns[info.name]} if info.name in columns else {}),
-                "chunk_columns": chunk_columns(columns.get(info.name, info.numel), n, config.chunk_size, itemsize),
-            }
-            for info in engine.parameters.values()
-        ],
-        excluded=dict(engine.excluded),
-        data=found.data_manifest(config, description),
-        loss=found.loss.metadata(),
-        layout={
-            "chunk_rows": config.chunk_size,
-            "dtype_row": dtype_name(engine.row_dtype),
-            "dtype_store": dtype_name(store_dtype),
-            "bitround": config.bitround,
-            "codec": config.codec,
-            "centered": config.store_centered,
-        },
-        probe=report.to_dict() if report else {},
-        versions=versions(),
-    )

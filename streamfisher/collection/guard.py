@@ -13,15 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from streamfisher.collection.claims import share_of
+from streamfisher.collection.survey import Survey
 from streamfisher.config import SpectralConfig
+from streamfisher.data.batches import Unit, collate, make_batches
 from streamfisher.errors import CaptureError
 from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.factors import FactorPair
 from streamfisher.models.losses import draw_labels, sample_seed
+from streamfisher.models.offload import to_model
 from streamfisher.runtime.ranks import Ranks
-from streamfisher.data.samples import Unit, collate, make_batches
-from streamfisher.models.sharding import share_of
-from streamfisher.collection.survey import Survey, to_model
 
 
 def check_sums(engine: GradientEngine, differences: Mapping[str, float], unit: Unit) -> None:

@@ -6,21 +6,22 @@ import dataclasses
 from collections.abc import Iterator
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from streamfisher.collection.claims import Claims
+from streamfisher.collection.claims import Claims, idle_batches
+from streamfisher.collection.guard import SharedGuard
+from streamfisher.collection.progress import Progress
+from streamfisher.collection.survey import Survey
+from streamfisher.collection.unit_rows import gradient_units, idle_passes
 from streamfisher.config import SpectralConfig
 from streamfisher.gradients import GradientEngine
+from streamfisher.models.sharding import is_sharded
 from streamfisher.runtime.memory import give_back
-from streamfisher.collection.progress import Progress
 from streamfisher.runtime.ranks import Ranks
-from streamfisher.collection.guard import SharedGuard
-from streamfisher.models.sharding import idle_batches, is_sharded
+from streamfisher.sinks.centered import _subtract
+from streamfisher.sinks.interface import Captured
 from streamfisher.store import RunStore, UnitRecord, stage_of
-from streamfisher.collection.survey import Survey
-from streamfisher.collection.unit_rows import Captured, gradient_units, idle_passes, squared_norms_of
 
 
 def row_pass(
@@ -111,14 +112,3 @@ def _bytes_of(record: UnitRecord, rows: dict[str, Tensor], store: RunStore) -> i
 def _bar(claims: Claims, store: RunStore, progress: bool) -> Progress:
     todo = sum(len(unit) for unit in claims.units)
     return Progress(claims.ranks, claims.name, todo=todo, total=store.n_samples, shown=progress)
-
-
-def _subtract(record: UnitRecord, mean: dict[str, np.ndarray | None]) -> UnitRecord:
-    """Return the record with the mean gradient subtracted from its valid rows, in float64 before rounding."""
-    valid = torch.ones(len(record.unit), dtype=torch.bool)
-    valid[[sample - record.unit.start for sample in record.skipped]] = False
-    rows = {}
-    for name, values in record.rows.items():
-        center = torch.from_numpy(np.asarray(mean[name])).to(values.device)
-        rows[name] = (values - center * valid.to(values.device)[:, None]).to(values.dtype)
-    return dataclasses.replace(record, rows=rows, squared_norms=squared_norms_of(rows))

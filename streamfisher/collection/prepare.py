@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from streamfisher.planning import run_layout as provisions
-from streamfisher.config import SpectralConfig
-from streamfisher.errors import CapacityError, ConfigError, StreamError
+from streamfisher.collection.survey import Survey, probe_batch
+from streamfisher.config import SpectralConfig, dtype_name
+from streamfisher.data.batches import collate, make_units, padded_total
+from streamfisher.errors import CapacityError, ConfigError, ModelError, StreamError
 from streamfisher.gradients import GradientEngine, ProbeReport
-from streamfisher.runtime.memory import give_back
+from streamfisher.gradients.probe_batch import PROBE_SAMPLES
 from streamfisher.gradients.projection import Projection, projected
-from streamfisher.planning.run_layout import Provisions
-from streamfisher.data.samples import make_units, padded_total
 from streamfisher.gradients.shapes import GradientShape
+from streamfisher.models.offload import to_model
 from streamfisher.models.sharding import is_sharded
-from streamfisher.store import RunStore
-from streamfisher.store.layout import check_free
-from streamfisher.collection.streamed import check_streamable, first_samples
-from streamfisher.stream.engine import StreamEngine
 from streamfisher.models.weights import Resident
-from streamfisher.collection.survey import Survey, probe_batch, to_model
+from streamfisher.planning import run_layout as provisions
+from streamfisher.planning.plan import streams
+from streamfisher.planning.rates import UNKNOWN
+from streamfisher.planning.run_layout import Provisions
+from streamfisher.planning.shortfalls import Machine
+from streamfisher.planning.strategies import WayPlanner
+from streamfisher.planning.tracing import captured_names, trace_model
+from streamfisher.runtime.disk import disk_limit
+from streamfisher.runtime.memory import give_back, working_memory
+from streamfisher.store import Manifest, RunStore, model_manifest, versions
+from streamfisher.store.layout import check_free, chunk_columns
+from streamfisher.stream.engine import StreamEngine
 
 #: What says that a way cannot be taken, so that with `stream='auto'` the other one is.
 _REFUSALS = {False: (CapacityError,), True: (CapacityError, StreamError, ConfigError)}
@@ -109,8 +118,6 @@ def choose_way(path: Path, model: nn.Module, found: Survey, config: SpectralConf
     Raises:
         CapacityError: waves do not fit the budgets, and layers cannot be streamed; the message says why.
     """
-    from streamfisher.planning.choice import planned_to_stream
-
     first = planned_to_stream(model, found, config, path)
     reasons: dict[bool, str] = {}
     for streamed in (first, not first):
@@ -182,3 +189,117 @@ def probe_engine(
     shapes, activations = engine.shapes(batch)
     give_back()
     return report, shapes, activations
+
+
+def check_streamable(model: nn.Module, config: SpectralConfig) -> None:
+    """Refuse settings that need the whole model at once.
+
+    Raises:
+        ConfigError: the message names the setting.
+    """
+    if config.store_centered:
+        raise ConfigError(
+            "store_centered=True takes a pass over all parameters at once, and stream='layers' has none. Leave it out: "
+            "--center gives the covariance of uncentered gradients too."
+        )
+    if config.project is not None:
+        raise ConfigError(
+            f"project={config.project} and stream='layers' do not go together. Use --stream none, where waves keep "
+            "within the budgets, or leave out --project: a stream deletes its exact gradients layer by layer."
+        )
+    if config.labels == "model":
+        raise ConfigError(
+            "labels='model' draws labels from the whole model's output before each batch, which stream='layers' does "
+            "not have. Use --stream none, or labels of the data."
+        )
+    if is_sharded(model):
+        raise ConfigError("stream='layers' and --fsdp both split the model; use one of them.")
+
+
+def first_samples(found: Survey, model: nn.Module) -> dict[str, Tensor]:
+    """Return the batch that the model is traced on: the first samples, the second of another length if there is one."""
+    numbers = list(range(min(PROBE_SAMPLES, len(found.samples))))
+    length = found.lengths[0]
+    if len(numbers) > 1 and all(found.lengths[number] == length for number in numbers):
+        numbers[1] = next((n for n, other in enumerate(found.lengths) if other != length), numbers[1])
+    return to_model(collate([found.samples[number] for number in numbers]), model)
+
+
+def planned_to_stream(model: nn.Module, found: Survey, config: SpectralConfig, path: Path) -> bool:
+    """Return whether the planner would stream a model that is in memory.
+
+    A model that cannot be planned from shapes alone is not: whether its waves fit shows when they are cut.
+
+    Args:
+        model: on its device.
+        found: the samples.
+        config: of the run.
+        path: of the run, for what is free on its disk.
+    """
+    names = captured_names(model, config.include, config.exclude)
+    sample = collate([found.samples[0]])
+    try:
+        trace = trace_model(model, sample, causal=found.loss.name == "causal", parameters=dict.fromkeys(names))
+    except ModelError:
+        return False
+    mean = sum(found.lengths) / len(found.lengths)
+    if round(mean) != round(trace.tokens):
+        trace = trace.scaled(mean)
+    planner = WayPlanner(trace, found.lengths, config, machine_of(model, config, path), UNKNOWN)
+    return streams(config.stream, planner.stored("waves", config.representation, budgets=True), planner.streamed())
+
+
+def machine_of(model: nn.Module, config: SpectralConfig, path: Path) -> Machine:
+    """Return what a run has to work with once its model is loaded."""
+    devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
+    return Machine(
+        memory=working_memory(config.memory_budget),
+        disk=disk_limit(config, path),
+        devices=len(devices),
+        device_memory=min((torch.cuda.get_device_properties(d).total_memory for d in devices), default=None),
+        loaded=True,
+    )
+
+
+def make_manifest(
+    model: nn.Module,
+    engine: GradientEngine | StreamEngine,
+    found: Survey,
+    config: SpectralConfig,
+    description: str | Mapping[str, Any] | None,
+    report: ProbeReport | None = None,
+) -> Manifest:
+    """Return the facts of a run that is about to start; `report` is what the probe found, once it has run."""
+    store_dtype = config.dtype_store or engine.row_dtype
+    itemsize = torch.finfo(store_dtype).bits // 8
+    n = len(found.samples)
+    projection = engine.projection if isinstance(engine, GradientEngine) else None
+    columns = {} if projection is None else projection.columns
+    return Manifest(
+        config=config.to_dict(),
+        identity=config.identity(),
+        model=model_manifest(model),
+        parameters=[
+            {
+                "name": info.name,
+                "shape": list(info.shape),
+                "dtype": dtype_name(info.dtype),
+                **({"columns": columns[info.name]} if info.name in columns else {}),
+                "chunk_columns": chunk_columns(columns.get(info.name, info.numel), n, config.chunk_size, itemsize),
+            }
+            for info in engine.parameters.values()
+        ],
+        excluded=dict(engine.excluded),
+        data=found.data_manifest(config, description),
+        loss=found.loss.metadata(),
+        layout={
+            "chunk_rows": config.chunk_size,
+            "dtype_row": dtype_name(engine.row_dtype),
+            "dtype_store": dtype_name(store_dtype),
+            "bitround": config.bitround,
+            "codec": config.codec,
+            "centered": config.store_centered,
+        },
+        probe=report.to_dict() if report else {},
+        versions=versions(),
+    )

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from streamfisher.byte_sizes import format_bytes
+from streamfisher.data.batches import Unit
 from streamfisher.runtime import run_log as runlog
-from streamfisher.config import format_bytes
 from streamfisher.runtime.ranks import Ranks
-from streamfisher.data.samples import Unit
 
 _WINDOW = 60.0  # seconds
 _REFRESH = 0.5  # seconds

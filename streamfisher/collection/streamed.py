@@ -4,50 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
-
-from streamfisher.config import SpectralConfig
-from streamfisher.errors import ConfigError
+from streamfisher.collection.batches import UnitBatches
+from streamfisher.collection.survey import Survey
+from streamfisher.data.batches import padded_total
 from streamfisher.runtime.ranks import Ranks
-from streamfisher.data.samples import collate, padded_total
-from streamfisher.models.sharding import is_sharded
 from streamfisher.store import RunStore, stage_of
-from streamfisher.stream.engine import StreamEngine, UnitBatches
-from streamfisher.collection.survey import PROBE_SAMPLES, Survey, to_model
-
-
-def check_streamable(model: nn.Module, config: SpectralConfig) -> None:
-    """Refuse settings that need the whole model at once.
-
-    Raises:
-        ConfigError: the message names the setting.
-    """
-    if config.store_centered:
-        raise ConfigError(
-            "store_centered=True takes a pass over all parameters at once, and stream='layers' has none. Leave it out: "
-            "--center gives the covariance of uncentered gradients too."
-        )
-    if config.project is not None:
-        raise ConfigError(
-            f"project={config.project} and stream='layers' do not go together. Use --stream none, where waves keep "
-            "within the budgets, or leave out --project: a stream deletes its exact gradients layer by layer."
-        )
-    if config.labels == "model":
-        raise ConfigError(
-            "labels='model' draws labels from the whole model's output before each batch, which stream='layers' does "
-            "not have. Use --stream none, or labels of the data."
-        )
-    if is_sharded(model):
-        raise ConfigError("stream='layers' and --fsdp both split the model; use one of them.")
-
-
-def first_samples(found: Survey, model: nn.Module) -> dict[str, Tensor]:
-    """Return the batch that the model is traced on: the first samples, the second of another length if there is one."""
-    numbers = list(range(min(PROBE_SAMPLES, len(found.samples))))
-    length = found.lengths[0]
-    if len(numbers) > 1 and all(found.lengths[number] == length for number in numbers):
-        numbers[1] = next((n for n, other in enumerate(found.lengths) if other != length), numbers[1])
-    return to_model(collate([found.samples[number] for number in numbers]), model)
+from streamfisher.stream.engine import StreamEngine
 
 
 class StreamedRun:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from streamfisher.config import SpectralConfig
+from streamfisher.data.batches import collate, make_units, sequence_length
+from streamfisher.data.samples import Samples, TokenSamples
 from streamfisher.errors import ConfigError, DataError, LossError, ModelError, NonFiniteError, StreamfisherError
 from streamfisher.gradients import select_parameters
+from streamfisher.gradients.probe_batch import PROBE_SAMPLES
 from streamfisher.models.losses import PerSampleLoss, resolve_loss
-from streamfisher.models.offload import input_device
-from streamfisher.data.samples import Samples, TokenSamples, collate, make_units, sequence_length
+from streamfisher.models.offload import to_model
 
-#: The probe takes this many samples: a third tells a batch axis from an axis that happens to have size 2.
-PROBE_SAMPLES = 3
 #: Among so many first samples the probe looks for some with finite gradients.
 _SEARCHED = 64
 
@@ -122,18 +122,6 @@ def survey(
 
 def _common_keys(scalars: list[dict[str, float]]) -> list[str]:
     return [key for key in scalars[0] if all(key in values for values in scalars)]
-
-
-def to_model(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return the batch on the model's device, floating inputs in the model's dtype."""
-    parameter = next(iter(model.parameters()), None)
-    if parameter is None:
-        return batch
-    dtype = parameter.dtype if parameter.is_floating_point() else None
-    return {
-        key: value.to(input_device(model), dtype if value.is_floating_point() else None, non_blocking=True)
-        for key, value in batch.items()
-    }
 
 
 def _require_targets(loss: PerSampleLoss, sample: dict[str, Tensor], index: int) -> None:

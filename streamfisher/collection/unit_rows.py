@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from streamfisher.collection.guard import SharedGuard, check_sums, guarded_names, only
+from streamfisher.collection.survey import Survey
 from streamfisher.config import SpectralConfig
+from streamfisher.data.batches import Unit, collate, make_batches
 from streamfisher.errors import DataError, LossError, NonFiniteError
 from streamfisher.gradients import GradientEngine
-from streamfisher.gradients.factors import BatchFactors, FactorPair, pack, squared_norms
+from streamfisher.gradients.factors import FactorPair, pack
+from streamfisher.gradients.norms import batch_norms
 from streamfisher.models.losses import draw_labels, sample_seed
-from streamfisher.data.samples import Unit, collate, make_batches
-from streamfisher.collection.guard import SharedGuard, check_sums, guarded_names, only
+from streamfisher.models.offload import to_model
+from streamfisher.sinks.interface import Captured
 from streamfisher.store import UnitRecord
-from streamfisher.collection.survey import Survey, to_model
-
-#: Takes the factors of a batch on the CPU: (unit, index of the batch in it, its first sample, factors) -> what is to be
-#: remembered of them in the unit's marker.
-FactorWriter = Callable[[Unit, int, int, BatchFactors], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Captured:
-    """What one pass captures, and where factors go."""
-
-    dense: Collection[str]  # parameters whose rows are formed
-    factored: Collection[str] = ()  # parameters whose factors are kept instead
-    write_factors: FactorWriter | None = None
-    columns: Mapping[str, int] | None = None  # numbers of a row; None: P
-
-    @property
-    def names(self) -> list[str]:
-        """Return all parameters of the pass."""
-        return [*self.dense, *self.factored]
 
 
 def gradient_units(
@@ -158,29 +139,6 @@ def _naming_samples(first: int, last: int) -> Iterator[None]:
         raise DataError(
             f"{which}: {str(error).rstrip('.')}. Token ids and labels must lie in the model's vocabulary."
         ) from error
-
-
-def batch_norms(
-    rows: Mapping[str, Tensor], factors: Mapping[str, Sequence[FactorPair]], n_samples: int
-) -> dict[str, np.ndarray]:
-    """Return the squared norm of each sample's gradient, parameter by parameter: (n_samples,) float64."""
-    found = squared_norms_of({name: values[:n_samples] for name, values in rows.items()})
-    for name, pairs in factors.items():
-        found[name] = squared_norms(pairs).cpu().numpy() if pairs else np.zeros(n_samples)
-    return found
-
-
-def squared_norms_of(rows: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Return the squared norm of each row of each parameter: (n,) float64."""
-    found = {}
-    for name, values in rows.items():
-        squared = torch.linalg.vecdot(values, values).double()
-        extreme = ~((squared > 1e-30) & (squared < 1e30))
-        if bool(extreme.any()):  # near the ends of float32's range the square is formed in float64
-            wide = values[extreme].double()
-            squared[extreme] = torch.linalg.vecdot(wide, wide)
-        found[name] = squared.cpu().numpy()
-    return found
 
 
 def _nonfinite(samples: range, losses: np.ndarray, norms: Mapping[str, np.ndarray], where: slice) -> dict[int, str]:

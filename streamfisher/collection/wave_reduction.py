@@ -7,10 +7,10 @@ import os
 from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig
-from streamfisher.runtime.memory import local_ranks
-from streamfisher.runtime.ranks import Ranks
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.stored_grams import build_stored_grams
+from streamfisher.runtime.memory import local_ranks
+from streamfisher.runtime.ranks import Ranks
 from streamfisher.store import RunStore
 
 

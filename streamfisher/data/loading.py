@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from streamfisher.errors import DataError
-from streamfisher.models.loading import call, is_callable_spec
+from streamfisher.runtime.callables import call, is_callable_spec
 
 Tokenize = Callable[[str], list[int]]
 

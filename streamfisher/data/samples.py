@@ -8,19 +8,15 @@ together), and within a unit consecutive samples share a backward pass while the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from streamfisher.data.batches import IGNORED_LABEL, Unit, sequence_length
 from streamfisher.errors import DataError
-
-#: What a missing position is filled with when sequences of unequal length are batched.
-_PADDING = {"labels": -100}
-IGNORED_LABEL = -100
 
 Sample = dict[str, Tensor]
 
@@ -31,18 +27,6 @@ class SampleSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Consecutive samples that are computed, written and marked together."""
-
-    index: int
-    start: int  # first sample
-    stop: int  # one past the last sample
-
-    def __len__(self) -> int:
-        return self.stop - self.start
 
 
 class Samples:
@@ -159,99 +143,6 @@ class TokenSamples:
                 for key, value in sample.items()
             }
         return sample
-
-
-def make_units(n_samples: int, chunk_size: int) -> list[Unit]:
-    """Return the units of `n_samples`: `chunk_size` samples each, the last one shorter."""
-    starts = range(0, n_samples, chunk_size)
-    return [Unit(index, start, min(start + chunk_size, n_samples)) for index, start in enumerate(starts)]
-
-
-def make_batches(lengths: Sequence[int], batch_tokens: int) -> list[range]:
-    """Cut `len(lengths)` consecutive samples into ranges of at most `batch_tokens` padded tokens, at least one each.
-
-    A batch of B sequences is padded to the longest, so it costs `B * max(lengths)` tokens.
-    """
-    batches, start, longest = [], 0, 0
-    for index, length in enumerate(lengths):
-        longest = max(longest, length)
-        if index > start and (index - start + 1) * longest > batch_tokens:
-            batches.append(range(start, index))
-            start, longest = index, length
-    if len(lengths):
-        batches.append(range(start, len(lengths)))
-    return batches
-
-
-def sequence_length(sample: Mapping[str, Tensor]) -> int | None:
-    """Return the number of tokens of a sample that is a sequence of token ids, else `None`."""
-    for key in ("input_ids", "labels"):
-        value = sample.get(key)
-        if value is not None and value.ndim == 1 and not value.is_floating_point():
-            return value.shape[0]
-    return None
-
-
-def padded_total(lengths: Sequence[int], units: Sequence[Unit], batch_tokens: int) -> int:
-    """Return the padded tokens of all batches of all units."""
-    total = 0
-    for unit in units:
-        own = lengths[unit.start : unit.stop]
-        for batch in make_batches(own, batch_tokens):
-            total += len(batch) * max(own[batch.start : batch.stop])
-    return total
-
-
-def padded_tokens(batch: Mapping[str, Tensor]) -> int:
-    """Return the tokens of a batch as batches are measured: `B T` for sequences of token ids, else B."""
-    for key in ("input_ids", "labels"):
-        value = batch.get(key)
-        if value is not None and value.ndim == 2 and not value.is_floating_point():
-            return value.numel()
-    return next(value.shape[0] for value in batch.values() if value.ndim)
-
-
-def collate(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack samples into a batch, padded on the right where sequences differ in length.
-
-    Padding is 0, except -100 for `labels`; an `attention_mask` of shape (B, T) is added when something was padded and
-    the samples bring none. Packed sequences (several documents in one, `position_ids` that start again at each) get no
-    mask: models tell the documents apart by the positions only as long as none is given. Their labels are made
-    explicit instead, so that padding is no target.
-
-    Raises:
-        DataError: samples differ in keys, dtypes or in more than their first axis.
-    """
-    lengths = [sequence_length(sample) for sample in samples]
-    packed = len(set(lengths)) > 1 and any(_is_packed(sample) for sample in samples)
-    if packed:
-        samples = [{**sample, "labels": sample.get("labels", sample["input_ids"])} for sample in samples]
-    first = samples[0]
-    for sample in samples[1:]:
-        if sample.keys() != first.keys():
-            raise DataError(f"samples of one batch have different keys: {sorted(first)} and {sorted(sample)}.")
-    batch: dict[str, Tensor] = {}
-    for key in first:
-        values = [sample[key] for sample in samples]
-        if len({(value.dtype, value.ndim, value.shape[1:]) for value in values}) > 1:
-            shapes = sorted({f"{tuple(value.shape)} {value.dtype}" for value in values})
-            raise DataError(f"{key!r} cannot be batched: the samples have {' and '.join(shapes)}.")
-        if first[key].ndim == 0 or len({value.shape[0] for value in values}) == 1:
-            batch[key] = torch.stack(values)
-        else:
-            padding = _PADDING.get(key, 0)
-            batch[key] = torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding)
-    if "input_ids" in batch and "attention_mask" not in batch and len(set(lengths)) > 1 and not packed:
-        positions = torch.arange(batch["input_ids"].shape[1])
-        batch["attention_mask"] = (positions < torch.tensor(lengths)[:, None]).long()
-    return batch
-
-
-def _is_packed(sample: Mapping[str, Tensor]) -> bool:
-    """Return whether a sample holds several documents: `position_ids` that start again."""
-    positions = sample.get("position_ids")
-    has_ids = "input_ids" in sample and "attention_mask" not in sample
-    return has_ids and positions is not None and positions.ndim == 1 and bool((positions[1:] <= positions[:-1]).any())
 
 
 class _BatchedTensors:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from streamfisher.gradients.groups import GENERIC, Group
 from streamfisher.gradients.batch_axis import BATCH_FIRST, TIME_FIRST
+from streamfisher.gradients.groups import GENERIC, Group
 from streamfisher.gradients.parameters import Slot
 from streamfisher.gradients.rules import rules_for
 

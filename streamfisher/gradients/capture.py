@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from streamfisher.errors import CaptureError
+from streamfisher.gradients.batch_axis import as_batch
 from streamfisher.gradients.generic import kinds_fit, kinds_of, per_sample_vjp, tensor_leaves
 from streamfisher.gradients.groups import GENERIC, Group, Pass
-from streamfisher.gradients.batch_axis import as_batch
 from streamfisher.gradients.rules import rule_named
 
 

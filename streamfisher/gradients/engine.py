@@ -14,19 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from streamfisher.gradients.activations import SavedBytes
+from streamfisher.data.batches import padded_tokens
 from streamfisher.errors import CaptureError, LossError
+from streamfisher.gradients.activations import SavedBytes
+from streamfisher.gradients.batch_axis import position_counts
+from streamfisher.gradients.batch_rows import RowSink
 from streamfisher.gradients.capture import Capture
 from streamfisher.gradients.factors import FactorPair, matrix_shape
 from streamfisher.gradients.groups import GENERIC, Group, Pass
 from streamfisher.gradients.guard import differences
-from streamfisher.gradients.batch_axis import position_counts
 from streamfisher.gradients.parameters import ParameterInfo, select_parameters
 from streamfisher.gradients.plain import PlainAutograd
-from streamfisher.gradients.probe import FLOOR, TOLERANCE, run_probe
+from streamfisher.gradients.probe import run_probe
 from streamfisher.gradients.probe_report import ProbeReport
 from streamfisher.gradients.rules import rule_named
-from streamfisher.gradients.batch_rows import RowSink
+from streamfisher.gradients.shapes import GradientShape, shapes_of_batch
 from streamfisher.gradients.state import (
     as_it_was,
     inputs_of_checkpoints,
@@ -36,11 +38,10 @@ from streamfisher.gradients.state import (
     without_packing,
     without_parameter_hooks,
 )
-from streamfisher.models.losses import PerSampleLoss
+from streamfisher.gradients.tolerance import FLOOR, TOLERANCE
 from streamfisher.models.calling import batch_size
+from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.offload import working_device
-from streamfisher.data.samples import padded_tokens
-from streamfisher.gradients.shapes import GradientShape, shapes_of_batch
 
 if TYPE_CHECKING:
     from streamfisher.gradients.projection import Projection, Sides

@@ -17,8 +17,8 @@ from streamfisher.errors import CaptureError
 from streamfisher.gradients.capture import Capture
 from streamfisher.gradients.parameters import Slot
 from streamfisher.gradients.state import inputs_of_checkpoints
-from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.calling import batch_size, sample_of
+from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.offload import used_leaves
 from streamfisher.models.sharding import reshard, whole
 

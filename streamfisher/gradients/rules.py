@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from streamfisher.gradients.convolution import write_convolution
 from streamfisher.gradients.batch_axis import BATCH_FIRST
 from streamfisher.gradients.batch_rows import RowSink
+from streamfisher.gradients.convolution import write_convolution
 
 #: `(module, x, d, {attribute: parameter name}, sink)`
 Writer = Callable[[nn.Module, Tensor, Tensor, Mapping[str, str], RowSink], None]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import inspect
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from streamfisher.errors import ConfigError, ModelError, StreamfisherError, first_line, require
 from streamfisher.models.checkpoint import load_sharded, load_weights
-from streamfisher.errors import ConfigError, ModelError, StreamfisherError, require
 from streamfisher.models.device_map import DeviceMap, check_device_map, place
 from streamfisher.models.sharding import shard
+from streamfisher.runtime.callables import call
 
 
 def load_model(
@@ -85,38 +82,8 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> Any:
         return transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"no tokenizer could be loaded from {spec}: {_first_line(error)}. Use --tokenizer bytes, or give token ids."
+            f"no tokenizer could be loaded from {spec}: {first_line(error)}. Use --tokenizer bytes, or give token ids."
         ) from error
-
-
-def is_callable_spec(spec: str) -> bool:
-    """Return whether `spec` has the form `package.module:callable`."""
-    module, colon, attribute = spec.partition(":")
-    return bool(colon) and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))
-
-
-def call(spec: str, what: str) -> Any:
-    """Import `package.module:callable` (the current folder counts) and return what the call gives.
-
-    Raises:
-        ConfigError: the text has another form, the module or attribute does not exist, or it is not callable.
-    """
-    if not is_callable_spec(spec):
-        raise ConfigError(f"{what} {spec!r} does not exist as a path and is not of the form package.module:callable.")
-    module_name, _, attribute = spec.partition(":")
-    with _current_folder_on_path():
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"{what} {spec}: {error}. The folder you are in is searched, and what is installed."
-            ) from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ConfigError(f"{what} {spec}: {module_name} has no callable named {attribute}.")
-    if _needs_arguments(function):
-        raise ConfigError(f"{what} {spec}: {attribute} must be callable without arguments; write a function that is.")
-    return function()
 
 
 def pick_device(name: str) -> torch.device:
@@ -130,7 +97,7 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
-            f"--device {name} cannot be used: {_first_line(error)}. Use --device cpu, or leave it out."
+            f"--device {name} cannot be used: {first_line(error)}. Use --device cpu, or leave it out."
         ) from error
     return device
 
@@ -159,16 +126,6 @@ def check_pretrained(spec: str) -> None:
         )
 
 
-def _needs_arguments(function: Any) -> bool:
-    try:
-        inspect.signature(function).bind()
-    except TypeError:
-        return True
-    except ValueError:  # it has no signature that Python knows
-        return False
-    return False
-
-
 def _load_pretrained(
     spec: str,
     dtype: torch.dtype | None,
@@ -194,7 +151,7 @@ def _load_pretrained(
     except StreamfisherError:
         raise
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ModelError(f"MODEL {spec} cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"MODEL {spec} cannot be loaded: {first_line(error)}") from error
 
 
 def auto_class(transformers: Any, config: Any) -> Any:
@@ -204,20 +161,3 @@ def auto_class(transformers: Any, config: Any) -> Any:
         if kind is not None:
             return kind
     return transformers.AutoModelForCausalLM
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-@contextlib.contextmanager
-def _current_folder_on_path():
-    folder = str(Path.cwd())
-    added = folder not in sys.path
-    if added:
-        sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        if added:
-            sys.path.remove(folder)

@@ -15,10 +15,19 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from streamfisher.config import LossName
+from streamfisher.data.batches import IGNORED_LABEL
 from streamfisher.errors import LossError
-from streamfisher.models.calling import (base_model, batch_size, call_model, find_logits, is_encoder_decoder, sample_of, scalar_loss, try_forward)
+from streamfisher.models.calling import (
+    base_model,
+    batch_size,
+    call_model,
+    find_logits,
+    is_encoder_decoder,
+    sample_of,
+    scalar_loss,
+    try_forward,
+)
 from streamfisher.models.model_labels import draw_labels, sample_seed
-from streamfisher.data.samples import IGNORED_LABEL
 from streamfisher.models.sharding import class_of
 
 __all__ = ["PerSampleLoss", "resolve_loss", "draw_labels", "sample_seed"]

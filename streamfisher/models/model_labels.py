@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from streamfisher.data.batches import IGNORED_LABEL
 from streamfisher.errors import LossError
-from streamfisher.data.samples import IGNORED_LABEL
 
 if TYPE_CHECKING:
     from streamfisher.models.losses import PerSampleLoss

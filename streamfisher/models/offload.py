@@ -136,3 +136,15 @@ def used_leaves(model: nn.Module, places: Mapping[str, Sequence[str]]) -> Iterat
     finally:
         for module, forward in undo:
             module._old_forward = forward
+
+
+def to_model(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the batch on the model's device, floating inputs in the model's dtype."""
+    parameter = next(iter(model.parameters()), None)
+    if parameter is None:
+        return batch
+    dtype = parameter.dtype if parameter.is_floating_point() else None
+    return {
+        key: value.to(input_device(model), dtype if value.is_floating_point() else None, non_blocking=True)
+        for key, value in batch.items()
+    }

@@ -6,15 +6,12 @@ is the weights: a rank that has no batch left runs the first sample again, and d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from streamfisher.errors import ConfigError
-from streamfisher.data.samples import Unit, make_batches
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -69,20 +66,6 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
-
-
-def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
-    """Return the units of one rank of `count`: with shared weights all have to take the same steps anyway."""
-    return list(units[index::count])
-
-
-def idle_batches(units: Sequence[Unit], lengths: Sequence[int], batch_tokens: int, index: int, count: int) -> int:
-    """Return how many batches the busiest rank has more than rank `index`."""
-    steps = [
-        sum(len(make_batches(lengths[unit.start : unit.stop], batch_tokens)) for unit in share_of(units, rank, count))
-        for rank in range(count)
-    ]
-    return max(steps) - steps[index]
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

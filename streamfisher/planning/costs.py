@@ -10,10 +10,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from streamfisher.gradients.shapes import GradientShape
 from streamfisher.planning.model_trace import BlockCost
 from streamfisher.reduction.factor_gram import slab_memory
 from streamfisher.reduction.slabs import sums_bytes
-from streamfisher.gradients.shapes import GradientShape
 from streamfisher.store.layout import chunk_columns
 
 #: Pairwise products are formed in float64, which costs twice as much as the float32 products of slabs.

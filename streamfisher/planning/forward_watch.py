@@ -11,8 +11,8 @@ from torch.utils import _pytree as pytree
 
 from streamfisher.blocks.structures import assign_blocks, layer_key
 from streamfisher.gradients.rules import rules_for
-from streamfisher.planning.model_trace import BlockCost, LayerCall
 from streamfisher.gradients.shapes import Factor, GradientShape
+from streamfisher.planning.model_trace import BlockCost, LayerCall
 
 _ID_BYTES = 4  # token ids are stored as int32
 

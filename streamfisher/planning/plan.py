@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from streamfisher.config import SpectralConfig, dtype_name
-from streamfisher.planning.choice import streams
+from streamfisher.config import SpectralConfig, Stream, dtype_name
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
 from streamfisher.planning.shortfalls import Machine
-from streamfisher.planning.strategy import BlockBytes, Way
 from streamfisher.planning.strategies import WayPlanner
+from streamfisher.planning.strategy import BlockBytes, Way
+
+#: With 'auto', waves that fit are taken as long as they cost no more than so many times the operations of streamed
+#: layers, which trace the model first, have a wave for each layer, and read and write boundaries.
+WORTH = 1.25
 
 __all__ = ["Machine", "RunPlan", "plan_run"]
 
@@ -120,3 +123,10 @@ def plan_run(
             "codec": config.codec,
         },
     )
+
+
+def streams(asked: Stream, waves: Way, layers: Way) -> bool:
+    """Return whether layers are streamed: as asked, or with 'auto' where they fit and waves do not, or cost more."""
+    if asked != "auto":
+        return asked == "layers"
+    return layers.fits and (not waves.fits or waves.passes > WORTH * layers.passes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,17 @@ from typing import Any
 
 import torch
 
-from streamfisher.config import SpectralConfig, format_bytes
-from streamfisher.errors import CapacityError, ConfigError
-from streamfisher.runtime.memory import local_ranks, working_memory
 from streamfisher.blocks.gram_keys import gram_keys
-from streamfisher.planning.representation import choose_representation, sample_bytes
-from streamfisher.data.samples import make_batches, make_units
+from streamfisher.byte_sizes import format_bytes
+from streamfisher.config import SpectralConfig
+from streamfisher.data.batches import make_batches, make_units
+from streamfisher.errors import CapacityError, ConfigError
 from streamfisher.gradients.shapes import GradientShape
+from streamfisher.planning.representation import choose_representation, sample_bytes
 from streamfisher.planning.waves import FACTOR_COPIES, WaveLimits, WaveSize, WaveSizes, cut_waves
+from streamfisher.runtime.disk import disk_limit
+from streamfisher.runtime.memory import working_memory
 
-#: Kept free on the disk besides what the run needs.
-DISK_MARGIN = 64 << 20
 #: Of a memory budget, at most these shares are for the activations of a batch, and for them and its factors.
 _ACTIVATION_SHARE = 0.5
 _BATCH_SHARE = 0.8
@@ -133,13 +132,6 @@ def provide(
     return Provisions(dict(chosen), waves, gram_keys(names, config.gram_per, cut), list(keep), batch_tokens, gram_bytes)
 
 
-def of_one_rank(config: SpectralConfig) -> SpectralConfig:
-    """Return the config with one rank's share of its host's memory budget."""
-    if config.memory_budget is None or local_ranks() == 1:
-        return config
-    return config.replace(memory_budget=max(int(config.memory_budget) // local_ranks(), 1))
-
-
 def _fit_batches(
     config: SpectralConfig, lengths: Sequence[int], activations: float, factors: float, memory: int
 ) -> int:
@@ -168,37 +160,9 @@ def _samples_of_a_batch(lengths: Sequence[int], chunk_size: int, batch_tokens: i
     return max(len(batch) for unit in units for batch in make_batches(lengths[unit.start : unit.stop], batch_tokens))
 
 
-def disk_limit(config: SpectralConfig, path: Path) -> int:
-    """Return the bytes that a run may take on its disk."""
-    free = free_disk(path) - DISK_MARGIN
-    return min(free, config.disk_budget) if config.disk_budget is not None else free
-
-
 def boundary_room(config: SpectralConfig, path: Path) -> int:
     """Return the bytes on the disk that the boundaries of streamed layers may take."""
     return int(BOUNDARY_SHARE * disk_limit(config, path))
-
-
-def free_disk(path: Path) -> int:
-    """Return the bytes that are free on the disk that a path is or will be on."""
-    folder = path.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def check_disk(path: Path, needed: int) -> None:
-    """Refuse work that the disk has no room for.
-
-    Raises:
-        CapacityError: the message names what is needed, what is free, and what would help.
-    """
-    free = free_disk(path)
-    if needed + DISK_MARGIN > free:
-        raise CapacityError(
-            f"the run needs up to {format_bytes(needed)} on disk and {path.absolute().parent} has {format_bytes(free)} "
-            "free. Make room, take fewer samples, or write to another disk."
-        )
 
 
 def _why(value: Any, option: str, otherwise: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from streamfisher.config import SpectralConfig, format_bytes
+from streamfisher.byte_sizes import format_bytes
+from streamfisher.config import SpectralConfig
 
 
 @dataclass(frozen=True)

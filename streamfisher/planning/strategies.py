@@ -12,9 +12,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from streamfisher.blocks.gram_keys import gram_keys
 from streamfisher.blocks.structures import assign_blocks
 from streamfisher.config import SpectralConfig
+from streamfisher.data.batches import make_batches, make_units
 from streamfisher.errors import CapacityError
+from streamfisher.gradients.probe_batch import PROBE_SAMPLES
+from streamfisher.gradients.projection import projected
 from streamfisher.planning.costs import (
     eigensolve_flops,
     forming_flops,
@@ -27,18 +31,15 @@ from streamfisher.planning.costs import (
 )
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
+from streamfisher.planning.representation import choose_representation, sample_bytes
+from streamfisher.planning.run_layout import BOUNDARY_SHARE
 from streamfisher.planning.shortfalls import Machine, Shortfalls, or_any
 from streamfisher.planning.strategy import BlockBytes, Stage, Way
-from streamfisher.gradients.projection import projected
-from streamfisher.planning.run_layout import BOUNDARY_SHARE
+from streamfisher.planning.waves import WaveLimits, WaveSizes, cut_waves
 from streamfisher.reduction.gram import WIDE
-from streamfisher.blocks.gram_keys import gram_keys
 from streamfisher.reduction.slabs import DECODING_BYTES, least_bytes
-from streamfisher.planning.representation import choose_representation, sample_bytes
-from streamfisher.data.samples import make_batches, make_units
 from streamfisher.store.layout import chunk_columns
-from streamfisher.collection.survey import PROBE_SAMPLES
-from streamfisher.planning.waves import WaveLimits, WaveSizes, cut_waves, is_kept
+from streamfisher.store.waves import is_kept
 
 #: Forward and backward hold temporary tensors of about half of what autograd saves.
 TEMPORARY = 1.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamfisher.config import format_bytes
+from streamfisher.byte_sizes import format_bytes
 from streamfisher.planning.plan import RunPlan
 from streamfisher.planning.rates import UNKNOWN
 from streamfisher.planning.shortfalls import round_up

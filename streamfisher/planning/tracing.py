@@ -17,10 +17,10 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from streamfisher.errors import ConfigError, ModelError
+from streamfisher.gradients.shapes import GradientShape
 from streamfisher.models.calling import call_model, is_encoder_decoder
 from streamfisher.planning.forward_watch import ForwardWatch
 from streamfisher.planning.model_trace import ModelTrace
-from streamfisher.gradients.shapes import GradientShape
 
 
 def captured_names(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:

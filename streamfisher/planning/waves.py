@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
-from streamfisher.config import format_bytes
+from streamfisher.byte_sizes import format_bytes
 from streamfisher.errors import CapacityError
-from streamfisher.planning.representation import Representation, sample_bytes
 from streamfisher.gradients.shapes import GradientShape
+from streamfisher.planning.representation import Representation, sample_bytes
+from streamfisher.store.waves import is_kept
 
 #: A batch's factors exist in the graph, flattened for storing, and encoded, one tensor at a time.
 FACTOR_COPIES = 2.0
@@ -115,11 +115,6 @@ def cut_waves(
             raise CapacityError(_too_small(name, alone, sizes, kept_bytes, limits))
         names.append(name)
     return [*waves, sizes.of(names)]
-
-
-def is_kept(name: str, keep: Sequence[str]) -> bool:
-    """Return whether a parameter's gradients stay on disk after its Gram is built."""
-    return any(fnmatchcase(name, pattern) for pattern in keep)
 
 
 def _fits(wave: WaveSize, sizes: WaveSizes, keep: Sequence[str], disk: int, memory: int) -> bool:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from streamfisher.config import format_bytes
+from streamfisher.byte_sizes import format_bytes
 from streamfisher.errors import CapacityError
 from streamfisher.reduction.products import ArrayModule, PanelSum
 from streamfisher.store.factors import Segment

@@ -22,16 +22,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from streamfisher.config import SpectralConfig, dtype_name, format_bytes
+from streamfisher.byte_sizes import format_bytes
+from streamfisher.config import SpectralConfig, dtype_name
 from streamfisher.errors import CapacityError, CorruptRunError
 from streamfisher.gradients.factors import matrix_shape
-from streamfisher.runtime.memory import working_memory
 from streamfisher.reduction.factor_gram import choose_kernel, factor_gram, slab_memory
 from streamfisher.reduction.products import complete, panel_sum
-from streamfisher.reduction.rows import GradientRows
 from streamfisher.reduction.slabs import SlabBuffers, least_bytes, plan_slabs, read_slabs, sums_bytes
 from streamfisher.reduction.subsets import ColumnSubset
-from streamfisher.runtime.dask_pool import (TaskBar, active_client, blas_threads, compute, compute_on, limit_threads, worker_count)
+from streamfisher.runtime.dask_pool import TaskBar, active_client, compute, compute_on
+from streamfisher.runtime.memory import working_memory
+from streamfisher.runtime.threads import blas_threads, limit_threads, worker_count
+from streamfisher.sinks.interface import GradientRows
 from streamfisher.store.layout import PANEL
 
 #: Columns of one Dask task, at most: enough products to outweigh one addition of an N x N sum, and few enough that a

@@ -9,10 +9,11 @@ Gram. A block of several parameters has cross terms that are in none of their S;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
+from streamfisher.store.moments import Moment
 
 #: Rows of one product.
 _ROWS = 256
@@ -28,25 +29,6 @@ class RowRanges(Protocol):
 
     def mean(self, name: str, start: int, stop: int) -> np.ndarray | None:
         """Return the mean gradient that was subtracted from the rows, or `None`."""
-
-
-@dataclass(frozen=True)
-class Moment:
-    """The second moment of one parameter's rows c_i as they are held, over the valid samples."""
-
-    second: np.ndarray  # (P, P) float64, sum_i c_i c_i^T, exactly symmetric
-    total: np.ndarray  # (P,) float64, sum_i c_i
-    count: int  # n, valid samples
-    mean: np.ndarray | None = None  # (P,) float64, what was subtracted from the gradients: g_i = c_i + mean
-
-    def matrix(self, *, center: bool) -> np.ndarray:
-        """Return `sum_i g_i g_i^T`, or with g_i less their mean for `center`: (P, P) float64."""
-        if center:  # of c_i as of g_i: the mean cancels
-            return self.second - np.outer(self.total, self.total) / self.count
-        if self.mean is None:
-            return self.second
-        cross = np.outer(self.total, self.mean)
-        return self.second + cross + cross.T + self.count * np.outer(self.mean, self.mean)
 
 
 def moment_of(rows: RowRanges, name: str, n_columns: int, valid: np.ndarray | None = None) -> Moment:

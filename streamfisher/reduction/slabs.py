@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from streamfisher.reduction.rows import GradientRows
+from streamfisher.sinks.interface import GradientRows
 from streamfisher.store.layout import PANEL
 
 #: What the threads that decode chunks keep of their buffers, in one process.

@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from streamfisher.config import SpectralConfig, format_bytes
+from streamfisher.byte_sizes import format_bytes
+from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError, CorruptRunError
 from streamfisher.reduction.gram import WIDE
 from streamfisher.reduction.products import scaled_product
-from streamfisher.reduction.rows import GradientRows
 from streamfisher.reduction.slabs import least_bytes
 from streamfisher.reduction.subsets import ColumnSubset
-from streamfisher.runtime.dask_pool import (TaskBar, active_client, blas_threads, compute, compute_on, limit_threads, worker_count)
+from streamfisher.runtime.dask_pool import TaskBar, active_client, compute, compute_on
+from streamfisher.runtime.threads import blas_threads, limit_threads, worker_count
+from streamfisher.sinks.interface import GradientRows
 from streamfisher.store.layout import PANEL, TILE
 
 

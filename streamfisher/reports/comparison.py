@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from streamfisher.analysis.compare import Comparison
 from streamfisher.errors import require
-from streamfisher.reports.text import COLOURS, STYLES, band, structure_name
+from streamfisher.reports.figures import COLOURS, STYLES, band
+from streamfisher.results.analyses import Comparison
+from streamfisher.results.notebook import structure_name
 
 _METRICS = ("trace", "largest_eigenvalue", "spectral_gap", "condition_number", "effective_rank", "stable_rank")
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from streamfisher.errors import ConfigError, require
 from streamfisher.results.metrics import SCALAR_METRICS
-from streamfisher.reports.text import structure_name
+from streamfisher.results.notebook import structure_name
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum, write_spectra
 
 Format = Literal["csv", "json", "npz", "parquet", "safetensors"]

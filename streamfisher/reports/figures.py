@@ -9,14 +9,20 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from streamfisher.errors import require
-from streamfisher.reports.text import COLOURS, STYLES, panel
+from streamfisher.results.analyses import Growth
+from streamfisher.results.bootstrap import BlockBootstrap
+from streamfisher.results.notebook import _partial, structure_name
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum
-from streamfisher.analysis.bootstrap import Growth
+
+#: Okabe and Ito's colours, told apart by the colour-blind; line styles tell apart what repeats.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":", "-.")
 
 _LEGEND = 16  # more entries than that say nothing
 
@@ -191,3 +197,89 @@ def heat_map(
                 axis.text(j, i, f"{shown[i, j]:.3g}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
 
     return svg(draw, width=max(4.2, 1.6 + 0.62 * len(columns)), height=max(2.2, 1.2 + 0.32 * len(rows)), title=title)
+
+
+def picture(spectra: Sequence[Spectrum], path: str | Path) -> Path:
+    """Draw the eigenvalues of every block against their index, log-log, one panel per spectrum.
+
+    Eigenvalues below a block's noise floor are drawn faint: they are rounding.
+
+    Args:
+        spectra: one panel each.
+        path: its suffix says which kind (.png, .svg, .pdf).
+
+    Returns:
+        The path.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    require("matplotlib", "plots", "draw the spectrum")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    grid = _grid(spectra)
+    rows, columns = 1 + max(row for row, _ in grid), 1 + max(column for _, column in grid)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(4.8 * columns, 3.8 * rows), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for place, spectrum in zip(grid, spectra, strict=True):
+        axes[place].set_visible(True)
+        panel(axes[place], spectrum)
+    least = [v[m].min() for s in spectra for v, m in _eigenvalues(s) if m.any()]
+    if least:
+        axes[0, 0].set_ylim(bottom=min(least) / 3)  # what is only rounding is not worth the room
+    for axis in axes[:, 0]:
+        axis.set_ylabel("eigenvalue")
+    path = Path(path)
+    figure.savefig(path, dpi=130, metadata={"Software": None} if path.suffix == ".png" else None)
+    pyplot.close(figure)
+    return path
+
+
+def _grid(spectra: Sequence[Spectrum]) -> list[tuple[int, int]]:
+    """Return (row, column) of each spectrum: block structures side by side, centered below uncentered."""
+    keys = [(bool(s.metadata.get("centered")), str(s.metadata.get("block_structure"))) for s in spectra]
+    if len(set(keys)) < len(keys):
+        return [(number // 3, number % 3) for number in range(len(spectra))]
+    rows, columns = sorted({center for center, _ in keys}), list(dict.fromkeys(name for _, name in keys))
+    return [(rows.index(center), columns.index(name)) for center, name in keys]
+
+
+def _eigenvalues(spectrum: Spectrum) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(block.eigenvalues, block.above_floor) for block in spectrum.blocks.values()]
+
+
+def panel(axis: Any, spectrum: Spectrum) -> None:
+    """Draw the eigenvalues of every block on one matplotlib axis, with intervals where there are any."""
+    facts = spectrum.metadata
+    for number, (name, block) in enumerate(spectrum.blocks.items()):
+        values = block.eigenvalues
+        index = np.arange(1, len(values) + 1)
+        colour = COLOURS[number % len(COLOURS)]
+        style = STYLES[number // len(COLOURS) % len(STYLES)]
+        above, below = block.above_floor, (~block.above_floor) & (values > 0)
+        if spectrum.bootstrap is not None:
+            band(axis, spectrum.bootstrap.blocks[name], block, colour)
+        axis.loglog(index[above], values[above], color=colour, linestyle=style, linewidth=1.6, label=name)
+        if below.any():
+            axis.loglog(index[below], values[below], color=colour, linestyle=style, linewidth=0.8, alpha=0.25)
+    kind = "gradient covariance" if facts.get("centered") else "empirical Fisher"
+    partial = _partial(spectrum).replace(": ", "\n")
+    axis.set_title(f"{partial}{kind}, blocks: {structure_name(spectrum)}", fontsize=10)
+    axis.set_xlabel("index")
+    axis.grid(which="major", linewidth=0.4, alpha=0.5)
+    if 1 < len(spectrum.blocks) <= 16:
+        axis.legend(fontsize=7, ncols=2 if len(spectrum.blocks) > 6 else 1, frameon=False, loc="lower left")
+
+
+def band(axis: Any, drawn: BlockBootstrap, block: BlockSpectrum, colour: str) -> None:
+    """Shade the intervals of a block's eigenvalues, as far as resamples have so many above the noise floor."""
+    inside = block.above_floor & (drawn.eigenvalue_low > block.noise_floor)
+    index = np.arange(1, len(inside) + 1)[inside]
+    low, high = drawn.eigenvalue_low[inside], drawn.eigenvalue_high[inside]
+    axis.fill_between(index, low, high, color=colour, alpha=0.2, linewidth=0)

@@ -13,28 +13,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from streamfisher.results.metrics import effective_rank, shape_metrics
-from streamfisher.results.noise import backward_noise
 
 if TYPE_CHECKING:
-    from streamfisher.analysis.bootstrap import Bootstrap
+    from streamfisher.results.bootstrap import Bootstrap
 
 NORMALIZATION = {False: "(1/N) * G^T G", True: "(1/N) * (G - mean)^T (G - mean)"}
 
 #: What forward and backward passes multiply a unit roundoff by: in the size of a row, and in a singular value's place.
 _ROW_ERROR = 192.0
 _AMPLIFICATION = 32.0
-#: Centering by H K H with float32 products loses digits in proportion to N |mean|^2 over the trace of the covariance;
-#: at this ratio the error of an eigenvalue reaches about 1e-4.
-MEAN_DOMINANCE_LIMIT = 1000.0
 
 
 @dataclass(frozen=True)
@@ -166,7 +161,7 @@ class Spectrum:
         return write_spectra([self], path)
 
     def _repr_html_(self) -> str:
-        from streamfisher.reports.page import spectrum_html
+        from streamfisher.results.notebook import spectrum_html
 
         return spectrum_html(self)
 
@@ -197,88 +192,3 @@ def write_spectra(spectra: Iterable[Spectrum], path: str | Path) -> Path:
     partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
     return path
-
-
-def center(K: np.ndarray) -> np.ndarray:
-    """Return H K H, the Gram of centered rows: row and column means removed."""
-    means = K.mean(axis=0)
-    centered = K - means[None, :] - means[:, None] + means.mean()
-    return (centered + centered.T) / 2
-
-
-def uncenter(K: np.ndarray, mean_products: np.ndarray) -> np.ndarray:
-    """Return the Gram of rows `c_i + m` from that of rows `c_i`.
-
-    Args:
-        K: (N, N), `<c_i, c_j>`.
-        mean_products: (N + 1,), `<c_i, m>` and, last, `<m, m>`.
-    """
-    products = mean_products[:-1]
-    return K + products[None, :] + products[:, None] + mean_products[-1]
-
-
-def union(blocks: Mapping[str, BlockSpectrum], top_k: int) -> BlockSpectrum:
-    """Return the spectrum of the block-diagonal Fisher: the union of the blocks' eigenvalues, never an average.
-
-    Where blocks list their k largest only, the k largest of the union are known, and no more of them are listed.
-    """
-    members = list(blocks.values())
-    if len(members) == 1:
-        only = members[0]
-        return dataclasses.replace(only, name="global")
-    values = np.concatenate([block.eigenvalues for block in members])
-    above = np.concatenate([block.above_floor for block in members])
-    residuals = np.concatenate(
-        [np.zeros(len(block.eigenvalues)) if block.residuals is None else block.residuals for block in members]
-    )
-    order = np.argsort(values, kind="stable")[::-1]
-    cut = [len(block.eigenvalues) for block in members if block.truncated]
-    order = order[: min(cut)] if cut else order
-    return BlockSpectrum(
-        "global",
-        values[order],
-        float(sum(block.trace for block in members)),
-        max(block.noise_floor for block in members),
-        above[order],
-        members[0].n_samples,
-        sum(block.n_params for block in members),
-        truncated=any(block.truncated for block in members),
-        solver=", ".join(sorted({block.solver for block in members})),
-        jitter=max(block.jitter for block in members),
-        roundoff=max(block.roundoff for block in members),
-        top_k=top_k,
-        norm=math.hypot(*(block.norm or 0.0 for block in members)),
-        residuals=residuals[order] if any(block.residuals is not None for block in members) else None,
-        solved_side=", ".join(sorted({block.solved_side for block in members})),
-    )
-
-
-def combine(
-    blocks: Mapping[str, BlockSpectrum], whole_trace: float, computed: torch.dtype, facts: dict[str, Any], top_k: int
-) -> Spectrum:
-    """Return the spectrum of solved blocks, with the floor that the backward pass puts under each of them.
-
-    Args:
-        blocks: solved, in order.
-        whole_trace: of the Fisher of all parameters together.
-        computed: dtype of the backward pass.
-        facts: metadata of the result.
-        top_k: how many eigenvalues the metrics of the whole list.
-    """
-    floor = backward_noise(computed, whole_trace)
-    blocks = {key: block.with_floor(floor) for key, block in blocks.items()}
-    return Spectrum(blocks, union(blocks, top_k), facts)
-
-
-def block_diagonal_error(blocks_squared: float, whole_squared: float) -> float | None:
-    """Return the relative Frobenius error of the block-diagonal approximation, |F - blockdiag F| / |F|.
-
-    `|F|^2 = |K|^2 / N^2` and `|blockdiag F|^2 = sum_b |K_b|^2 / N^2`, both exact.
-
-    Args:
-        blocks_squared: sum over blocks of the squared Frobenius norm of their Grams.
-        whole_squared: squared Frobenius norm of the Gram of all parameters.
-    """
-    if whole_squared <= 0:
-        return None
-    return math.sqrt(max(whole_squared - blocks_squared, 0.0) / whole_squared)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import dask
-import threadpoolctl
-import zarr
 from dask.callbacks import Callback
 from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig
-from streamfisher.store.codecs import chunks_at_a_time
+from streamfisher.errors import ConfigError, require
+from streamfisher.runtime.threads import threads_of_this_process
+
+#: Seconds in which a scheduler must answer and have a worker.
+TIMEOUT = 15.0
 
 
 def active_client() -> Any:
@@ -32,31 +33,6 @@ def active_client() -> Any:
 def scheduler(workers: int) -> dict[str, Any]:
     """Use the active distributed client where there is one, else threads."""
     return {"scheduler": "threads", "num_workers": workers} if active_client() is None else {}
-
-
-def worker_count(config: SpectralConfig) -> int:
-    """Return `n_workers`, or one for each core."""
-    return config.n_workers or len(os.sched_getaffinity(0))
-
-
-def blas_threads(workers: int, config: SpectralConfig) -> int:
-    """Share the cores between the workers' BLAS calls; one thread each where bits must not depend on the machine."""
-    return 1 if config.use_deterministic else max(1, len(os.sched_getaffinity(0)) // workers)
-
-
-@contextmanager
-def threads_of_this_process(workers: int, config: SpectralConfig) -> Iterator[None]:
-    """Share the cores between `workers` threads, for products and for reading."""
-    readers = max(1, len(os.sched_getaffinity(0)) // workers)
-    with threadpoolctl.threadpool_limits(blas_threads(workers, config)), chunks_at_a_time(readers):
-        yield
-
-
-def limit_threads(threads: int | None) -> None:
-    """Limit a worker process of a cluster, for good; `None` where `threads_of_this_process` did it."""
-    if threads is not None:
-        threadpoolctl.threadpool_limits(threads)
-        zarr.config.set({"async.concurrency": threads})
 
 
 def compute(tasks: Sequence[Any], workers: int, config: SpectralConfig, bar: Callback) -> list[Any]:
@@ -86,3 +62,39 @@ class TaskBar(Callback):
     def _posttask(self, key: Any, *_: Any) -> None:
         if str(key[0] if isinstance(key, tuple) else key).startswith(self.prefixes):
             self.bar.update(1)
+
+
+@contextmanager
+def dask_client(address: str | None, timeout: float = TIMEOUT) -> Iterator[None]:
+    """Let Grams be built by the cluster at `address` inside; `None` leaves it to threads of this process.
+
+    The workers must see the run's folder under the same path, and have streamfisher installed.
+
+    Raises:
+        ConfigError: the scheduler does not answer, or has no worker; the message names the address.
+        MissingExtraError: distributed is not installed.
+    """
+    if address is None:
+        yield
+        return
+    require("distributed", "distributed", f"use the Dask scheduler at {address}")
+    from distributed import Client
+
+    try:
+        # Not as the default: a client that never connected would stay it, and later reductions would wait for it.
+        client = Client(address, timeout=timeout, set_as_default=False)
+    except (OSError, ValueError, TimeoutError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"--dask-scheduler {address}: no scheduler answered within {timeout:.0f} s ({reason}). "
+            "Start one with `dask scheduler`, or leave the option out."
+        ) from error
+    with client, client.as_current():
+        try:
+            client.wait_for_workers(1, timeout=timeout)
+        except TimeoutError as error:
+            raise ConfigError(
+                f"--dask-scheduler {address}: the scheduler has no worker after {timeout:.0f} s. "
+                f"Start some with `dask worker {address}`."
+            ) from error
+        yield

@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import psutil
 
+from streamfisher.config import SpectralConfig
+
 
 def local_ranks() -> int:
     """Return how many ranks share this host, as torchrun says it; 1 without it."""
@@ -39,3 +41,10 @@ def _trim() -> Callable[[int], int]:
         return ctypes.CDLL("libc.so.6").malloc_trim
     except (OSError, AttributeError):
         return lambda _: 0
+
+
+def of_one_rank(config: SpectralConfig) -> SpectralConfig:
+    """Return the config with one rank's share of its host's memory budget."""
+    if config.memory_budget is None or local_ranks() == 1:
+        return config
+    return config.replace(memory_budget=max(int(config.memory_budget) // local_ranks(), 1))

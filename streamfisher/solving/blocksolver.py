@@ -11,10 +11,10 @@ import torch
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConvergenceError, CorruptRunError
 from streamfisher.results.metrics import frobenius
-from streamfisher.solving import eigen
-from streamfisher.solving.lanczos import DenseOperator
 from streamfisher.results.noise import noise_floor
 from streamfisher.results.spectrum import BlockSpectrum
+from streamfisher.solving import eigen
+from streamfisher.solving.lanczos import DenseOperator
 
 #: `solver='auto'` looks for the largest eigenvalues only from so many samples on, and where they are so few of them.
 _ITERATIVE_SIZE, _ITERATIVE_SHARE = 3000, 40

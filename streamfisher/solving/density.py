@@ -17,54 +17,18 @@ ICML 2019 (arXiv 1901.10159).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from streamfisher.errors import ConfigError, CorruptRunError
+from streamfisher.results.analyses import Scale, SpectralDensity
 from streamfisher.solving.lanczos import SymmetricOperator
-
-Scale = Literal["log", "linear"]
 
 #: Points of the grid per width sigma of the Gaussians.
 _RESOLUTION = 5
 #: A log scale ends at this fraction of the largest Ritz value: what lies below is counted, not placed.
 _LOG_FLOOR = 1e-12
-
-
-@dataclass(frozen=True)
-class SpectralDensity:
-    """How many eigenvalues of a block lie where: an estimate, with the standard error over its random vectors."""
-
-    block: str
-    grid: np.ndarray  # (g,) float64, ascending: eigenvalues, or their log10 for `scale='log'`
-    density: np.ndarray  # (g,) eigenvalues per unit of `grid`
-    standard_error: np.ndarray  # (g,) of the density, over vectors
-    quadrature_error: np.ndarray  # (g,) how far half as many steps are from it: an estimate from above
-    edges: np.ndarray  # (b + 1,) float64, eigenvalues: whole decades, or ten equal parts of a linear scale
-    counts: np.ndarray  # (b,) eigenvalues between them, not smoothed
-    count_errors: np.ndarray  # (b,) standard errors of the counts
-    count_quadrature_errors: np.ndarray  # (b,) how far half as many steps are from them
-    below: float  # eigenvalues under the start of a log scale, zeros among them; 0 for a linear one
-    below_standard_error: float
-    n_eigenvalues: int  # the integral of the density, and `below`; exact
-    n_vectors: int
-    n_steps: int  # of Lanczos
-    sigma: float  # width of the Gaussians, in units of `grid`
-    scale: Scale
-    seed: int
-    solved_side: str = "samples"
-
-    @property
-    def integral(self) -> float:
-        """Return the integral of the density over the grid, by the trapezoidal rule."""
-        return float(np.trapezoid(self.density, self.grid))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain JSON values."""
-        return {
-            name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()
-        } | {"integral": self.integral}
 
 
 def spectral_density(

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from streamfisher.errors import ConfigError, DataError
-from streamfisher.results.spectrum import center
+from streamfisher.solving.centering import center
 
 Normalization = Literal["samples", "tokens"]
 SampleChoice = slice | Sequence[int] | np.ndarray | None
@@ -148,33 +147,6 @@ def select(
     return Selection(selected, chosen, float(shares.sum()), normalization, shares)
 
 
-def read_samples(path: str | Path) -> np.ndarray:
-    """Read sample numbers from a `.npy` file (integers, or a boolean mask) or a text file, one number per line.
-
-    Raises:
-        DataError: the file is not there, empty, or holds something else.
-    """
-    path = Path(path)
-    values = _load_array(path, "--samples") if path.suffix == ".npy" else _read_lines(path)
-    if values.ndim != 1 or values.dtype.kind not in "iub" or values.size == 0:
-        raise DataError(
-            f"--samples {path} must hold sample numbers or a mask, one axis; it has {values.dtype} {values.shape}."
-        )
-    return values
-
-
-def read_weights(path: str | Path) -> np.ndarray:
-    """Read weights, one for each sample of the run, from a `.npy` file.
-
-    Raises:
-        DataError: the file is not there or holds something else.
-    """
-    values = _load_array(Path(path), "--weights")
-    if values.ndim != 1 or values.dtype.kind not in "iuf":
-        raise DataError(f"--weights {path} must hold one number per sample; it has {values.dtype} {values.shape}.")
-    return values.astype(np.float64)
-
-
 def _numbers(n_samples: int, samples: SampleChoice) -> np.ndarray:
     everything = np.arange(n_samples)
     if samples is None:
@@ -206,23 +178,3 @@ def _check_weights(weights: Sequence[float] | np.ndarray, n_samples: int) -> np.
     if bad.size:
         raise DataError(f"the weight of sample {bad[0]} is {values[bad[0]]}; weights must be finite and not negative.")
     return values
-
-
-def _load_array(path: Path, option: str) -> np.ndarray:
-    if not path.is_file():
-        raise DataError(f"{option} {path}: there is no such file.")
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{option} {path} cannot be read as a .npy file: {error}") from error
-
-
-def _read_lines(path: Path) -> np.ndarray:
-    try:
-        lines = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--samples {path} cannot be read: {error}") from error
-    try:
-        return np.array([int(line) for line in lines], dtype=np.int64)
-    except ValueError as error:
-        raise DataError(f"--samples {path} must hold one sample number per line: {error}.") from None

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from streamfisher.results import spectrum as spectra
 from streamfisher.blocks.structures import group_blocks
 from streamfisher.config import SpectralConfig, dtype_name
-from streamfisher.runtime.determinism import one_thread
-from streamfisher.solving.selection import Selection
-from streamfisher.solving.blocksolver import block_spectrum
+from streamfisher.results import spectrum as spectra
 from streamfisher.results.spectrum import Spectrum
-from streamfisher.store import Manifest, versions
+from streamfisher.runtime.determinism import one_thread
+from streamfisher.solving.blocksolver import block_spectrum
+from streamfisher.solving.selection import Selection
+from streamfisher.store import versions
 
 
 @dataclass(frozen=True)
@@ -27,51 +27,6 @@ class RowPrecision:
 
     computed: torch.dtype  # they were computed in it
     roundoff: float  # and then held with this unit roundoff
-
-
-def describe(
-    manifest: Manifest, config: SpectralConfig, *, n_stored: int, n_targets: int, skipped: Mapping[int, str]
-) -> dict[str, Any]:
-    """Return the facts that every result carries, as plain JSON values.
-
-    Args:
-        manifest: of the run.
-        config: options of the analysis.
-        n_stored: samples that were asked for, skipped ones included.
-        n_targets: target tokens of the valid samples.
-        skipped: sample number -> why it does not count.
-    """
-    return {
-        "n_samples_stored": n_stored,
-        "n_target_tokens": n_targets,
-        **{key: manifest.data[key] for key in ("sample_unit", "n_sequences") if key in manifest.data},
-        **{key: manifest.config[key] for key in ("tokens_per_sequence",) if manifest.config.get(key) is not None},
-        "labels": manifest.config["labels"],
-        **manifest.loss,
-        "model_mode": "eval",
-        "skipped_samples": {str(sample): reason for sample, reason in skipped.items()},
-        "excluded_parameters": dict(manifest.excluded),
-        **projection_facts(manifest),
-        "coverage_parameters": manifest.probe.get("coverage_parameters"),
-        "coverage_squared_norm": manifest.probe.get("coverage_norm"),
-        "dtype_model": ", ".join(sorted({item["dtype"] for item in manifest.parameters})),
-        "dtype_row": manifest.layout["dtype_row"],
-        "dtype_store": manifest.layout["dtype_store"],
-        "stored_centered": manifest.layout["centered"],
-        "model": dict(manifest.model),
-        "data_fingerprint": manifest.data["fingerprint"],
-        "seed": config.seed,
-        "collected_with": dict(manifest.versions),
-    }
-
-
-def projection_facts(manifest: Manifest) -> dict[str, Any]:
-    """Return what every result of a projected run says about it; nothing for an exact run."""
-    if manifest.config.get("project") is None:
-        return {}
-    n_projected = sum("columns" in item for item in manifest.parameters)
-    facts = {"numbers": manifest.config["project"], "seed": manifest.config["seed"], "parameters": n_projected}
-    return {"projection": facts}
 
 
 def with_same_bits(solve: Callable[..., Spectrum]) -> Callable[..., Spectrum]:

@@ -7,17 +7,18 @@ from typing import Any
 
 import torch
 
-from streamfisher.results import spectrum as spectra
 from streamfisher.blocks.structures import group_blocks
-from streamfisher.config import SpectralConfig, format_bytes
+from streamfisher.byte_sizes import format_bytes
+from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError
+from streamfisher.results import spectrum as spectra
+from streamfisher.results.spectrum import BlockSpectrum, Spectrum
 from streamfisher.runtime.memory import working_memory
-from streamfisher.solving.selection import Selection
 from streamfisher.solving import eigen
 from streamfisher.solving.blocksolver import empty_block, listed, solved_block
+from streamfisher.solving.selection import Selection
 from streamfisher.solving.solve import RowPrecision, result_facts, warn_of_dominance, with_same_bits
 from streamfisher.solving.tiled_gram import TiledGram
-from streamfisher.results.spectrum import BlockSpectrum, Spectrum
 
 
 def dense_bytes(n_stored: int, n: int) -> int:

@@ -6,9 +6,7 @@ them. None of raw, Blosc and plain Zstd notices a flipped byte, so every chunk e
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import google_crc32c
@@ -29,8 +27,6 @@ _STORED = {
     torch.bfloat16: np.dtype("uint16"),
 }
 _BFLOAT16_NAN = 0x7FC0
-#: Chunks that Zarr codes at a time unless it is told otherwise; more would hold memory that no budget counts.
-_ZARR_CONCURRENCY = 10
 
 
 def stored_dtype(dtype: torch.dtype) -> np.dtype:
@@ -107,17 +103,6 @@ def read_into(array: zarr.Array, rows: slice, columns: slice, dtype: torch.dtype
 def checksum(array: np.ndarray) -> int:
     """Return the CRC-32C of an array's bytes."""
     return google_crc32c.value(array.tobytes())
-
-
-@contextlib.contextmanager
-def chunks_at_a_time(count: int) -> Iterator[None]:
-    """Let Zarr encode or decode `count` chunks at a time in this process: at least one, and at most its default.
-
-    It would take ten for each call: more threads than there are cores for them beside the products, each with buffers
-    of its own (docs/design.md has the figures).
-    """
-    with zarr.config.set({"async.concurrency": max(1, min(count, _ZARR_CONCURRENCY))}):
-        yield
 
 
 def quiet_open(*args: Any, **kwargs: Any) -> zarr.Group:

@@ -14,8 +14,8 @@ import zarr
 from torch import Tensor
 
 from streamfisher.errors import CorruptRunError, DataError, RunError, StreamfisherError, unreadable
-from streamfisher.store import codecs
 from streamfisher.runtime.durable import read_json
+from streamfisher.store import codecs
 from streamfisher.store.integrity import chunk_digest, require_inside
 from streamfisher.store.names import node_name
 

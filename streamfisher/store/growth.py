@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from streamfisher.data.batches import Unit, make_units
 from streamfisher.errors import RunMismatchError
-from streamfisher.data.samples import Unit, make_units
 from streamfisher.runtime.durable import write_json, write_marker
 from streamfisher.store.layout import MANIFEST_COPY
 from streamfisher.store.manifest import Manifest, differences

@@ -8,10 +8,10 @@ import torch
 import zarr
 
 from streamfisher.config import parse_dtype
+from streamfisher.data.batches import make_units
 from streamfisher.errors import CorruptRunError, RunError
-from streamfisher.data.samples import make_units
-from streamfisher.store import codecs
 from streamfisher.runtime.durable import write_json, write_marker
+from streamfisher.store import codecs
 from streamfisher.store.manifest import Manifest, columns_of
 from streamfisher.store.names import node_name
 

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import Any
 
-import torch
-from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-
 from streamfisher.errors import CorruptRunError
-from streamfisher.models.offload import stored_tensor
-from streamfisher.models.sharding import class_of, whole
 from streamfisher.store.integrity import check_manifest
-from streamfisher.version import __version__
 
 FORMAT = "streamfisher-run"
 FORMAT_VERSION = 2
@@ -151,50 +141,3 @@ def _data_differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list
 
 def _shapes(manifest: Manifest) -> dict[str, str]:
     return {item["name"]: f"{tuple(item['shape'])} {item['dtype']}" for item in manifest.parameters}
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and bytes of all parameters and persistent buffers.
-
-    Raises nothing for models on any device: tensors are copied to the CPU one at a time.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict(keep_vars=False).items():
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        for part in _parts(whole(stored_tensor(model, name, tensor)).detach()):
-            flat = part.contiguous().reshape(-1)
-            if flat.numel():
-                digest.update(memoryview(flat.view(torch.uint8).cpu().numpy()))
-    return digest.hexdigest()
-
-
-def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Yield a tensor, or what a quantised one is made of: its codes, scales and zero points."""
-    if not is_traceable_wrapper_subclass(tensor):
-        yield tensor
-        return
-    for attribute in tensor.__tensor_flatten__()[0]:
-        yield from _parts(getattr(tensor, attribute))
-
-
-def model_manifest(model: nn.Module) -> dict[str, Any]:
-    """Return class, fingerprint and number of parameters of a model, as the manifest keeps them."""
-    kind = class_of(model)
-    return {
-        "class": f"{kind.__module__}.{kind.__qualname__}",
-        "fingerprint": model_fingerprint(model),
-        "n_params": sum(parameter.numel() for parameter in model.parameters()),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python, of this package and of the packages that decide numbers."""
-    found = {"streamfisher": __version__, "python": platform.python_version()}
-    for package in ("torch", "numpy", "zarr", "numcodecs", "dask", "accelerate", "transformers"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -8,12 +8,12 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError, unreadable
-from streamfisher.data.samples import Unit
-from streamfisher.store import codecs
 from streamfisher.runtime.durable import read_json
+from streamfisher.store import codecs
+from streamfisher.store.markers import StorePart
 from streamfisher.store.names import node_name
-from streamfisher.store.part import StorePart
 
 
 def _number(checksum: google_crc32c.Checksum) -> int:

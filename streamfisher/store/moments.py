@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import zarr
 
 from streamfisher.errors import CorruptRunError, unreadable
-from streamfisher.reduction.moment import Moment
+from streamfisher.runtime.durable import read_json, write_marker
 from streamfisher.store import codecs
 from streamfisher.store.arrays import write_array
-from streamfisher.runtime.durable import read_json, write_marker
 from streamfisher.store.integrity import require_inside
+from streamfisher.store.markers import StorePart
 from streamfisher.store.names import node_name
-from streamfisher.store.part import StorePart
 
 
 class MomentStore(StorePart):
@@ -52,3 +53,22 @@ class MomentStore(StorePart):
                 f"{self.path}: the moment of {name} is not what was written; `streamfisher gram --rebuild` remakes it."
             )
         return Moment(values[:-1], values[-1], count, self.mean(name, 0, columns))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The second moment of one parameter's rows c_i as they are held, over the valid samples."""
+
+    second: np.ndarray  # (P, P) float64, sum_i c_i c_i^T, exactly symmetric
+    total: np.ndarray  # (P,) float64, sum_i c_i
+    count: int  # n, valid samples
+    mean: np.ndarray | None = None  # (P,) float64, what was subtracted from the gradients: g_i = c_i + mean
+
+    def matrix(self, *, center: bool) -> np.ndarray:
+        """Return `sum_i g_i g_i^T`, or with g_i less their mean for `center`: (P, P) float64."""
+        if center:  # of c_i as of g_i: the mean cancels
+            return self.second - np.outer(self.total, self.total) / self.count
+        if self.mean is None:
+            return self.second
+        cross = np.outer(self.total, self.mean)
+        return self.second + cross + cross.T + self.count * np.outer(self.mean, self.mean)

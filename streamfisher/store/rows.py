@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.gradients.factors import matrix_shape
-from streamfisher.data.samples import Unit
 from streamfisher.store import codecs
-from streamfisher.store.factored_rows import columns_of_segments
-from streamfisher.store.factors import FactorSide, Segment, check_factors, segments_of
+from streamfisher.store.factors import FactorSide, Segment, check_factors, columns_of_segments, segments_of
 from streamfisher.store.integrity import chunk_digest
+from streamfisher.store.markers import StorePart, stage_of
 from streamfisher.store.names import node_name
-from streamfisher.store.part import StorePart, stage_of
 
 #: Bytes of a slab of float64 rows that is formed from factors at a time.
 _FACTORED_SLAB = 64 << 20

@@ -33,19 +33,19 @@ import zarr
 from torch import Tensor
 
 from streamfisher.config import parse_dtype
+from streamfisher.data.batches import Unit, make_units
 from streamfisher.errors import CorruptRunError, RunError, unreadable
 from streamfisher.gradients.factors import BatchFactors
-from streamfisher.data.samples import Unit, make_units
-from streamfisher.store import codecs
 from streamfisher.runtime.durable import read_json, sweep_partials, write_json, write_marker
+from streamfisher.store import codecs
 from streamfisher.store.factors import write_factors
 from streamfisher.store.grams import GramStore
 from streamfisher.store.integrity import check_layout, chunk_digest, require_inside
 from streamfisher.store.layout import MANIFEST_COPY, create_run
 from streamfisher.store.manifest import Manifest, columns_of
+from streamfisher.store.markers import stage_of
 from streamfisher.store.means import MeanStore
 from streamfisher.store.names import node_name
-from streamfisher.store.part import stage_of
 from streamfisher.store.rows import RowReader
 from streamfisher.store.sample_values import SampleValues
 from streamfisher.store.waves import WaveState

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import zarr
 
+from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError, unreadable
-from streamfisher.data.samples import Unit
 from streamfisher.store.arrays import CHUNK, write_array
 from streamfisher.store.integrity import check_layout, digest_of_values, require_inside
+from streamfisher.store.markers import StorePart, stage_of
 from streamfisher.store.names import node_name
-from streamfisher.store.part import StorePart, stage_of
 
 
 class SampleValues(StorePart):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from streamfisher.errors import RunError
 from streamfisher.store.factors import delete_factors
+from streamfisher.store.markers import StorePart
 from streamfisher.store.names import node_name
-from streamfisher.store.part import StorePart
-from streamfisher.planning.waves import is_kept
 
 
 class WaveState(StorePart):
@@ -61,3 +61,8 @@ class WaveState(StorePart):
                 f"{self.path}: the gradients of {name} were deleted after its Gram was built, to stay within the disk "
                 "budget. What needs rows needs a run with --keep-gradients all, or with a pattern that matches it."
             )
+
+
+def is_kept(name: str, keep: Sequence[str]) -> bool:
+    """Return whether a parameter's gradients stay on disk after its Gram is built."""
+    return any(fnmatchcase(name, pattern) for pattern in keep)

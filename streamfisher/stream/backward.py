@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from streamfisher.gradients.engine import BatchGradients, GradientEngine
 from streamfisher.gradients.groups import Group
 from streamfisher.gradients.probe_report import ProbeReport
-from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.calling import batch_size
+from streamfisher.models.losses import PerSampleLoss
+from streamfisher.models.weights import AROUND
 from streamfisher.stream.boundaries import MISSING
 from streamfisher.stream.forward import Batches, ForwardStream
 from streamfisher.stream.replay import Boundary, Replay, grad_name, replay_batch, shell_loss, span_loss
@@ -22,7 +23,6 @@ from streamfisher.stream.routing import Names, Span
 from streamfisher.stream.segments import Segment
 from streamfisher.stream.study import EngineMaker
 from streamfisher.stream.trace import Key
-from streamfisher.models.weights import AROUND
 
 ReplayLoss = Any  # `(module, batch) -> (B,)`
 

@@ -17,7 +17,7 @@ import google_crc32c
 import torch
 from torch import Tensor
 
-from streamfisher.config import format_bytes
+from streamfisher.byte_sizes import format_bytes
 from streamfisher.errors import CapacityError
 
 #: What `Boundaries.get` returns for what is not there.

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.calling import batch_size
+from streamfisher.models.losses import PerSampleLoss
+from streamfisher.models.weights import AROUND, Resident
 from streamfisher.stream.boundaries import MISSING, Boundaries
 from streamfisher.stream.replay import Boundary, replay_batch, shell_loss, value_name
 from streamfisher.stream.segments import Segment, Stack
 from streamfisher.stream.shell import Shell
 from streamfisher.stream.trace import Key
-from streamfisher.models.weights import AROUND, Resident
 
 Batches = Mapping[int, Mapping[str, Any]]
 

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from streamfisher.data.batches import padded_tokens
 from streamfisher.errors import CaptureError, StreamError
 from streamfisher.gradients.engine import BatchGradients, GradientEngine
 from streamfisher.gradients.parameters import select_parameters
 from streamfisher.gradients.probe_report import ProbeReport
+from streamfisher.gradients.shapes import GradientShape
 from streamfisher.gradients.state import as_it_was, without_fast_paths, without_parameter_hooks
 from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.offload import working_device
-from streamfisher.data.samples import padded_tokens
-from streamfisher.gradients.shapes import GradientShape
+from streamfisher.models.weights import Resident
 from streamfisher.stream.backward import LOSSES, TARGETS, DamagedGradient, OpenSegment, grad_at, passed, segment_loss
 from streamfisher.stream.boundaries import MISSING, Boundaries
 from streamfisher.stream.forward import Batches, ForwardStream
@@ -32,7 +33,6 @@ from streamfisher.stream.routing import Names, patterns
 from streamfisher.stream.segments import Segment, Stack
 from streamfisher.stream.shell import Shell
 from streamfisher.stream.study import Study, few_samples
-from streamfisher.models.weights import Resident
 
 
 class LayerStream:

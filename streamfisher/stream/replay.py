@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from streamfisher.errors import StreamError
-from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.calling import batch_size
+from streamfisher.models.losses import PerSampleLoss
 from streamfisher.stream.segments import Segment, Stack
 from streamfisher.stream.shell import Shell
 from streamfisher.stream.trace import Key, same_value

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamfisher.data.batches import padded_tokens
 from streamfisher.errors import NonFiniteError, StreamError, StreamfisherError
 from streamfisher.gradients.engine import GradientEngine
 from streamfisher.gradients.parameters import Selection
 from streamfisher.gradients.probe_report import ProbeReport
-from streamfisher.models.losses import PerSampleLoss
-from streamfisher.models.calling import batch_size
-from streamfisher.data.samples import padded_tokens
 from streamfisher.gradients.shapes import GradientShape
+from streamfisher.models.calling import batch_size
+from streamfisher.models.losses import PerSampleLoss
+from streamfisher.models.weights import AROUND, Resident
 from streamfisher.stream.replay import Boundary, replay_batch, shell_loss, span_loss
 from streamfisher.stream.routing import (
     Names,
@@ -31,7 +32,6 @@ from streamfisher.stream.routing import (
 from streamfisher.stream.segments import Stack, cut_segments
 from streamfisher.stream.shell import Shell
 from streamfisher.stream.trace import Key, Trace, agree, trace_stack
-from streamfisher.models.weights import AROUND, Resident
 
 _SEED = 11  # of the random output gradients with which layers are probed
 

@@ -15,18 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from streamfisher.analysis.run import Run
-from streamfisher.collection.collect import make_engine, make_manifest
+from streamfisher.collection.collect import make_engine
+from streamfisher.collection.prepare import make_manifest
+from streamfisher.collection.survey import Survey, probe_batch, survey
 from streamfisher.config import parse_dtype
-from streamfisher.runtime.determinism import deterministic
+from streamfisher.data.batches import collate, make_batches
 from streamfisher.errors import ConfigError, CorruptRunError, RunError, RunMismatchError
 from streamfisher.gradients import GradientEngine, ProbeReport
 from streamfisher.gradients.factors import FactorPair, product
 from streamfisher.gradients.state import without_packing
 from streamfisher.models.losses import draw_labels, sample_seed
-from streamfisher.data.samples import collate, make_batches
+from streamfisher.models.offload import to_model
+from streamfisher.runtime.determinism import deterministic
 from streamfisher.store import resume_differences
-from streamfisher.collection.survey import Survey, probe_batch, survey, to_model
-from streamfisher.verification.verify import Problem
+from streamfisher.verification.problem import Problem
 
 #: Bytes of rows that are recomputed at a time, where one parameter alone does not take more.
 _GROUP = 256 << 20

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from streamfisher.analysis.run import Run
+from streamfisher.data.batches import Unit
 from streamfisher.errors import ConfigError, CorruptRunError
-from streamfisher.data.samples import Unit
-from streamfisher.store import RunLock, codecs, stage_of
 from streamfisher.runtime.durable import read_json
+from streamfisher.store import RunLock, codecs, stage_of
 from streamfisher.store.factors import checksum_of
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.layout import MANIFEST_COPY
-from streamfisher.store.repair import restore_manifest, restore_metadata, wrong_metadata
 from streamfisher.store.names import node_name
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is not as it was written."""
-
-    what: str  # 'rows', 'factors', 'marker', 'loss', 'n_targets', 'valid', 'squared_norm', 'gram', 'mean', ...
-    parameter: str | None
-    first_sample: int | None
-    last_sample: int | None
-    detail: str
-
-    def __str__(self) -> str:
-        where = f" of {self.parameter}" if self.parameter else ""
-        samples = "" if self.first_sample is None else f", samples {self.first_sample} to {self.last_sample}"
-        return f"{self.what}{where}{samples}: {self.detail}"
+from streamfisher.store.repair import restore_manifest, restore_metadata, wrong_metadata
+from streamfisher.verification.problem import Problem
 
 
 def verify(

@@ -23,11 +23,12 @@ import psutil
 import torch
 
 import streamfisher as sf
-from streamfisher.config import dtype_name, format_bytes, parse_bytes
+from streamfisher.byte_sizes import format_bytes, parse_bytes
+from streamfisher.config import dtype_name
 from streamfisher.reduction import gram as grams
-from streamfisher.reduction.rows import MemoryRows
 from streamfisher.reduction.slabs import DECODING_BYTES, plan_slabs, sums_bytes
 from streamfisher.reduction.tiles import build_tiled_grams, tile_bytes
+from streamfisher.sinks.memory import MemoryRows
 from streamfisher.store import Manifest, RunStore, UnitRecord, versions
 from streamfisher.store.layout import PANEL, chunk_columns
 

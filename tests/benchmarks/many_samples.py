@@ -16,7 +16,7 @@ import numpy as np
 from gram_rate import PeakMemory, make_store
 
 import streamfisher as sf
-from streamfisher.config import format_bytes
+from streamfisher.byte_sizes import format_bytes
 
 
 def main() -> None:

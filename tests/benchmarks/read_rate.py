@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from gram_rate import make_store
 
+from streamfisher.runtime.threads import chunks_at_a_time
 from streamfisher.store import RunStore
-from streamfisher.store.codecs import chunks_at_a_time
 
 
 def read_all(store: RunStore, buffer: np.ndarray | None) -> None:

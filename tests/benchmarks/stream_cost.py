@@ -18,8 +18,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from streamfisher.models.losses import resolve_loss
-from streamfisher.stream import LayerStream
 from streamfisher.models.skeleton import load_skeleton
+from streamfisher.stream import LayerStream
 
 
 def build_model(layers: int, hidden: int, vocabulary: int) -> LlamaForCausalLM:

@@ -54,8 +54,8 @@ def read_everything(run: Path) -> dict[str, str]:
     import numpy as np
 
     from streamfisher import open_run
-    from streamfisher.store.eigenvectors import open_eigenvectors
     from streamfisher.errors import StreamfisherError
+    from streamfisher.store.eigenvectors import open_eigenvectors
 
     answers: dict[str, str] = {}
 

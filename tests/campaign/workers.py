@@ -64,8 +64,8 @@ def import_everything() -> None:
     import streamfisher.cli.main
     import streamfisher.collection.collect
     import streamfisher.data.loading
-    import streamfisher.reports.page
     import streamfisher.models.loading
+    import streamfisher.reports.page
     import streamfisher.verification.verify  # noqa: F401
 
     gc.collect()

@@ -9,7 +9,7 @@ from gradients.token_model import Model, assert_equal, batch_of, double, rows_of
 from torch import nn
 
 from streamfisher.gradients import GradientEngine
-from streamfisher.gradients.probe import FLOOR, TOLERANCE
+from streamfisher.gradients.tolerance import FLOOR, TOLERANCE
 from streamfisher.models.losses import resolve_loss
 
 # Checkpointing, compilation, precision

@@ -10,9 +10,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import streamfisher as sf
-from streamfisher.errors import CapacityError
 from streamfisher.collection.prepare import runs_in_waves
 from streamfisher.collection.streamed import StreamedRun
+from streamfisher.errors import CapacityError
 
 
 def deep_llama(layers=12):

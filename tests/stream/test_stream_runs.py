@@ -19,9 +19,9 @@ from stream.stream_models import assert_same_bits, model_and_batches, ordinary_r
 
 import streamfisher as sf
 from streamfisher.errors import CapacityError, ConfigError, ModelError
+from streamfisher.models.skeleton import load_skeleton, skeleton_is_needed
 from streamfisher.stream.engine import StreamEngine
 from streamfisher.stream.shell import Shell
-from streamfisher.models.skeleton import load_skeleton, skeleton_is_needed
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "stream_7b"
 

@@ -1,4 +1,4 @@
-"""What the parts of a `RunStore` know of the whole: each does one thing with the run that all of them share."""
+"""DOC"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import zarr
 
-from streamfisher.data.samples import Unit
+from streamfisher.data.batches import Unit
 from streamfisher.store.manifest import Manifest
 
 

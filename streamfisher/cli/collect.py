@@ -1,0 +1,112 @@
+"""DOC"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from streamfisher.cli.options import RunOptions, read_run_options
+from streamfisher.cli.output import analyse, print_info
+from streamfisher.cli.plan import announce_plan
+from streamfisher.runtime.dask_pool import dask_client
+from streamfisher.runtime.run_log import RunLog
+
+
+def demo_command(arguments: argparse.Namespace) -> int:
+    from streamfisher import SpectralConfig
+    from streamfisher.collection import collect
+    from streamfisher.demo import demo_samples, load_demo_model
+
+    config = SpectralConfig(use_deterministic=True)
+    print(
+        f"The demo model, {arguments.samples} sequences of 128 bytes of Python's standard library, to {arguments.out}"
+    )
+    run = collect(
+        load_demo_model(),
+        demo_samples(arguments.samples),
+        arguments.out,
+        config=config,
+        description="sequences of 128 bytes of the standard-library sources of the running interpreter",
+        progress=not arguments.quiet,
+    )
+    options = RunOptions(structures=("layer", "module", "none"), centers=(False, True))
+    return analyse(run, options, arguments, write=True)
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    options = read_run_options(arguments)
+    # From the start: an address that does not answer is found before days of gradients, and waves are reduced between.
+    with dask_client(options.dask_scheduler if os.environ.get("RANK", "0") == "0" else None):
+        run = _collected(options, arguments)
+        if run is None:
+            return 0
+        with RunLog(run.path, "analysis"):
+            return analyse(run, options, arguments, write=True)
+
+
+def collect_command(arguments: argparse.Namespace) -> int:
+    run = _collected(read_run_options(arguments), arguments)
+    if run is not None:
+        print_info(run, arguments)
+    return 0
+
+
+def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
+    """Load model and data and collect; return the run on the main process and `None` on the others."""
+    from streamfisher.collection import collect
+    from streamfisher.collection.prepare import runs_in_waves
+    from streamfisher.data.loading import load_samples
+    from streamfisher.models.loading import pick_device
+    from streamfisher.models.skeleton import load_skeleton, skeleton_is_needed
+    from streamfisher.runtime.ranks import start_ranks
+    from streamfisher.store.layout import check_free
+
+    config = options.config
+    new = not (Path(options.out) / "manifest.json").is_file()
+    if new:
+        check_free(Path(options.out))  # before a large model is loaded for nothing
+    state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
+    device = state.device if config.device == "auto" else pick_device(config.device)
+    source = load_samples(options.data, tokenize=options.tokenizer(), field=options.field, max_length=config.max_length)
+    if new and state.is_main_process and not arguments.quiet:
+        announce_plan(options, source)
+    weights = None
+    loaded_whole = options.fsdp or options.device_map is not None or (not new and runs_in_waves(options.out, config))
+    if not loaded_whole and skeleton_is_needed(options.model, config):
+        model, weights = load_skeleton(
+            options.model, dtype=config.dtype_model, device=device, trust_remote_code=options.trust_remote_code
+        )
+    else:
+        model = _loaded(options, config, device)
+    run = collect(
+        model,
+        source,
+        options.out,
+        config=config,
+        n_samples=options.samples,
+        description=options.description(),
+        progress=not arguments.quiet,
+        weights=weights,
+    )
+    main_process = state.is_main_process
+    if state.num_processes > 1:
+        state.destroy_process_group()
+    return run if main_process else None
+
+
+def _loaded(options: RunOptions, config: Any, device: Any) -> Any:
+    """Load the whole model."""
+    from streamfisher.models.device_map import read_device_map
+    from streamfisher.models.loading import load_model
+
+    return load_model(
+        options.model,
+        dtype=config.dtype_model,
+        device=device,
+        trust_remote_code=options.trust_remote_code,
+        device_map=None if options.device_map is None else read_device_map(options.device_map),
+        offload_folder=options.offload_folder or f"{options.out}.offload",
+        sharded=options.fsdp,
+    )

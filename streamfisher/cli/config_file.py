@@ -1,0 +1,47 @@
+"""DOC"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from streamfisher.errors import ConfigError
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Read a flat mapping of options from a `.toml`, `.yaml`, `.yml` or `.json` file.
+
+    Raises:
+        ConfigError: the file is missing, cannot be parsed, or does not hold a mapping.
+    """
+    return {str(key).replace("-", "_"): value for key, value in read_mapping(path, "--config").items()}
+
+
+def read_mapping(path: str | Path, option: str) -> dict[Any, Any]:
+    """Read a mapping from a `.toml`, `.yaml`, `.yml` or `.json` file that `option` of the command line names.
+
+    Raises:
+        ConfigError: the file is missing, cannot be parsed, or does not hold a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{option} {path}: there is no such file.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            values: Any = tomllib.loads(text)
+        elif path.suffix in (".yaml", ".yml"):
+            values = yaml.safe_load(text)
+        elif path.suffix == ".json":
+            values = json.loads(text)
+        else:
+            raise ConfigError(f"{option} {path}: unknown kind {path.suffix!r}; use .toml, .yaml or .json.")
+    except (tomllib.TOMLDecodeError, yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{option} {path} cannot be parsed: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{option} {path} must hold a mapping, not {type(values).__name__}.")
+    return values

@@ -1,0 +1,96 @@
+"""DOC"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from streamfisher.byte_sizes import format_bytes
+from streamfisher.cli.options import RunOptions
+
+#: Makes the parser of one command: (name, function, description) -> parser.
+AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+
+
+def print_json(content: Any) -> None:
+    """Print plain JSON values on one line."""
+    print(json.dumps(content, allow_nan=False))
+
+
+def spectra_of(
+    run: Any, options: RunOptions, arguments: argparse.Namespace, chosen: Mapping[str, Any] | None = None
+) -> list[Any]:
+    return [
+        run.spectrum(
+            structure,
+            center,
+            top_k=options.top_k,
+            **(chosen or {}),
+            config=options.analysis_config(run.config),
+            progress=not arguments.quiet,
+        )
+        for structure in options.structures
+        for center in options.centers
+    ]
+
+
+def analyse(
+    run: Any,
+    options: RunOptions,
+    arguments: argparse.Namespace,
+    *,
+    write: bool,
+    chosen: Mapping[str, Any] | None = None,
+    out: str | None = None,
+) -> int:
+    """Solve, print, and, for `write`, leave `spectrum.json` and a picture in the run."""
+    import importlib.util
+
+    from streamfisher.reports.figures import picture
+    from streamfisher.reports.text import table
+    from streamfisher.results.spectrum import write_spectra
+
+    spectra = spectra_of(run, options, arguments, chosen)
+    if arguments.json:
+        contents = [spectrum.to_dict() for spectrum in spectra]
+        print(json.dumps(contents[0] if len(contents) == 1 else {"spectra": contents}))
+    else:
+        print("\n" + "\n\n".join(table(spectrum) for spectrum in spectra) + "\n")
+    target = Path(out) if out else (run.path / "spectrum.json" if write else None)
+    say = sys.stderr if arguments.json else sys.stdout
+    if target is not None:
+        print(f"Eigenvalues and metrics: {write_spectra(spectra, target)}", file=say)
+        if write:
+            run.store.mark_result(target)
+    if write and importlib.util.find_spec("matplotlib"):
+        print(f"Picture: {picture(spectra, run.path / 'spectrum.png')}", file=say)
+    elif write:
+        print("No picture: install it with pip install 'streamfisher[plots]'.", file=say)
+    return 0
+
+
+def print_info(run: Any, arguments: argparse.Namespace) -> None:
+    facts = run.info()
+    if arguments.json:
+        print(json.dumps(facts))
+        return
+    state = "complete" if facts["complete"] else "not finished"
+    print(f"{facts['path']}: {state}, {facts['samples_done']} of {facts['n_samples']} {facts['data']['sample_unit']}s")
+    size = f"{facts['total_params']:,} parameters in {facts['n_parameters']} tensors"
+    print(f"  model       {facts['model']['class']}, {size}")
+    print(f"  Grams       {facts['grams_done']} of {facts['n_parameters']}")
+    print(f"  on disk     {format_bytes(facts['bytes_on_disk'])}, rows in {facts['layout']['dtype_store']}")
+    described = facts["data"]["description"]
+    print(f"  data        {described['data'] if isinstance(described, dict) else described or 'not described'}")
+    print(f"  loss        {facts['loss']['loss']}: {facts['loss']['loss_reduction']}")
+    for name, reason in facts["excluded"].items():
+        print(f"  excluded    {name}: {reason}")
+    for sample, reason in facts["skipped"].items():
+        print(f"  skipped     sample {sample}: {reason}")
+    from streamfisher.gradients import ProbeReport
+
+    print(ProbeReport.from_dict(facts["probe"]).summary())

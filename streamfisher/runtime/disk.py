@@ -1,0 +1,41 @@
+"""DOC"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from streamfisher.byte_sizes import format_bytes
+from streamfisher.config import SpectralConfig
+from streamfisher.errors import CapacityError
+
+#: Kept free on the disk besides what the run needs.
+DISK_MARGIN = 64 << 20
+
+
+def disk_limit(config: SpectralConfig, path: Path) -> int:
+    """Return the bytes that a run may take on its disk."""
+    free = free_disk(path) - DISK_MARGIN
+    return min(free, config.disk_budget) if config.disk_budget is not None else free
+
+
+def free_disk(path: Path) -> int:
+    """Return the bytes that are free on the disk that a path is or will be on."""
+    folder = path.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def check_disk(path: Path, needed: int) -> None:
+    """Refuse work that the disk has no room for.
+
+    Raises:
+        CapacityError: the message names what is needed, what is free, and what would help.
+    """
+    free = free_disk(path)
+    if needed + DISK_MARGIN > free:
+        raise CapacityError(
+            f"the run needs up to {format_bytes(needed)} on disk and {path.absolute().parent} has {format_bytes(free)} "
+            "free. Make room, take fewer samples, or write to another disk."
+        )

@@ -1,0 +1,52 @@
+"""DOC"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import threadpoolctl
+import zarr
+
+from streamfisher.config import SpectralConfig
+
+#: Chunks that Zarr codes at a time unless it is told otherwise; more would hold memory that no budget counts.
+_ZARR_CONCURRENCY = 10
+
+
+def worker_count(config: SpectralConfig) -> int:
+    """Return `n_workers`, or one for each core."""
+    return config.n_workers or len(os.sched_getaffinity(0))
+
+
+def blas_threads(workers: int, config: SpectralConfig) -> int:
+    """Share the cores between the workers' BLAS calls; one thread each where bits must not depend on the machine."""
+    return 1 if config.use_deterministic else max(1, len(os.sched_getaffinity(0)) // workers)
+
+
+@contextmanager
+def threads_of_this_process(workers: int, config: SpectralConfig) -> Iterator[None]:
+    """Share the cores between `workers` threads, for products and for reading."""
+    readers = max(1, len(os.sched_getaffinity(0)) // workers)
+    with threadpoolctl.threadpool_limits(blas_threads(workers, config)), chunks_at_a_time(readers):
+        yield
+
+
+def limit_threads(threads: int | None) -> None:
+    """Limit a worker process of a cluster, for good; `None` where `threads_of_this_process` did it."""
+    if threads is not None:
+        threadpoolctl.threadpool_limits(threads)
+        zarr.config.set({"async.concurrency": threads})
+
+
+@contextlib.contextmanager
+def chunks_at_a_time(count: int) -> Iterator[None]:
+    """Let Zarr encode or decode `count` chunks at a time in this process: at least one, and at most its default.
+
+    It would take ten for each call: more threads than there are cores for them beside the products, each with buffers
+    of its own (docs/design.md has the figures).
+    """
+    with zarr.config.set({"async.concurrency": max(1, min(count, _ZARR_CONCURRENCY))}):
+        yield
