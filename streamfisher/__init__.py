@@ -1,7 +1,6 @@
 """streamfisher: exact spectra of the empirical Fisher of very large models, streamed out of core."""
 
-from streamfisher.analysis.run import Run, open_run
-from streamfisher.collection.collect import collect
+from streamfisher.api import Run, collect, open_run
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import StreamfisherError
 from streamfisher.fisher import FisherSpectral

@@ -1,4 +1,4 @@
-"""DOC"""
+"""Sizes in bytes, read and written as people do."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class CollectCallback(_Base):
             self._collect(state, kwargs["model"])
 
     def _collect(self, state: Any, model: Any) -> None:
-        from streamfisher.collection.collect import collect
+        from streamfisher.api import collect
 
         path = self.folder / f"step-{state.global_step:08d}.zarr"
         run = collect(model, self.samples, path, config=self.config, n_samples=self.n_samples, loss=self.loss)

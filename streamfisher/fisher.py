@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamfisher.analysis.run import RowPrecision, describe, solve_blocks
+from streamfisher.analysis.facts import describe
+from streamfisher.api import collect
 from streamfisher.blocks.structures import assign_blocks, group_blocks
-from streamfisher.collection.collect import collect, make_engine
-from streamfisher.collection.prepare import make_manifest
+from streamfisher.collection.prepare import make_engine, make_manifest
 from streamfisher.collection.survey import probe_batch, survey
 from streamfisher.collection.unit_rows import gradient_units
 from streamfisher.config import SpectralConfig
@@ -33,6 +33,7 @@ from streamfisher.reduction.subsets import draw_columns
 from streamfisher.results.spectrum import NORMALIZATION, Spectrum
 from streamfisher.runtime.determinism import deterministic
 from streamfisher.sinks.memory import MemoryRows
+from streamfisher.solving.solve import RowPrecision, solve_blocks
 
 
 class FisherSpectral:

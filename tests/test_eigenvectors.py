@@ -11,7 +11,7 @@ from tiny_runs import PATTERNS, forget_last_unit, make_run, rows
 
 from streamfisher import demo
 from streamfisher.analysis import eigenvectors as module
-from streamfisher.analysis.run import open_run
+from streamfisher.api import open_run
 from streamfisher.errors import ConfigError, DataError, RunError
 from streamfisher.store.eigenvectors import open_eigenvectors
 
@@ -52,8 +52,7 @@ def test_vectors_and_values_are_those_of_the_dense_fisher(tmp_path, center, weig
 
 
 def test_float32_runs_are_orthonormal_to_1e_6_down_to_small_eigenvalues(tmp_path):
-    from streamfisher import SpectralConfig
-    from streamfisher.collection import collect
+    from streamfisher import SpectralConfig, collect
 
     run = collect(demo.load_demo_model(), demo.demo_samples(24, 32), tmp_path / "r.zarr", config=SpectralConfig())
     found = run.eigenvectors("layer_1", 23)

@@ -10,8 +10,7 @@ import pytest
 from command_line import cli
 from tiny_runs import forget_last_unit, make_run
 
-from streamfisher import SpectralConfig, open_run
-from streamfisher.collection import collect
+from streamfisher import SpectralConfig, collect, open_run
 from streamfisher.demo import demo_samples, load_demo_model
 from streamfisher.reports.page import html_report
 

@@ -166,7 +166,7 @@ def test_logistic_regression_has_its_closed_form():
 
     import tempfile
 
-    from streamfisher.collection import collect
+    from streamfisher import collect
 
     with tempfile.TemporaryDirectory() as folder:
         run = collect(
@@ -190,7 +190,7 @@ def test_the_batch_size_changes_no_eigenvalue(batch_tokens, tmp_path):
 def test_gradients_that_leave_float16_are_refused_or_skipped_never_infinite(tmp_path):
     import tiny_models
 
-    from streamfisher.collection import collect
+    from streamfisher import collect
     from streamfisher.errors import NonFiniteError, StreamfisherError
 
     data = tiny_models.vectors()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from streamfisher.analysis.run import RowPrecision, solve_blocks
+from streamfisher.solving.solve import RowPrecision, solve_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.results import metrics
 

@@ -24,8 +24,9 @@ from streamfisher.models.losses import resolve_loss
 from streamfisher.models.skeleton import build_skeleton
 from streamfisher.planning.costs import forming_flops, norm_flops, pass_flops, plain_flops, product_cost
 from streamfisher.planning.model_trace import ModelTrace
-from streamfisher.planning.plan import WORTH, Machine, RunPlan, plan_run
+from streamfisher.planning.plan import WORTH, Machine, plan_run
 from streamfisher.planning.rates import Rates, measure
+from streamfisher.planning.run_plan import RunPlan
 from streamfisher.planning.tracing import trace_model
 
 SHAPES = Path(__file__).parents[1] / "examples" / "plan"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from streamfisher import SpectralConfig
-from streamfisher.analysis.run import RowPrecision, solve_blocks
+from streamfisher.solving.solve import RowPrecision, solve_blocks
 from streamfisher.results import spectrum as spectra
 from streamfisher.results.noise import noise_floor
 

@@ -12,8 +12,7 @@ import torch
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
-from streamfisher import SpectralConfig, open_run
-from streamfisher.collection import collect
+from streamfisher import SpectralConfig, collect, open_run
 from streamfisher.errors import CorruptRunError, RunError
 from streamfisher.runtime import durable
 from streamfisher.runtime.durable import read_json, sweep_partials, write_json

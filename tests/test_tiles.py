@@ -14,9 +14,10 @@ from streamfisher.reduction.gram import build_grams
 from streamfisher.reduction.subsets import draw_columns
 from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles, tile_bytes, tile_workers, tiles_of, whole_bytes
 from streamfisher.sinks.memory import MemoryRows
+from streamfisher.solving.tiled_gram import TILE
 from streamfisher.store import RunStore
 from streamfisher.store.arrays import CHUNK
-from streamfisher.store.layout import PANEL, TILE, node_name
+from streamfisher.store.layout import PANEL, node_name
 from streamfisher.verification.verify import verify
 
 N = 30

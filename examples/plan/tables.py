@@ -19,9 +19,9 @@ from streamfisher import SpectralConfig
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.models.skeleton import build_skeleton
 from streamfisher.planning.model_trace import ModelTrace
-from streamfisher.planning.plan import Machine, RunPlan, plan_run
+from streamfisher.planning.plan import Machine, plan_run
 from streamfisher.planning.rates import Rates
-from streamfisher.planning.table import way_row
+from streamfisher.planning.run_plan import RunPlan, way_row
 from streamfisher.planning.tracing import trace_model
 
 HERE = Path(__file__).parent

@@ -20,14 +20,14 @@ import numpy as np
 
 from streamfisher.analysis.block_grams import BlockGrams
 from streamfisher.analysis.eigenvectors import leading_coefficients, slabs
-from streamfisher.analysis.run import Run
+from streamfisher.analysis.run import StoredRun
 from streamfisher.errors import ConfigError, RunError
 from streamfisher.results.analyses import Comparison, Overlap
 from streamfisher.results.spectrum import Spectrum
 
 
 def compare(
-    runs: Sequence[Run | str | Path],
+    runs: Sequence[StoredRun | str | Path],
     block_structure: str | Mapping[str, str] = "layer",
     center: bool = False,
     *,
@@ -56,7 +56,7 @@ def compare(
         raise ConfigError(f"{len(runs)} run was given; name at least 2 to compare.")
     if top < 0:
         raise ConfigError(f"--top {top} must not be negative.")
-    opened = [run if isinstance(run, Run) else Run(run) for run in runs]
+    opened = [run if isinstance(run, StoredRun) else StoredRun(run) for run in runs]
     names = tuple(labels) if labels is not None else _labels([run.path for run in opened])
     if len(names) != len(opened) or len(set(names)) < len(names):
         raise ConfigError(f"{len(opened)} runs need as many different labels, not {list(names)}.")
@@ -82,7 +82,7 @@ def compare(
 
 
 def subspace_overlap(
-    a: Run, b: Run, grams_a: BlockGrams, grams_b: BlockGrams, block: str, top: int
+    a: StoredRun, b: StoredRun, grams_a: BlockGrams, grams_b: BlockGrams, block: str, top: int
 ) -> tuple[np.ndarray, int] | None:
     """Return the cosines (k,) of the principal angles and P; `None` where a run has no eigenvalue above its floor.
 

@@ -1,4 +1,4 @@
-"""DOC"""
+"""The facts that every result of a run carries: what N counts, what was left out, and of what."""
 
 from __future__ import annotations
 

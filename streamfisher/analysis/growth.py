@@ -1,4 +1,4 @@
-"""DOC"""
+"""Metrics over growing prefixes of the samples: is N enough?"""
 
 from __future__ import annotations
 

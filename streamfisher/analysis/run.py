@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from streamfisher.analysis.analyses import Analyses
 from streamfisher.analysis.block_grams import stored_gram
@@ -16,16 +14,14 @@ from streamfisher.analysis.facts import describe
 from streamfisher.config import SpectralConfig
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.stored_grams import build_stored_grams
+from streamfisher.results.notebook import run_html
 from streamfisher.runtime.run_log import RunLog
 from streamfisher.solving.selection import select
-from streamfisher.solving.solve import RowPrecision, solve_blocks
 from streamfisher.store import RunLock, RunStore
 
-__all__ = ["RowPrecision", "Run", "describe", "open_run", "solve_blocks"]
 
-
-class Run(Analyses):
-    """An open run: what `collect` and `open_run` return."""
+class StoredRun(Analyses):
+    """A run on disk, opened for looking: everything that needs no model."""
 
     def __init__(self, path: str | Path):
         self.store = RunStore(path)
@@ -56,34 +52,7 @@ class Run(Analyses):
         return f"Run({str(self.path)!r}, N={self.n_samples}, P={sum(self.parameters.values())})"
 
     def _repr_html_(self) -> str:
-        from streamfisher.results.notebook import run_html
-
         return run_html(self)
-
-    def add(
-        self,
-        model: nn.Module,
-        samples: Any,
-        *,
-        loss: Callable[..., Any] | None = None,
-        n_samples: int | None = None,
-        progress: bool = False,
-    ) -> Run:
-        """Compute the gradients of further samples into this run; return it, opened again.
-
-        Args:
-            model: the model the run was made with.
-            samples: all samples, those of the run first; what is new is what comes after them.
-            loss: the same as when the run was made.
-            n_samples: how many to use, from the first; `None` means all.
-            progress: show a bar.
-
-        Raises:
-            RunMismatchError: model or first samples are not those of the run, or its rows are stored centered.
-        """
-        from streamfisher.collection.collect import collect  # the one place where analysis asks for more data
-
-        return collect(model, samples, self.path, config=self.config, loss=loss, n_samples=n_samples, progress=progress)
 
     def build_grams(self, config: SpectralConfig | None = None, *, progress: bool = False) -> list[str]:
         """Build the Grams that are missing; return the keys (names of parameters, by default) of those that were built.
@@ -174,13 +143,3 @@ class Run(Analyses):
             "skipped": {str(sample): reason for sample, reason in store.skipped().items()},
             "versions": dict(self.manifest.versions),
         }
-
-
-def open_run(path: str | Path) -> Run:
-    """Open a stored run for reading.
-
-    Raises:
-        RunError: the folder does not exist or is not a run.
-        CorruptRunError: its manifest is damaged or of another format version.
-    """
-    return Run(path)

@@ -1,4 +1,4 @@
-"""DOC"""
+"""`streamfisher run`, `collect` and `demo`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from streamfisher.runtime.run_log import RunLog
 
 
 def demo_command(arguments: argparse.Namespace) -> int:
-    from streamfisher import SpectralConfig
-    from streamfisher.collection import collect
+    from streamfisher import SpectralConfig, collect
     from streamfisher.demo import demo_samples, load_demo_model
 
     config = SpectralConfig(use_deterministic=True)
@@ -55,7 +54,7 @@ def collect_command(arguments: argparse.Namespace) -> int:
 
 def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     """Load model and data and collect; return the run on the main process and `None` on the others."""
-    from streamfisher.collection import collect
+    from streamfisher import collect
     from streamfisher.collection.prepare import runs_in_waves
     from streamfisher.data.loading import load_samples
     from streamfisher.models.loading import pick_device

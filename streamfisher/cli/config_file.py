@@ -1,4 +1,4 @@
-"""DOC"""
+"""Options from a YAML or TOML file."""
 
 from __future__ import annotations
 

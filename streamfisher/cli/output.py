@@ -1,4 +1,4 @@
-"""DOC"""
+"""What commands print, and the spectra they print it of."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import UNKNOWN, Rates, measure
 
 if TYPE_CHECKING:
-    from streamfisher.planning.plan import RunPlan
+    from streamfisher.planning.run_plan import RunPlan
 
 
 #: Runs of fewer operations take less time than measuring how much time they would take.

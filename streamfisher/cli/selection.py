@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from streamfisher.analysis.run import Run
+from streamfisher.analysis.run import StoredRun
 from streamfisher.errors import ConfigError, DataError
 
 _COMPARISONS = {
@@ -41,7 +41,7 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--partial", action="store_true", help="analyse what an unfinished run has; marked as partial")
 
 
-def selection_options(arguments: argparse.Namespace, n_samples: int, run: Run | None = None) -> dict[str, Any]:
+def selection_options(arguments: argparse.Namespace, n_samples: int, run: StoredRun | None = None) -> dict[str, Any]:
     """Return the options of `Run.spectrum` that `add_selection_options` read.
 
     Args:
@@ -59,7 +59,7 @@ def selection_options(arguments: argparse.Namespace, n_samples: int, run: Run | 
     }
 
 
-def where(run: Run, condition: re.Match[str]) -> np.ndarray:
+def where(run: StoredRun, condition: re.Match[str]) -> np.ndarray:
     """Return the mask, (N,) bool, of the samples that meet a condition such as `loss>3.5` or `label==2`.
 
     Raises:

@@ -1,4 +1,4 @@
-"""DOC"""
+"""`streamfisher verify`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DOC"""
+"""The batches of a run by number, for whoever asks for them out of order."""
 
 from __future__ import annotations
 

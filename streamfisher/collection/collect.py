@@ -16,7 +16,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from streamfisher.analysis.run import Run
 from streamfisher.collection.passes import mean_pass, row_pass
 from streamfisher.collection.prepare import (
     beside_weights,
@@ -53,10 +52,10 @@ from streamfisher.store import (
 from streamfisher.stream.engine import StreamEngine
 
 
-def collect(
+def collect_gradients(
     model: nn.Module,
     samples: Any,
-    path: str | Path,
+    path: Path,
     *,
     config: SpectralConfig | None = None,
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
@@ -64,43 +63,12 @@ def collect(
     description: str | Mapping[str, Any] | None = None,
     progress: bool = False,
     weights: Resident | None = None,
-) -> Run:
-    """Write the gradient of every sample with respect to every selected parameter; resume where a run was stopped.
-
-    The model is used in `eval()` (dropout off, BatchNorm with its running statistics) and handed back as it came.
-
-    Args:
-        model: on the device where it is to run.
-        samples: a map-style dataset of dicts of tensors without batch axis, or one dict of batched tensors.
-        path: the run's folder; it is made, resumed if it is a run of the same model, samples and settings, or grown if
-            its samples are the first of these.
-        config: `None` means the defaults.
-        loss: `(model, batch) -> (B,)` per-sample losses; `None` means chosen from the model's output and labels.
-        n_samples: how many samples to use, from the first; `None` means all.
-        description: what the samples are, in words or as options, for the manifest.
-        progress: show bars.
-        weights: what `load_skeleton` returned beside the model, where weights are read layer by layer.
-
-    Returns:
-        The open run, complete.
-
-    Raises:
-        DataError: fewer than 2 samples, or one that cannot be used.
-        ModelError: nothing to differentiate.
-        LossError: no loss fits.
-        CaptureError: gradients that disagree with plain autograd on every path.
-        NonFiniteError: a loss or gradient is not finite and `on_nonfinite='raise'`.
-        RunMismatchError: the folder holds a run of another model, other samples or other settings.
-        RunError: the folder is not a run, or another process writes it.
-        RankError: another rank failed, died, or was given other work.
-        StoppedError: SIGTERM or SIGUSR1 came; the units in flight are finished and marked.
-        CapacityError: there is no room on the disk, or no memory for one chunk of rows.
-    """
+) -> None:
+    """Collect a run into the folder `path`: what `streamfisher.collect` does, and says what it takes and raises."""
     stated = config or SpectralConfig()
     config = of_one_rank(stated)
     if config.stream == "layers":
         check_streamable(model, config)
-    path = Path(path)
     state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}  # quantised weights keep theirs
     if config.dtype_model is not None and dtypes - {config.dtype_model}:
@@ -147,7 +115,6 @@ def collect(
                 mean_pass(store, engine, found, config, ranks, progress=progress)
             stream = StreamedRun(engine, store, found, ranks, boundary_room(config, path)) if streamed else None
             _waves(store, engine, found, beside_weights(engine, config), ranks, stream, progress=progress)
-    return Run(path)
 
 
 def _waves(

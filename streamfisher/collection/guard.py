@@ -20,7 +20,7 @@ from streamfisher.data.batches import Unit, collate, make_batches
 from streamfisher.errors import CaptureError
 from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.factors import FactorPair
-from streamfisher.models.losses import draw_labels, sample_seed
+from streamfisher.models.model_labels import draw_labels, sample_seed
 from streamfisher.models.offload import to_model
 from streamfisher.runtime.ranks import Ranks
 

@@ -23,10 +23,9 @@ from streamfisher.gradients.shapes import GradientShape
 from streamfisher.models.offload import to_model
 from streamfisher.models.sharding import is_sharded
 from streamfisher.models.weights import Resident
-from streamfisher.planning import run_layout as provisions
 from streamfisher.planning.plan import streams
 from streamfisher.planning.rates import UNKNOWN
-from streamfisher.planning.run_layout import Provisions
+from streamfisher.planning.run_layout import Provisions, boundary_room, provide
 from streamfisher.planning.shortfalls import Machine
 from streamfisher.planning.strategies import WayPlanner
 from streamfisher.planning.tracing import captured_names, trace_model
@@ -146,7 +145,7 @@ def lay_out(
     streamed = isinstance(engine, StreamEngine)
     config = beside_weights(engine, config)
     report, shapes, activations = probe_engine(model, engine, found, config.memory_budget)
-    provided = provisions.provide(
+    provided = provide(
         projected(shapes, config.project),
         found.lengths,
         config,
@@ -158,7 +157,7 @@ def lay_out(
     if streamed:
         units = make_units(len(found.samples), config.chunk_size)
         tokens = padded_total(found.lengths, units, provided.batch_tokens)
-        engine.thin_boundaries(provisions.boundary_room(config, path), tokens)
+        engine.thin_boundaries(boundary_room(config, path), tokens)
     return NewRun(streamed, report, provided)
 
 

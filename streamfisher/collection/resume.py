@@ -1,4 +1,4 @@
-"""DOC"""
+"""A run's folder: made, or checked to be this very run and taken up where it stopped."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from streamfisher.data.batches import make_units
 from streamfisher.errors import RunMismatchError
 from streamfisher.gradients import GradientEngine
 from streamfisher.models.sharding import is_sharded
-from streamfisher.planning import run_layout as provisions
 from streamfisher.planning.run_layout import Provisions
+from streamfisher.runtime.disk import check_disk
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.store import Manifest, RunLock, RunStore, grow_run, resume_differences, units_left
 from streamfisher.stream.engine import StreamEngine
@@ -54,7 +54,7 @@ def create_or_resume(
             units = make_units(len(found.samples), config.chunk_size)
             left = units_left(store, len(found.samples)) / max(len(units), 1)
             grams = 8 * len(found.samples) ** 2 * len(store.gram_members)
-            provisions.check_disk(path, int(store.bytes_of_rows(len(found.samples)) * left) + grams)
+            check_disk(path, int(store.bytes_of_rows(len(found.samples)) * left) + grams)
         if len(found.samples) > store.n_samples:
             if progress:
                 tqdm.write(f"{path} grows from {store.n_samples} to {len(found.samples)} samples")

@@ -16,7 +16,7 @@ from streamfisher.errors import DataError, LossError, NonFiniteError
 from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.factors import FactorPair, pack
 from streamfisher.gradients.norms import batch_norms
-from streamfisher.models.losses import draw_labels, sample_seed
+from streamfisher.models.model_labels import draw_labels, sample_seed
 from streamfisher.models.offload import to_model
 from streamfisher.sinks.interface import Captured
 from streamfisher.store import UnitRecord

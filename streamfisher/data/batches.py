@@ -1,4 +1,4 @@
-"""DOC"""
+"""Units of samples, the batches they are cut into, and a batch put together."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Per-sample gradients of every trainable parameter, exactly, at about the price of an ordinary backward pass."""
 
-from streamfisher.gradients.engine import BatchGradients, GradientEngine
+from streamfisher.gradients.engine import GradientEngine
 from streamfisher.gradients.parameters import ParameterInfo, select_parameters
+from streamfisher.gradients.passes import BatchGradients
 from streamfisher.gradients.probe_report import ParameterReport, ProbeReport
 
 __all__ = [

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from streamfisher.gradients.factors import FactorPair, squared_norms, total
 from streamfisher.gradients.norms import norm
-
-if TYPE_CHECKING:
-    from streamfisher.gradients.engine import GradientEngine
+from streamfisher.gradients.passes import GradientPasses
 
 
 def differences(
-    engine: GradientEngine,
+    engine: GradientPasses,
     grads: Mapping[str, Tensor | None],
     rows: Mapping[str, Tensor],
     factors: Mapping[str, Sequence[FactorPair]],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,10 @@ from streamfisher.errors import CaptureError, LossError
 from streamfisher.gradients.candidates import Candidate, NoiseSearch, groups_of, options_of
 from streamfisher.gradients.groups import Group
 from streamfisher.gradients.norms import norm
+from streamfisher.gradients.passes import GradientPasses
 from streamfisher.gradients.probe_report import ParameterReport, ProbeReport
 from streamfisher.gradients.tolerance import COUPLING
 from streamfisher.models.calling import batch_size, sample_of
-
-if TYPE_CHECKING:
-    from streamfisher.gradients.engine import GradientEngine
 
 
 @dataclass
@@ -38,13 +36,13 @@ class Reference:
     squares: dict[str, float]  # captured parameter -> squared norm over the samples
     total: float  # squared norm over the samples and all trainable parameters
 
-    def take(self, engine: GradientEngine, samples: Sequence[Mapping[str, Any]], part: Sequence[str]) -> None:
+    def take(self, engine: GradientPasses, samples: Sequence[Mapping[str, Any]], part: Sequence[str]) -> None:
         """Hold the rows of one part instead of those of another, which are freed first."""
         self.rows = []
         self.rows = [engine.plain_gradients(sample, names=part)[1] for sample in samples]
 
 
-def run_probe(engine: GradientEngine, batch: Mapping[str, Any], memory: int) -> ProbeReport:
+def run_probe(engine: GradientPasses, batch: Mapping[str, Any], memory: int) -> ProbeReport:
     """Find the routing of every captured parameter and verify it.
 
     Args:
@@ -113,7 +111,7 @@ def run_probe(engine: GradientEngine, batch: Mapping[str, Any], memory: int) -> 
     )
 
 
-def _parts(engine: GradientEngine, n_samples: int, memory: int) -> list[list[str]]:
+def _parts(engine: GradientPasses, n_samples: int, memory: int) -> list[list[str]]:
     """Return the captured parameters in parts whose rows and references fit the memory, at least one each."""
     each = (2 * n_samples + 2) * torch.finfo(engine.row_dtype).bits // 8
     parts: list[list[str]] = [[]]
@@ -128,7 +126,7 @@ def _parts(engine: GradientEngine, n_samples: int, memory: int) -> list[list[str
 
 
 def _route(
-    engine: GradientEngine,
+    engine: GradientPasses,
     batch: Mapping[str, Any],
     part: Sequence[str],
     reference: Reference,
@@ -198,7 +196,7 @@ def _rule_name(name: str, groups: Iterable[Group], dropped: Mapping[str, str]) -
     return "+".join(sorted(set(rules))) or "unreached"
 
 
-def _reference(engine: GradientEngine, samples: list[dict[str, Any]], parts: Sequence[Sequence[str]]) -> Reference:
+def _reference(engine: GradientPasses, samples: list[dict[str, Any]], parts: Sequence[Sequence[str]]) -> Reference:
     """Return losses and norms of plain autograd on each sample alone; its gradients too where there is one part."""
     squares = dict.fromkeys(engine.parameters, 0.0)
     rows, norms, losses = [], [], []
@@ -220,7 +218,7 @@ def _reference(engine: GradientEngine, samples: list[dict[str, Any]], parts: Seq
 
 
 def _check_independence(
-    engine: GradientEngine,
+    engine: GradientPasses,
     batch: Mapping[str, Any],
     samples: list[dict[str, Any]],
     reference: Reference,
@@ -260,7 +258,7 @@ def _check_independence(
     return noise
 
 
-def _called_modules(engine: GradientEngine, sample: Mapping[str, Any]) -> set[str]:
+def _called_modules(engine: GradientPasses, sample: Mapping[str, Any]) -> set[str]:
     """Return the names of the modules that the forward calls."""
     called: set[str] = set()
     handles = []
@@ -295,7 +293,7 @@ def _error(row: Tensor | None, truth: Tensor | None, whole: float, floor: float)
 
 
 def _compare(
-    engine: GradientEngine, rows: Mapping[str, Tensor], reference: Reference, name: str
+    engine: GradientPasses, rows: Mapping[str, Tensor], reference: Reference, name: str
 ) -> tuple[bool, float, bool]:
     """Return whether a parameter's rows agree, the worst error, and whether agreement is only up to noise."""
     agrees, worst, noise = True, 0.0, False

@@ -1,4 +1,4 @@
-"""DOC"""
+"""Which samples the probe looks at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DOC"""
+"""What tells one model from another: its class, its parameters, and a hash of their values."""
 
 from __future__ import annotations
 

@@ -27,10 +27,7 @@ from streamfisher.models.calling import (
     scalar_loss,
     try_forward,
 )
-from streamfisher.models.model_labels import draw_labels, sample_seed
 from streamfisher.models.sharding import class_of
-
-__all__ = ["PerSampleLoss", "resolve_loss", "draw_labels", "sample_seed"]
 
 _REDUCTION = {
     "causal": "sum over target tokens of cross-entropy, targets shifted by one",

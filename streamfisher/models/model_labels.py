@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from streamfisher.data.batches import IGNORED_LABEL
 from streamfisher.errors import LossError
-
-if TYPE_CHECKING:
-    from streamfisher.models.losses import PerSampleLoss
+from streamfisher.models.losses import PerSampleLoss
 
 
 def sample_seed(seed: int, number: int) -> int:

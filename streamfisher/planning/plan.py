@@ -5,73 +5,21 @@ A plan is an estimate: bytes follow from shapes, time from operations and rates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 from streamfisher.config import SpectralConfig, Stream, dtype_name
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
+from streamfisher.planning.run_plan import RunPlan
 from streamfisher.planning.shortfalls import Machine
 from streamfisher.planning.strategies import WayPlanner
-from streamfisher.planning.strategy import BlockBytes, Way
+from streamfisher.planning.strategy import Way
 
 #: With 'auto', waves that fit are taken as long as they cost no more than so many times the operations of streamed
 #: layers, which trace the model first, have a wave for each layer, and read and write boundaries.
 WORTH = 1.25
 
 __all__ = ["Machine", "RunPlan", "plan_run"]
-
-
-@dataclass(frozen=True)
-class RunPlan:
-    """The ways of one run side by side, and the one that would be taken."""
-
-    trace: ModelTrace
-    n_samples: int
-    mean_length: float
-    n_grams: int
-    gram_bytes: float
-    machine: Machine
-    rates: Rates
-    blocks: tuple[BlockBytes, ...]
-    ways: tuple[Way, ...]
-    chosen: Way
-    least: Mapping[str, float]  # the smallest disk and memory budgets, in bytes, with which waves would do
-    settings: Mapping[str, Any]  # of the config, as far as they decide
-
-    def problems(self) -> list[str]:
-        """Return what keeps the chosen way from fitting, a sentence each; empty if it fits."""
-        return list(self.chosen.problems)
-
-    def table(self) -> str:
-        """Return the plan as text."""
-        from streamfisher.planning.table import plan_table
-
-        return plan_table(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {
-            "model": self.trace.name,
-            "n_params": self.trace.n_params,
-            "bytes_weights": self.trace.weight_bytes,
-            "n_samples": self.n_samples,
-            "mean_length": self.mean_length,
-            "forward_flops_per_sample": self.trace.forward_flops,
-            "activation_bytes_per_sample": self.trace.activation_bytes,
-            "n_grams": self.n_grams,
-            "bytes_grams": self.gram_bytes,
-            "settings": dict(self.settings),
-            "machine": vars(self.machine),
-            "rates": vars(self.rates),
-            "blocks": [vars(block) for block in self.blocks],
-            "ways": [way.to_dict() for way in self.ways],
-            "chosen": self.chosen.name,
-            "fits": self.chosen.fits,
-            "problems": self.problems(),
-            "bytes_least": dict(self.least),
-        }
 
 
 def plan_run(

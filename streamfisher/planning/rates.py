@@ -25,6 +25,7 @@ from streamfisher.gradients.factors import FactorPair, pack
 from streamfisher.gradients.norms import norm
 from streamfisher.planning.model_trace import LayerCall
 from streamfisher.reduction.products import panel_sum
+from streamfisher.runtime.threads import chunks_at_a_time
 from streamfisher.store import codecs
 from streamfisher.store.factors import segments_of, write_factors
 from streamfisher.store.layout import PANEL
@@ -82,7 +83,7 @@ def measure(
         folder: on the disk that is meant; `None` means the one for temporary files.
     """
     cores = len(os.sched_getaffinity(0))
-    with codecs.chunks_at_a_time(cores):  # as a run does
+    with chunks_at_a_time(cores):  # as a run does
         write, read, chunk, array = _store_rates(codec, dtype_store, folder)
     passes, how = _pass_rate(layer)
     return Rates(

@@ -18,8 +18,8 @@ from streamfisher.reduction.subsets import ColumnSubset, draw_columns
 from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles
 from streamfisher.runtime import run_log as runlog
 from streamfisher.runtime.memory import give_back, working_memory
+from streamfisher.solving.tiled_gram import TILE
 from streamfisher.store import RunStore
-from streamfisher.store.layout import TILE
 
 
 def build_stored_grams(

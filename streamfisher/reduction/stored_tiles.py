@@ -17,9 +17,9 @@ import zarr
 from streamfisher.errors import CorruptRunError
 from streamfisher.reduction.tiles import FinishedTile, Tile
 from streamfisher.runtime.durable import read_json, write_json, write_marker
+from streamfisher.solving.tiled_gram import TILE
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK
-from streamfisher.store.layout import TILE
 from streamfisher.store.names import node_name
 from streamfisher.store.run_store import RunStore
 

@@ -28,7 +28,8 @@ from streamfisher.reduction.subsets import ColumnSubset
 from streamfisher.runtime.dask_pool import TaskBar, active_client, compute, compute_on
 from streamfisher.runtime.threads import blas_threads, limit_threads, worker_count
 from streamfisher.sinks.interface import GradientRows
-from streamfisher.store.layout import PANEL, TILE
+from streamfisher.solving.tiled_gram import TILE
+from streamfisher.store.layout import PANEL
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 from streamfisher.analysis.alignment import align
 from streamfisher.analysis.block_grams import BlockGrams
 from streamfisher.analysis.growth import grow
-from streamfisher.analysis.run import Run
+from streamfisher.analysis.run import StoredRun
 from streamfisher.blocks.structures import layer_key, module_key
 from streamfisher.reports import figures
 from streamfisher.results.notebook import _fact_table, _run_facts, metrics_table, structure_name
@@ -57,7 +57,7 @@ table.facts td:first-child { color: #555; }
 """
 
 
-def html_report(run: Run, spectra: Sequence[Spectrum], path: str | Path, **options: Any) -> Path:
+def html_report(run: StoredRun, spectra: Sequence[Spectrum], path: str | Path, **options: Any) -> Path:
     """Write the page.
 
     Args:
@@ -91,7 +91,7 @@ def html_report(run: Run, spectra: Sequence[Spectrum], path: str | Path, **optio
     return path
 
 
-def _head(run: Run, spectrum: Spectrum) -> str:
+def _head(run: StoredRun, spectrum: Spectrum) -> str:
     facts = spectrum.metadata
     unit = facts.get("sample_unit", "sample")
     text = (
@@ -185,7 +185,7 @@ def _alignment(grams: BlockGrams) -> str:
     )
 
 
-def _facts(run: Run, spectrum: Spectrum) -> str:
+def _facts(run: StoredRun, spectrum: Spectrum) -> str:
     facts = _run_facts(run)
     meta = spectrum.metadata
     facts["products, eigensolve"] = f"{meta.get('dtype_gram')}, {meta.get('dtype_eigensolve')}"

@@ -1,4 +1,4 @@
-"""DOC"""
+"""Frozen results beside spectra: growth, density, alignment, comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DOC"""
+"""Intervals of metrics from resampled samples."""
 
 from __future__ import annotations
 

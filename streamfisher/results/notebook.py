@@ -1,13 +1,13 @@
-"""DOC"""
+"""How results show themselves in a notebook, and the pieces of HTML that the page shares."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from html import escape
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from streamfisher.analysis.run import Run
-from streamfisher.results.spectrum import BlockSpectrum, Spectrum
+from streamfisher.results.bootstrap import Bootstrap
 
 _COLUMNS = {
     "trace": "trace",
@@ -23,7 +23,43 @@ _COLUMNS = {
 }
 
 
-def title(spectrum: Spectrum) -> str:
+class Block(Protocol):
+    """One row of a table of metrics."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def n_params(self) -> int: ...  # noqa: D102
+    @property
+    def metrics(self) -> dict[str, Any]: ...  # noqa: D102
+
+
+class Shown(Protocol):
+    """What is shown of a spectrum."""
+
+    @property
+    def blocks(self) -> Mapping[str, Block]: ...  # noqa: D102
+    @property
+    def global_(self) -> Block: ...  # noqa: D102
+    @property
+    def metadata(self) -> Mapping[str, Any]: ...  # noqa: D102
+    @property
+    def bootstrap(self) -> Bootstrap | None: ...  # noqa: D102
+
+
+class ShownRun(Protocol):
+    """What is shown of a run."""
+
+    @property
+    def path(self) -> Path: ...  # noqa: D102
+    @property
+    def manifest(self) -> Any: ...  # noqa: D102
+    @property
+    def parameters(self) -> Mapping[str, int]: ...  # noqa: D102
+    def info(self) -> Mapping[str, Any]: ...  # noqa: D102
+
+
+def title(spectrum: Shown) -> str:
     """Return one line that says what the spectrum is of."""
     facts = spectrum.metadata
     kind = "Gradient covariance" if facts.get("centered") else "Empirical Fisher"
@@ -33,20 +69,20 @@ def title(spectrum: Spectrum) -> str:
     )
 
 
-def structure_name(spectrum: Spectrum) -> str:
+def structure_name(spectrum: Shown) -> str:
     """Return the name of the block structure; `own` for patterns of the user's own."""
     structure = spectrum.metadata.get("block_structure")
     return "own" if isinstance(structure, dict) else str(structure)
 
 
-def _partial(spectrum: Spectrum) -> str:
+def _partial(spectrum: Shown) -> str:
     facts = spectrum.metadata
     if not facts.get("partial"):
         return ""
     return f"PARTIAL RUN ({facts.get('samples_collected')} of {facts.get('n_samples_stored')} samples): "
 
 
-def metrics_table(spectrum: Spectrum) -> str:
+def metrics_table(spectrum: Shown) -> str:
     """Return the metrics of every block and of the whole as an HTML table, with intervals where there are any."""
     blocks = list(spectrum.blocks.values())
     blocks += [spectrum.global_] if len(blocks) > 1 else []
@@ -55,20 +91,20 @@ def metrics_table(spectrum: Spectrum) -> str:
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def spectrum_html(spectrum: Spectrum) -> str:
+def spectrum_html(spectrum: Shown) -> str:
     """Return what a notebook shows of a spectrum."""
     style = "<style>.sf td,.sf th{padding:.2rem .6rem;text-align:right}.sf td:first-child{text-align:left}</style>"
     error = spectrum.metadata.get("block_diagonal_error")
     note = f"<p>Block-diagonal error: {error:.3g}</p>" if error is not None and len(spectrum.blocks) > 1 else ""
-    return f'{style}<div class="sf"><b>{escape(spectrum_title(spectrum))}</b>{metrics_table(spectrum)}{note}</div>'
+    return f'{style}<div class="sf"><b>{escape(title(spectrum))}</b>{metrics_table(spectrum)}{note}</div>'
 
 
-def run_html(run: Run) -> str:
+def run_html(run: ShownRun) -> str:
     """Return what a notebook shows of a run."""
     return f"<b>Run {escape(str(run.path))}</b>{_fact_table(_run_facts(run))}"
 
 
-def _run_facts(run: Run) -> dict[str, Any]:
+def _run_facts(run: ShownRun) -> dict[str, Any]:
     manifest, info = run.manifest, run.info()
     probe = manifest.probe
     described = manifest.data.get("description")
@@ -99,7 +135,7 @@ def _fact_table(facts: Mapping[str, Any]) -> str:
     return f'<table class="facts"><tbody>{rows}</tbody></table>'
 
 
-def _row(spectrum: Spectrum, block: BlockSpectrum) -> str:
+def _row(spectrum: Shown, block: Block) -> str:
     metrics = block.metrics
     drawn = None
     if spectrum.bootstrap is not None:

@@ -16,14 +16,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from streamfisher.results.bootstrap import Bootstrap
 from streamfisher.results.metrics import effective_rank, shape_metrics
-
-if TYPE_CHECKING:
-    from streamfisher.results.bootstrap import Bootstrap
+from streamfisher.results.notebook import spectrum_html
 
 NORMALIZATION = {False: "(1/N) * G^T G", True: "(1/N) * (G - mean)^T (G - mean)"}
 
@@ -161,8 +160,6 @@ class Spectrum:
         return write_spectra([self], path)
 
     def _repr_html_(self) -> str:
-        from streamfisher.results.notebook import spectrum_html
-
         return spectrum_html(self)
 
     def __repr__(self) -> str:

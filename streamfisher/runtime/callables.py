@@ -1,4 +1,4 @@
-"""DOC"""
+"""`package.module:callable`: a user's own code, named on the command line."""
 
 from __future__ import annotations
 

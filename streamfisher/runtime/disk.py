@@ -1,4 +1,4 @@
-"""DOC"""
+"""What is free on a disk, and what a run may take of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DOC"""
+"""Threads: how many workers, how many of BLAS in each, how many chunks coded at a time."""
 
 from __future__ import annotations
 

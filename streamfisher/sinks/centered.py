@@ -1,4 +1,4 @@
-"""DOC"""
+"""Rows with their mean subtracted before they are stored."""
 
 from __future__ import annotations
 

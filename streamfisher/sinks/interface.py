@@ -1,4 +1,4 @@
-"""DOC"""
+"""Where the gradients of a pass go, and what the Gram stage reads them back from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DOC"""
+"""Gradients held in memory until they are reduced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DOC"""
+"""Centering is a congruence: the Gram of centered rows from that of uncentered ones, and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DOC"""
+"""Blocks to the whole: the union of eigenvalues, and how far the block-diagonal matrix is from the full one."""
 
 from __future__ import annotations
 

@@ -16,9 +16,11 @@ from streamfisher.config import SpectralConfig, dtype_name
 from streamfisher.results import spectrum as spectra
 from streamfisher.results.spectrum import Spectrum
 from streamfisher.runtime.determinism import one_thread
+from streamfisher.solving import centering
 from streamfisher.solving.blocksolver import block_spectrum
+from streamfisher.solving.combine import MEAN_DOMINANCE_LIMIT, block_diagonal_error, combine
 from streamfisher.solving.selection import Selection
-from streamfisher.store import versions
+from streamfisher.version import versions
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def solve_blocks(
         small_side: parameter -> the (P, P) matrix with the non-zero eigenvalues of its Gram, where it is at hand and
             smaller; blocks of this parameter alone are solved from it.
     """
-    centered = spectra.center if selection is None else selection.center
+    centered = centering.center if selection is None else selection.center
     product = torch.float64 if precision.computed == torch.float64 else config.dtype_gram
     blocks: dict[str, spectra.BlockSpectrum] = {}
     whole: np.ndarray | None = None
@@ -102,15 +104,13 @@ def solve_blocks(
     assert whole is not None  # a run has at least one parameter
     warn_of_dominance(product, dominance)
     facts = result_facts(metadata, config, center=center, product=product, selection=selection, dominance=dominance)
-    facts["block_diagonal_error"] = spectra.block_diagonal_error(squared, float(np.vdot(whole, whole)))
-    return spectra.combine(
-        blocks, float(np.trace(whole)) / len(whole), precision.computed, facts, config.top_k_eigenvalues
-    )
+    facts["block_diagonal_error"] = block_diagonal_error(squared, float(np.vdot(whole, whole)))
+    return combine(blocks, float(np.trace(whole)) / len(whole), precision.computed, facts, config.top_k_eigenvalues)
 
 
 def warn_of_dominance(product: torch.dtype, dominance: float) -> None:
     """Warn where centering the Gram loses digits because the mean gradient dominates."""
-    if product == torch.float32 and dominance > spectra.MEAN_DOMINANCE_LIMIT:
+    if product == torch.float32 and dominance > MEAN_DOMINANCE_LIMIT:
         warnings.warn(
             f"the mean gradient dominates (N |mean|^2 / trace = {dominance:.1e}): centering the Gram loses digits. "
             "Collect with store_centered=True and float32 or float64 rows for an accurate tail.",

@@ -16,7 +16,9 @@ import numpy as np
 
 from streamfisher.errors import CorruptRunError
 from streamfisher.solving.selection import Selection
-from streamfisher.store.layout import TILE
+
+#: Rows and columns of one tile of a Gram that is too large for memory; a multiple of the chunks of stored Grams.
+TILE = 2048
 
 #: Gram, rows, columns -> that part of it, float64.
 ReadTile = Callable[[str, slice, slice], np.ndarray]

@@ -11,11 +11,11 @@ from streamfisher.blocks.structures import group_blocks
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError
-from streamfisher.results import spectrum as spectra
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum
 from streamfisher.runtime.memory import working_memory
 from streamfisher.solving import eigen
 from streamfisher.solving.blocksolver import empty_block, listed, solved_block
+from streamfisher.solving.combine import block_diagonal_error, combine
 from streamfisher.solving.selection import Selection
 from streamfisher.solving.solve import RowPrecision, result_facts, warn_of_dominance, with_same_bits
 from streamfisher.solving.tiled_gram import TiledGram
@@ -101,5 +101,5 @@ def solve_tiled(
     whole = K if len(groups) == 1 and sum(parameters.values()) else operator_of(list(assignment))
     warn_of_dominance(product, dominance)
     facts = result_facts(metadata, config, center=center, product=product, selection=selection, dominance=dominance)
-    facts["block_diagonal_error"] = spectra.block_diagonal_error(squared, whole.squared_norm)
-    return spectra.combine(blocks, whole.trace / n, precision.computed, facts, config.top_k_eigenvalues)
+    facts["block_diagonal_error"] = block_diagonal_error(squared, whole.squared_norm)
+    return combine(blocks, whole.trace / n, precision.computed, facts, config.top_k_eigenvalues)

@@ -17,8 +17,6 @@ from streamfisher.store.names import node_name
 
 #: Columns of one product of the Gram; chunk widths are multiples of it.
 PANEL = 4096
-#: Rows and columns of one tile of a Gram that is too large for memory; a multiple of the chunks of stored Grams.
-TILE = 2048
 #: What a damaged manifest is restored from.
 MANIFEST_COPY = "manifest.copy.json"
 _CHUNK_BYTES = 4 << 20

@@ -1,4 +1,4 @@
-"""DOC"""
+"""Markers: what is finished, and how it is known."""
 
 from __future__ import annotations
 

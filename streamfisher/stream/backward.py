@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamfisher.gradients.engine import BatchGradients, GradientEngine
+from streamfisher.gradients.engine import GradientEngine
 from streamfisher.gradients.groups import Group
+from streamfisher.gradients.passes import BatchGradients
 from streamfisher.gradients.probe_report import ProbeReport
 from streamfisher.models.calling import batch_size
 from streamfisher.models.losses import PerSampleLoss

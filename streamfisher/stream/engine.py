@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.collection.batches import UnitBatches, batch_number
 from streamfisher.errors import CapacityError, CaptureError, StreamError
-from streamfisher.gradients.engine import BatchGradients
 from streamfisher.gradients.factors import FactorPair
+from streamfisher.gradients.passes import BatchGradients
 from streamfisher.gradients.probe_report import ProbeReport
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.gradients.tolerance import TOLERANCE

@@ -17,8 +17,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from streamfisher.data.batches import padded_tokens
 from streamfisher.errors import CaptureError, StreamError
-from streamfisher.gradients.engine import BatchGradients, GradientEngine
+from streamfisher.gradients.engine import GradientEngine
 from streamfisher.gradients.parameters import select_parameters
+from streamfisher.gradients.passes import BatchGradients
 from streamfisher.gradients.probe_report import ProbeReport
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.gradients.state import as_it_was, without_fast_paths, without_parameter_hooks

@@ -1,4 +1,4 @@
-"""DOC"""
+"""What verifying finds."""
 
 from __future__ import annotations
 

@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from streamfisher.analysis.run import Run
-from streamfisher.collection.collect import make_engine
-from streamfisher.collection.prepare import make_manifest
+from streamfisher.analysis.run import StoredRun
+from streamfisher.collection.prepare import make_engine, make_manifest
 from streamfisher.collection.survey import Survey, probe_batch, survey
 from streamfisher.config import parse_dtype
 from streamfisher.data.batches import collate, make_batches
@@ -24,7 +23,7 @@ from streamfisher.errors import ConfigError, CorruptRunError, RunError, RunMisma
 from streamfisher.gradients import GradientEngine, ProbeReport
 from streamfisher.gradients.factors import FactorPair, product
 from streamfisher.gradients.state import without_packing
-from streamfisher.models.losses import draw_labels, sample_seed
+from streamfisher.models.model_labels import draw_labels, sample_seed
 from streamfisher.models.offload import to_model
 from streamfisher.runtime.determinism import deterministic
 from streamfisher.store import resume_differences
@@ -39,7 +38,13 @@ _PRODUCTS = 1e-5
 
 
 def deep_problems(
-    run: Run, model: nn.Module, samples: Any, *, count: int, loss: Callable[..., Tensor] | None = None, seed: int = 0
+    run: StoredRun,
+    model: nn.Module,
+    samples: Any,
+    *,
+    count: int,
+    loss: Callable[..., Tensor] | None = None,
+    seed: int = 0,
 ) -> list[Problem]:
     """Compute the gradients of `count` random samples again; return where the run holds something else.
 
@@ -78,7 +83,7 @@ def deep_problems(
             return _DeepCheck(run, engine, found, chosen).problems()
 
 
-def _draw(run: Run, count: int, seed: int) -> list[int]:
+def _draw(run: StoredRun, count: int, seed: int) -> list[int]:
     """Return `count` different finished samples, or all there are, in order; none that the run has left out."""
     done, skipped = run.store.finished_units(), run.store.skipped()
     units = [unit for unit in run.store.units if unit.index in done]
@@ -92,7 +97,7 @@ def _draw(run: Run, count: int, seed: int) -> list[int]:
 class _DeepCheck:
     """The comparison of one run with one model, group of parameters by group."""
 
-    def __init__(self, run: Run, engine: GradientEngine, found: Survey, chosen: list[int]):
+    def __init__(self, run: StoredRun, engine: GradientEngine, found: Survey, chosen: list[int]):
         self.run, self.store, self.engine, self.found, self.chosen = run, run.store, engine, found, chosen
         self.found_problems: list[Problem] = []
         eps = max(torch.finfo(parse_dtype(item["dtype"])).eps for item in run.manifest.parameters)

@@ -12,7 +12,7 @@ import zarr
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from streamfisher.analysis.run import Run
+from streamfisher.analysis.run import StoredRun
 from streamfisher.data.batches import Unit
 from streamfisher.errors import ConfigError, CorruptRunError
 from streamfisher.runtime.durable import read_json
@@ -26,7 +26,7 @@ from streamfisher.verification.problem import Problem
 
 
 def verify(
-    run: Run,
+    run: StoredRun,
     *,
     repair: bool = True,
     progress: bool = False,
@@ -113,7 +113,7 @@ def verify(
     return problems
 
 
-def _to_compute_again(run: Run, problems: Sequence[Problem]) -> tuple[list[tuple[Unit, int]], list[str]]:
+def _to_compute_again(run: StoredRun, problems: Sequence[Problem]) -> tuple[list[tuple[Unit, int]], list[str]]:
     """Return the units, with their waves, and the Grams that hold something else than the model gives."""
     store = run.store
     units = set()
@@ -144,7 +144,7 @@ def verify_manifest(path: Path, *, repair: bool = True) -> list[Problem]:
     return [Problem("manifest", None, None, None, wrong)]
 
 
-def _check_mean(run: Run) -> tuple[list[Problem], list[tuple[Path, Problem]]]:
+def _check_mean(run: StoredRun) -> tuple[list[Problem], list[tuple[Path, Problem]]]:
     """Return what is wrong with the mean, and the markers of units of the mean pass whose sums are damaged."""
     store, done = run.store, run.path / "done"
     whole, parts = [], []
@@ -165,7 +165,7 @@ def _check_mean(run: Run) -> tuple[list[Problem], list[tuple[Path, Problem]]]:
     return whole, parts
 
 
-def _check_fields(run: Run) -> list[tuple[Path, Problem]]:
+def _check_fields(run: StoredRun) -> list[tuple[Path, Problem]]:
     found = []
     for folder in sorted((run.path / "fields").glob("*")):
         if folder.name == "zarr.json":
@@ -177,7 +177,7 @@ def _check_fields(run: Run) -> list[tuple[Path, Problem]]:
     return found
 
 
-def _check_eigenvectors(run: Run) -> list[tuple[str, Problem]]:
+def _check_eigenvectors(run: StoredRun) -> list[tuple[str, Problem]]:
     found = []
     for marks in sorted((run.path / "done" / "eigenvectors").glob("*")):
         folder = run.path / "eigenvectors" / marks.name
@@ -217,7 +217,7 @@ def _pieces(node: Any) -> list[slice]:
     return [(..., slice(start, start + width)) for start in range(0, node.shape[-1], width)]
 
 
-def _check_unit(run: Run, unit: Unit, wave: int) -> list[Problem]:
+def _check_unit(run: StoredRun, unit: Unit, wave: int) -> list[Problem]:
     last = unit.stop - 1
     store = run.store
     try:
@@ -241,7 +241,7 @@ def _check_unit(run: Run, unit: Unit, wave: int) -> list[Problem]:
     return problems + _check_samples(run, unit, wave)
 
 
-def _check_factors(run: Run, unit: Unit, wave: int, names: Sequence[str]) -> list[Problem]:
+def _check_factors(run: StoredRun, unit: Unit, wave: int, names: Sequence[str]) -> list[Problem]:
     """Check the factors of a unit, each tensor once; a shared one is named after the first parameter it is part of."""
     problems = []
     seen: set[str] = set()
@@ -264,7 +264,7 @@ def _check_factors(run: Run, unit: Unit, wave: int, names: Sequence[str]) -> lis
     return problems
 
 
-def _check_samples(run: Run, unit: Unit, wave: int) -> list[Problem]:
+def _check_samples(run: StoredRun, unit: Unit, wave: int) -> list[Problem]:
     """Check what was seen per sample against the unit's marker; missing chunks read as fill values."""
     store, problems = run.store, []
     waves = [other for other in range(len(store.waves)) if store.is_done(unit, other)]

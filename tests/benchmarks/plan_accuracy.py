@@ -21,8 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import streamfisher as sf
 from streamfisher.demo import demo_samples, load_demo_model
-from streamfisher.planning.plan import Machine, RunPlan, plan_run
+from streamfisher.planning.plan import Machine, plan_run
 from streamfisher.planning.rates import measure
+from streamfisher.planning.run_plan import RunPlan
 from streamfisher.planning.tracing import trace_model
 
 

@@ -1,14 +1,65 @@
-"""A plan as text: what is to be stored, the ways of doing it side by side, and the stages of the one that is taken."""
+"""A plan, and how it reads."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from streamfisher.byte_sizes import format_bytes
-from streamfisher.planning.plan import RunPlan
-from streamfisher.planning.rates import UNKNOWN
-from streamfisher.planning.shortfalls import round_up
+from streamfisher.planning.model_trace import ModelTrace
+from streamfisher.planning.rates import UNKNOWN, Rates
+from streamfisher.planning.shortfalls import Machine, round_up
 from streamfisher.planning.strategy import BlockBytes, Stage, Way
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """The ways of one run side by side, and the one that would be taken."""
+
+    trace: ModelTrace
+    n_samples: int
+    mean_length: float
+    n_grams: int
+    gram_bytes: float
+    machine: Machine
+    rates: Rates
+    blocks: tuple[BlockBytes, ...]
+    ways: tuple[Way, ...]
+    chosen: Way
+    least: Mapping[str, float]  # the smallest disk and memory budgets, in bytes, with which waves would do
+    settings: Mapping[str, Any]  # of the config, as far as they decide
+
+    def problems(self) -> list[str]:
+        """Return what keeps the chosen way from fitting, a sentence each; empty if it fits."""
+        return list(self.chosen.problems)
+
+    def table(self) -> str:
+        """Return the plan as text."""
+        return plan_table(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "model": self.trace.name,
+            "n_params": self.trace.n_params,
+            "bytes_weights": self.trace.weight_bytes,
+            "n_samples": self.n_samples,
+            "mean_length": self.mean_length,
+            "forward_flops_per_sample": self.trace.forward_flops,
+            "activation_bytes_per_sample": self.trace.activation_bytes,
+            "n_grams": self.n_grams,
+            "bytes_grams": self.gram_bytes,
+            "settings": dict(self.settings),
+            "machine": vars(self.machine),
+            "rates": vars(self.rates),
+            "blocks": [vars(block) for block in self.blocks],
+            "ways": [way.to_dict() for way in self.ways],
+            "chosen": self.chosen.name,
+            "fits": self.chosen.fits,
+            "problems": self.problems(),
+            "bytes_least": dict(self.least),
+        }
 
 
 def plan_table(plan: RunPlan) -> str:

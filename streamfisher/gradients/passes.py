@@ -1,0 +1,328 @@
+"""Passes of a model over a batch: forward and backward, with hooks that form per-sample gradients on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from streamfisher.errors import CaptureError
+from streamfisher.gradients.batch_axis import position_counts
+from streamfisher.gradients.batch_rows import RowSink
+from streamfisher.gradients.capture import Capture
+from streamfisher.gradients.factors import FactorPair, matrix_shape
+from streamfisher.gradients.groups import GENERIC, Group, Pass
+from streamfisher.gradients.parameters import ParameterInfo, select_parameters
+from streamfisher.gradients.plain import PlainAutograd
+from streamfisher.gradients.rules import rule_named
+from streamfisher.gradients.state import (
+    as_it_was,
+    inputs_of_checkpoints,
+    notes_on,
+    prepare_recurrent,
+    without_fast_paths,
+    without_packing,
+    without_parameter_hooks,
+)
+from streamfisher.gradients.tolerance import FLOOR, TOLERANCE
+from streamfisher.models.calling import batch_size
+from streamfisher.models.losses import PerSampleLoss
+from streamfisher.models.offload import working_device
+
+if TYPE_CHECKING:
+    from streamfisher.gradients.projection import Projection, Sides
+
+
+@dataclass(frozen=True)
+class BatchGradients:
+    """What `GradientEngine.rows` says about a batch, beside the rows themselves."""
+
+    losses: Tensor  # (B,) float64 on the CPU
+    n_targets: Tensor  # (B,) int64 on the CPU
+    factors: Mapping[str, Sequence[FactorPair]] = field(default_factory=dict)  # of parameters asked for as factors
+
+
+class GradientPasses:
+    """Per-sample gradients of every selected trainable parameter, one backward pass per batch.
+
+    A context manager: inside, the model is in eval mode with every parameter frozen, and carries hooks; on leaving it
+    is as it was. In eval mode BatchNorm uses its running statistics and dropout is off, which makes a sample's
+    gradient a function of that sample alone.
+
+        with GradientEngine(model, resolve_loss(model, batch)) as engine:
+            print(engine.probe(batch).summary())
+            rows = engine.allocate(32)
+            for batch in batches:
+                losses = engine.rows(batch, rows).losses  # rows[name][:B] is filled
+
+    Args:
+        model: any module; compiled ones are run eagerly, because hooks cannot see inside.
+        loss: what `resolve_loss` returned.
+        include: glob patterns of parameter names to capture; empty: all trainable ones.
+        exclude: glob patterns of parameter names to leave out.
+        dtype_compute: the least dtype in which rows are formed.
+        deterministic: use the attention kernel whose result does not depend on padding or batch mates.
+
+    Raises:
+        ModelError: nothing can be captured, see `select_parameters`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: PerSampleLoss,
+        *,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        dtype_compute: torch.dtype = torch.float32,
+        deterministic: bool = False,
+    ) -> None:
+        self.model = getattr(model, "_orig_mod", model)
+        self._given = model
+        self.loss = loss
+        self.deterministic = deterministic
+        selection = select_parameters(self.model, include, exclude)
+        self.tensors = selection.tensors
+        self.slots = selection.slots
+        self.parameters: dict[str, ParameterInfo] = selection.infos
+        self.excluded: dict[str, str] = selection.excluded
+        self.left_out = {
+            name: p for name, p in self.model.named_parameters() if name in selection.excluded and p.requires_grad
+        }
+        self.row_dtype = dtype_compute
+        for parameter in self.tensors.values():
+            self.row_dtype = torch.promote_types(self.row_dtype, parameter.dtype)
+        self.capture = Capture(self.model)
+        self.plain = PlainAutograd(self.model, loss, self.capture, self.slots)
+        self.projection: Projection | None = None  # serves buffers that are as narrow as it makes a row
+        self.notes: tuple[str, ...] = ()  # what is done otherwise than the model would by itself
+        self.noise = 0.0  # by how much plain autograd differs between a sample in a batch and alone
+        self._groups: list[Group] | None = None
+        self._per_sample: tuple[str, ...] = ()
+        self._undo: contextlib.ExitStack | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first captured parameter, where rows are formed."""
+        return working_device(self.model, *next(iter(self.tensors.items())))
+
+    @property
+    def tolerance(self) -> float:
+        """Norm-relative error that counts as agreement, by the coarsest dtype in play and the model's own rounding."""
+        return max(TOLERANCE[self._coarsest()], 10.0 * self.noise)
+
+    @property
+    def floor(self) -> float:
+        """Share of the whole gradient's norm below which a difference is rounding."""
+        return FLOOR[self._coarsest()]
+
+    @property
+    def factorable(self) -> tuple[str, ...]:
+        """Parameters whose gradients are products of two factors at every place where they are used."""
+        modules = dict(self.model.named_modules())
+        served: dict[str, bool] = {}
+        for group in self._groups or []:
+            for attribute, name in group.names.items():
+                by_product = attribute == "weight" and group.rule not in GENERIC
+                good = by_product and rule_named(group.rule).factors(modules[group.site])
+                served[name] = served.get(name, True) and good
+        return tuple(name for name in self.parameters if served.get(name) and name not in self._per_sample)
+
+    def __enter__(self) -> Self:
+        if self._undo is not None:
+            raise CaptureError("This GradientEngine is already in use. Make another one, or leave the first.")
+        self.notes = notes_on(self._given)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(as_it_was(self.model))
+            stack.enter_context(without_parameter_hooks(self.model))
+            stack.callback(self.capture.remove)
+            stack.enter_context(without_fast_paths(self.model))
+            stack.enter_context(without_packing(self.model))
+            if self.deterministic:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self.model.eval()
+            prepare_recurrent(self.model, self.device)
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(False)
+            if self._groups is not None:
+                self.capture.install(self._groups)
+            self._undo = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo.close()
+
+    def use_groups(self, groups: Sequence[Group], per_sample: Mapping[str, str] | Sequence[str]) -> None:
+        """Serve parameters by `groups`, and those in `per_sample` by a pass per sample."""
+        self._groups = list(groups)
+        self._per_sample = tuple(name for name in self.parameters if name in per_sample)
+        if self._undo is not None:
+            self.capture.install(self._groups)
+
+    def allocate(
+        self, n_rows: int, names: Collection[str] | None = None, columns: Mapping[str, int] | None = None
+    ) -> dict[str, Tensor]:
+        """Return buffers `(n_rows, P_k)` in `row_dtype` on each parameter's device, to be reused for every batch.
+
+        Args:
+            n_rows: rows of each buffer.
+            names: of which parameters; `None` means all.
+            columns: numbers of a row of parameters that are to be projected.
+        """
+        widths = {name: p.numel() for name, p in self.tensors.items()} | dict(columns or {})
+        return {
+            name: torch.zeros(n_rows, widths[name], dtype=self.row_dtype, device=working_device(self.model, name, p))
+            for name, p in self.tensors.items()
+            if names is None or name in names
+        }
+
+    def projected(self, out: Mapping[str, Tensor]) -> dict[str, Sides]:
+        """Return the projections of those parameters whose buffers are as narrow as a projected row."""
+        if self.projection is None:
+            return {}
+        return {
+            name: self.projection.sides(name, rows.device, rows.dtype)
+            for name, rows in out.items()
+            if rows.shape[1] == self.projection.columns.get(name)
+        }
+
+    def rows(
+        self, batch: Mapping[str, Any], out: Mapping[str, Tensor], factored: Collection[str] = ()
+    ) -> BatchGradients:
+        """Fill `out[name][:B]` with the gradient of each sample's loss, or return its factors.
+
+        Args:
+            batch: a dict of batched tensors, B samples.
+            out: as from `allocate`, with at least B rows; row slices of larger buffers will do. Where a buffer is
+                as narrow as `projection` makes a row, the row is projected. Parameters that are neither in `out` nor
+                in `factored` are not formed, and the backward pass stops at the lowest that is.
+            factored: parameters, of those in `factorable`, of which the factors are returned instead.
+
+        Raises:
+            LossError: the loss has the wrong shape, or a sample has no target.
+            CaptureError: the engine was not entered and probed, or a parameter of `factored` is not factorable.
+        """
+        batch, _ = self._ready(batch)
+        names = [name for name in self.parameters if name in out or name in factored]
+        wrong = [name for name in names if name in factored and name in self._per_sample]
+        if wrong:
+            raise CaptureError(f"{', '.join(wrong[:5])} take a pass per sample and have no factors.")
+        losses, pending, factors = self._captured(batch, out, [n for n in names if n not in self._per_sample], factored)
+        slow = [name for name in names if name in self._per_sample or name in pending]
+        if slow or losses is None:
+            rows = {name: out[name] if name in out else self._row_buffer(name, batch) for name in slow}
+            tensors = {name: self.tensors[name] for name in slow}
+            losses = self.plain.one_by_one(batch, rows, tensors, self.projected(rows))
+            factors |= {name: [self._as_factors(name, rows[name])] for name in slow if name in factored}
+        return BatchGradients(losses.detach().double().cpu(), self.loss.n_targets(batch).cpu(), factors)
+
+    def _row_buffer(self, name: str, batch: Mapping[str, Any]) -> Tensor:
+        parameter = self.tensors[name]
+        return torch.zeros(batch_size(batch), parameter.numel(), dtype=self.row_dtype, device=self.device)
+
+    def _as_factors(self, name: str, rows: Tensor) -> FactorPair:
+        """Return rows (B, m n) as a product with the identity, for a batch whose layout the probe never saw."""
+        values = rows.unflatten(1, matrix_shape(self.parameters[name].shape))
+        ids = torch.arange(values.shape[1], device=rows.device).expand(values.shape[:2])
+        return FactorPair(ids, values)
+
+    def plain_gradients(
+        self,
+        batch: Mapping[str, Any],
+        *,
+        index: int | None = None,
+        names: Collection[str] | None = None,
+        left_out: bool = False,
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Return the loss and the flat gradients of plain autograd, without hooks.
+
+        Args:
+            batch: a dict of batched tensors.
+            index: the sample whose loss to differentiate; None: the sum.
+            names: of which captured parameters; `None` means all.
+            left_out: also of trainable parameters that are not captured.
+        """
+        tensors = {name: tensor for name, tensor in self.tensors.items() if names is None or name in names}
+        tensors |= self.left_out if left_out else {}
+        return self.plain.gradients(batch, tensors, index)
+
+    def learning_pass(
+        self, batch: Mapping[str, Any], out: Mapping[str, Tensor], names: Sequence[str]
+    ) -> dict[str, str]:
+        """Fill `out` with the installed groups, recording layouts; return parameter -> reason for what failed."""
+        state = self._pass(batch, out, names, learning=True)
+        self._backward(batch, state)
+        unclear = dict.fromkeys(state.deferred, "the batch axis cannot be found")
+        return {**unclear, **state.failed}
+
+    def _pass(
+        self,
+        batch: Mapping[str, Any],
+        out: Mapping[str, Tensor],
+        names: Sequence[str],
+        factored: Collection[str] = (),
+        **options: Any,
+    ) -> Pass:
+        n_samples = batch_size(batch)
+        shapes = {name: self.parameters[name].shape for name in names}
+        served = {name: out[name] for name in names if name in out}
+        sink = RowSink(out, n_samples, shapes, factored, self.projected(served))
+        return Pass(sink, position_counts(batch, n_samples), **options)
+
+    def _backward(self, batch: Mapping[str, Any], state: Pass) -> Tensor:
+        """Run one forward and backward pass that serves `state`; return the losses."""
+        checkpoints = inputs_of_checkpoints(self.model, self.capture)
+        with self.capture.serving(state), torch.enable_grad(), checkpoints, warnings.catch_warnings():
+            # vmap says so where it falls back to a loop over one operator: right, and no news to the user.
+            warnings.filterwarnings("ignore", message=".*not yet implemented the batching rule.*")
+            losses = self.loss(self.model, batch)
+            if losses.requires_grad:
+                losses.sum().backward()
+        state.sink.finish()
+        return losses.detach()
+
+    def _captured(
+        self, batch: Mapping[str, Any], out: Mapping[str, Tensor], names: Sequence[str], factored: Collection[str]
+    ) -> tuple[Tensor | None, set[str], dict[str, list[FactorPair]]]:
+        """Form the gradients of `names` in one pass; return losses, parameters not understood, and factors."""
+        if self.loss.sequential or not names:
+            return None, set(), {}
+        state = self._pass(batch, out, names, factored)
+        losses = self._backward(batch, state)
+        return losses, state.deferred, state.sink.factors
+
+    def _prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: value.detach().to(self.device) if isinstance(value, Tensor) else value for key, value in batch.items()
+        }
+
+    def _ready(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+        self._check_entered()
+        if self._groups is None:
+            raise CaptureError("Call probe (or apply_routes) before taking gradients: no rule is used unverified.")
+        batch = self._prepared(batch)
+        return batch, batch_size(batch)
+
+    def _check_entered(self) -> None:
+        if self._undo is None:
+            raise CaptureError("Use the GradientEngine in a with statement, which restores the model at its end.")
+
+    @cached_property
+    def _model_dtypes(self) -> frozenset[torch.dtype]:
+        return frozenset(p.dtype for p in self.model.parameters() if p.is_floating_point())
+
+    def _coarsest(self) -> torch.dtype:
+        dtypes = set(self._model_dtypes)
+        if torch.is_autocast_enabled(self.device.type):
+            dtypes.add(torch.get_autocast_dtype(self.device.type))
+        known = [dtype for dtype in dtypes if dtype in TOLERANCE]
+        return max(known, key=TOLERANCE.__getitem__, default=torch.float32)
