@@ -17,7 +17,7 @@ import streamfisher.demo as demo
 from streamfisher.demo.text import demo_samples, source_files, split_of, split_text
 from streamfisher.errors import DataError
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 # Of the largest logit, which is above 20 in these weights. Shapes change the order of sums, so float32 logits move by
 # some 1e-6 of it; in float64 nothing but a real dependence is left.

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from streamfisher.solving.solve import RowPrecision, solve_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.results import metrics
+from streamfisher.solving.solve import RowPrecision, solve_blocks
 
 
 def block_of(G, top_k=None):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from forked_commands import forked
+from llama_runs import GRAMS, budget, collected
 from rank_processes import bytes_of, command, finished, launch, wait_for
-from test_factors import llama, sequences
 
 import streamfisher as sf
 from streamfisher.collection import wave_reduction as reduction
@@ -16,15 +16,6 @@ from streamfisher.gradients.shapes import Factor, GradientShape
 from streamfisher.planning.waves import WaveLimits, WaveSizes, cut_waves
 from streamfisher.store import RunStore
 from streamfisher.verification.verify import verify
-
-GRAMS = 8 * 11**2 * 21  # bytes of the Grams of 11 samples of the tiny Llama
-
-
-def collected(path, *, model=None, samples=None, **options):
-    settings = {"chunk_size": 4, "batch_tokens": 25, "dtype_compute": "float64"} | options
-    model = llama() if model is None else model
-    samples = sequences() if samples is None else samples
-    return sf.collect(model.double(), samples, path, config=sf.SpectralConfig(**settings))
 
 
 @pytest.fixture(scope="module", params=["dense", "factors"])
@@ -36,10 +27,6 @@ def whole(request, tmp_path_factory):
 
 def held_as(run):
     return run.manifest.config["representation"]
-
-
-def budget(whole, share=0.4):
-    return GRAMS + int(share * whole.store.bytes_of_rows(11))
 
 
 def test_the_result_of_waves_is_that_of_one_pass(whole, tmp_path):

@@ -25,7 +25,7 @@ from streamfisher.runtime.dask_pool import dask_client
 from streamfisher.sinks.memory import MemoryRows
 from streamfisher.store.layout import PANEL
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def free_port():

@@ -7,7 +7,7 @@ import pytest
 
 from streamfisher.cli.main import build_parser
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "howto.md"]
 
 

@@ -29,7 +29,7 @@ from streamfisher.planning.rates import Rates, measure
 from streamfisher.planning.run_plan import RunPlan
 from streamfisher.planning.tracing import trace_model
 
-SHAPES = Path(__file__).parents[1] / "examples" / "plan"
+SHAPES = Path(__file__).parents[2] / "examples" / "plan"
 WAVES = sf.SpectralConfig()
 FAST = Rates(passes=1e12, products=1e12, forming=1e12, solve=1e10, write=1e9, read=1e9)
 

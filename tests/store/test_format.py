@@ -12,7 +12,7 @@ from tiny_runs import make_run, rows
 
 import streamfisher as sf
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "format.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "format.md"
 
 
 def reader() -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from streamfisher.cli.main import build_parser
 
-PAGE = Path(__file__).parents[1] / "docs" / "analysis.md"
+PAGE = Path(__file__).parents[2] / "docs" / "analysis.md"
 
 
 def test_the_code_of_the_page_runs(tmp_path, monkeypatch, capsys):

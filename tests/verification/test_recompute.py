@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 import torch
 from command_line import cli
-from test_waves import budget, collected
+from llama_runs import budget, collected
 from tiny_runs import make_run
 
 import streamfisher as sf
@@ -55,7 +55,7 @@ def test_an_intact_run_of_rows_is_what_the_model_gives(tmp_path, options):
 
 
 def llama_and_sequences():
-    from test_factors import llama, sequences
+    from factored_models import llama, sequences
 
     return llama().double(), sequences()
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from streamfisher import SpectralConfig
-from streamfisher.solving.solve import RowPrecision, solve_blocks
 from streamfisher.results import spectrum as spectra
 from streamfisher.results.noise import noise_floor
+from streamfisher.solving.solve import RowPrecision, solve_blocks
 
 PRECISION = RowPrecision(torch.float64, 2.0**-53)
 
