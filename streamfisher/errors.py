@@ -123,4 +123,5 @@ def require(package: str, extra: str, purpose: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, or its class where it has none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -367,7 +367,8 @@ def page(finished: Path, folder: Path) -> str:
             count += 1
     lines.insert(
         5,
-        f"{count} cases. More, which need a full disk, a lock or a missing package, are in `tests/cli/test_bad_input.py`.",
+        f"{count} cases. More, which need a full disk, a lock or a missing package, are in "
+        "`tests/cli/test_bad_input.py`.",
     )
     return "\n".join(lines).replace(str(folder), "FOLDER") + "\n"
 

@@ -15,6 +15,7 @@ from streamfisher.runtime.run_log import RunLog
 
 
 def demo_command(arguments: argparse.Namespace) -> int:
+    """Run the whole job on the model and the text that ship with the package."""
     from streamfisher import SpectralConfig, collect
     from streamfisher.demo import demo_samples, load_demo_model
 
@@ -35,6 +36,7 @@ def demo_command(arguments: argparse.Namespace) -> int:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
+    """Collect, build Grams, solve, print and draw."""
     options = read_run_options(arguments)
     # From the start: an address that does not answer is found before days of gradients, and waves are reduced between.
     with dask_client(options.dask_scheduler if os.environ.get("RANK", "0") == "0" else None):
@@ -46,6 +48,7 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 
 def collect_command(arguments: argparse.Namespace) -> int:
+    """Collect only."""
     run = _collected(read_run_options(arguments), arguments)
     if run is not None:
         print_info(run, arguments)

@@ -24,6 +24,7 @@ def print_json(content: Any) -> None:
 def spectra_of(
     run: Any, options: RunOptions, arguments: argparse.Namespace, chosen: Mapping[str, Any] | None = None
 ) -> list[Any]:
+    """Return the spectra that the options ask for, of the chosen samples."""
     return [
         run.spectrum(
             structure,
@@ -74,6 +75,7 @@ def analyse(
 
 
 def print_info(run: Any, arguments: argparse.Namespace) -> None:
+    """Print what a run holds and how far it is."""
     facts = run.info()
     if arguments.json:
         print(json.dumps(facts))

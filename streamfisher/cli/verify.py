@@ -12,6 +12,7 @@ from streamfisher.cli.options import read_deep_options
 
 
 def verify_command(arguments: argparse.Namespace) -> int:
+    """Check a run against its checksums, and with `--deep` against its model."""
     from streamfisher import open_run
     from streamfisher.errors import CorruptRunError
     from streamfisher.verification.problem import Problem

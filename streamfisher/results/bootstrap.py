@@ -67,4 +67,5 @@ class Bootstrap:
 
 
 def tails(level: float) -> tuple[float, float]:
+    """Return the two probabilities between which an interval of this level lies."""
     return (1 - level) / 2, (1 + level) / 2

@@ -30,7 +30,7 @@ from command_line import arrays, cli, contents
 
 from streamfisher import open_run
 from streamfisher.errors import RunError
-from streamfisher.planning import run_layout as provisions
+from streamfisher.runtime import disk
 from streamfisher.runtime import memory as host_memory
 
 
@@ -220,7 +220,7 @@ def test_bad_slice_of_samples_is_refused(text, finished, capsys):
 
 def test_disk_without_room_is_found_before_anything_is_created(monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(provisions.shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: usage(10**9, 10**9 - 1000, 1000))
     says = ["Grams of 6 samples", "what is free on the disk", "--gram-per layer"]
     refused(capsys, "run", MODEL, DATA, "--out", "run.zarr", "--quiet", code=5, says=says)
 

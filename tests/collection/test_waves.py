@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from factored_models import sequences
 from forked_commands import forked
 from llama_runs import GRAMS, budget, collected
 from rank_processes import bytes_of, command, finished, launch, wait_for

@@ -9,6 +9,7 @@ import torch
 from streamfisher import SpectralConfig
 from streamfisher.results import spectrum as spectra
 from streamfisher.results.noise import noise_floor
+from streamfisher.solving.centering import uncenter
 from streamfisher.solving.solve import RowPrecision, solve_blocks
 
 PRECISION = RowPrecision(torch.float64, 2.0**-53)
@@ -169,4 +170,4 @@ def test_uncentering_undoes_storing_centered(rows):
     mean = G.mean(axis=0)
     C = G - mean
     products = np.append(C @ mean, mean @ mean)
-    np.testing.assert_allclose(spectra.uncenter(C @ C.T, products), G @ G.T, rtol=1e-11, atol=1e-11)
+    np.testing.assert_allclose(uncenter(C @ C.T, products), G @ G.T, rtol=1e-11, atol=1e-11)

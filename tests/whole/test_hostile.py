@@ -20,6 +20,7 @@ from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConfigError, CorruptRunError, StreamfisherError
 from streamfisher.runtime.durable import read_json, write_json
 from streamfisher.store import RunStore
+from streamfisher.store.eigenvectors import open_eigenvectors
 from streamfisher.verification.verify import verify
 
 SOURCES = sorted(Path(streamfisher.__file__).parent.rglob("*.py"))
@@ -175,7 +176,7 @@ def test_links_that_lead_out_of_a_run_are_not_followed(where, run, tmp_path):
             opened.store.mean(name, 0, size)
         opened.losses  # noqa: B018
         opened.spectrum("parameter")
-        streamfisher.directions.open_eigenvectors(run, "global")
+        open_eigenvectors(run, "global")
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -218,7 +219,7 @@ def _read(path):
     run.info()
     run.store.fields()
     run.spectrum("layer")
-    streamfisher.directions.open_eigenvectors(path, "global").tensors()
+    open_eigenvectors(path, "global").tensors()
 
 
 def test_names_of_parameters_and_fields_stay_inside(tmp_path):
