@@ -20,19 +20,21 @@ from torch import Tensor, nn
 from streamfisher.analysis.facts import describe
 from streamfisher.api import collect
 from streamfisher.blocks.structures import assign_blocks, group_blocks
-from streamfisher.collection.prepare import make_engine, make_manifest
-from streamfisher.collection.survey import probe_batch, survey
-from streamfisher.collection.unit_rows import gradient_units
+from streamfisher.collection.guard import OwnGuard
+from streamfisher.collection.passes import run_pass
+from streamfisher.collection.prepare import make_manifest
+from streamfisher.collection.producers import model_producer
+from streamfisher.collection.survey import survey
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import make_units
 from streamfisher.data.samples import Samples
 from streamfisher.errors import ConfigError, DataError
-from streamfisher.models.offload import to_model
+from streamfisher.gradients.producer import Wave
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.subsets import draw_columns
 from streamfisher.results.spectrum import NORMALIZATION, Spectrum
 from streamfisher.runtime.determinism import deterministic
-from streamfisher.sinks.memory import MemoryRows
+from streamfisher.sinks.memory import MemoryRows, MemorySink
 from streamfisher.solving.solve import RowPrecision, solve_blocks
 
 
@@ -114,28 +116,26 @@ def _in_memory(model: nn.Module, batch: Any, n_samples: int, config: SpectralCon
     if config.storage_mode == "full":
         config = config.replace(chunk_size=n_samples)
     with deterministic(config.use_deterministic, config.seed):
-        found = survey(model, batch, config, n_samples=n_samples)
-        with make_engine(model, found, config) as engine:
-            report = engine.probe(to_model(probe_batch(found, model, engine.tensors.values()), model))
-            manifest = make_manifest(model, engine, found, config, None, report)
-            units = make_units(len(found.samples), config.chunk_size)
-            chunks: dict[str, list[np.ndarray]] = {name: [] for name in engine.parameters}
-            skipped: dict[int, str] = {}
-            n_targets = 0
-            for record in gradient_units(engine, found, units, config):
-                keep = [
-                    n - record.unit.start for n in range(record.unit.start, record.unit.stop) if n not in record.skipped
-                ]
-                for name, rows in record.rows.items():
-                    chunks[name].append(rows[keep].cpu().numpy())
-                skipped |= record.skipped
-                n_targets += int(record.n_targets[keep].sum())
-        rows = {name: _stack(parts) for name, parts in chunks.items()}
-        n_valid = len(found.samples) - len(skipped)
+        data = survey(model, batch, config, n_samples=n_samples)
+        with model_producer(model, data, config) as producer:
+            manifest = make_manifest(model, producer, data, config, None, producer.probe())
+            batches = data.batches(model, config)
+            wave = Wave(0, tuple(producer.parameters), batches, tuple(batches))
+            sink = MemorySink(producer, make_units(len(data.samples), config.chunk_size))
+            producer.begin(wave)
+            run_pass(
+                producer,
+                sink,
+                wave,
+                sink.todo(),
+                guard=OwnGuard(producer, sink.parameters, config.guard_every),
+                skip_nonfinite=config.on_nonfinite == "skip",
+            )
+        n_valid = len(data.samples) - len(sink.skipped)
         if n_valid < 2:
-            raise DataError(f"{n_valid} of {len(found.samples)} samples are valid; a spectrum needs at least 2.")
-        facts = describe(manifest, config, n_stored=len(found.samples), n_targets=n_targets, skipped=skipped)
-        return _solve(MemoryRows(rows), config, facts)
+            raise DataError(f"{n_valid} of {len(data.samples)} samples are valid; a spectrum needs at least 2.")
+        facts = describe(manifest, config, n_stored=len(data.samples), n_targets=sink.n_targets, skipped=sink.skipped)
+        return _solve(sink.source(), config, facts)
 
 
 def _streamed(model: nn.Module, batch: Any, n_samples: int, config: SpectralConfig) -> Spectrum:
@@ -192,10 +192,6 @@ def _solve(rows: MemoryRows, config: SpectralConfig, facts: Mapping[str, Any]) -
 
 def _keep(parameter: grams.ParameterGram) -> grams.ParameterGram:
     return parameter
-
-
-def _stack(parts: list[np.ndarray]) -> np.ndarray:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _batch_size(batch: Mapping[str, Tensor] | None) -> int:

@@ -58,7 +58,7 @@ def collect_command(arguments: argparse.Namespace) -> int:
 def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     """Load model and data and collect; return the run on the main process and `None` on the others."""
     from streamfisher import collect
-    from streamfisher.collection.prepare import runs_in_waves
+    from streamfisher.collection.producers import runs_in_waves
     from streamfisher.data.loading import load_samples
     from streamfisher.models.loading import pick_device
     from streamfisher.models.skeleton import load_skeleton, skeleton_is_needed

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from streamfisher.data.batches import Unit, make_batches
+from streamfisher.data.batches import Unit
+from streamfisher.models.batches import ModelBatches
 from streamfisher.runtime.ranks import Ranks
 
 
@@ -57,10 +58,7 @@ def share_of(units: Sequence[Unit], index: int, count: int) -> list[Unit]:
     return list(units[index::count])
 
 
-def idle_batches(units: Sequence[Unit], lengths: Sequence[int], batch_tokens: int, index: int, count: int) -> int:
+def idle_batches(units: Sequence[Unit], batches: ModelBatches, index: int, count: int) -> int:
     """Return how many batches the busiest rank has more than rank `index`."""
-    steps = [
-        sum(len(make_batches(lengths[unit.start : unit.stop], batch_tokens)) for unit in share_of(units, rank, count))
-        for rank in range(count)
-    ]
+    steps = [sum(len(batches.of(unit)) for unit in share_of(units, rank, count)) for rank in range(count)]
     return max(steps) - steps[index]

@@ -10,30 +10,19 @@ import contextlib
 import copy
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from streamfisher.collection.passes import mean_pass, row_pass
-from streamfisher.collection.prepare import (
-    beside_weights,
-    check_streamable,
-    choose_way,
-    first_samples,
-    fixed_way,
-    make_engine,
-    make_manifest,
-    probe_engine,
-    stream_engine,
-)
+from streamfisher.collection.prepare import beside_weights, make_manifest, prepare_either, probe
+from streamfisher.collection.producers import check_streamable, fixed_choice, make_producer
 from streamfisher.collection.resume import create_or_resume
-from streamfisher.collection.streamed import StreamedRun
-from streamfisher.collection.survey import Survey, survey
-from streamfisher.collection.wave_reduction import is_reduced, reduce_wave, reopen_wave
+from streamfisher.collection.survey import survey
+from streamfisher.collection.waves import Collection
 from streamfisher.config import SpectralConfig
-from streamfisher.gradients import GradientEngine, ProbeReport
+from streamfisher.data.batches import padded_total
+from streamfisher.gradients import ProbeReport
 from streamfisher.gradients.state import without_packing
 from streamfisher.models.sharding import is_sharded, reshard
 from streamfisher.models.weights import Resident
@@ -44,12 +33,7 @@ from streamfisher.runtime.ranks import Ranks, start_ranks
 from streamfisher.runtime.run_log import RunLog
 from streamfisher.runtime.signals import finishing_first
 from streamfisher.runtime.threads import chunks_at_a_time
-from streamfisher.store import (
-    RankLock,
-    RunStore,
-    stage_of,
-)
-from streamfisher.stream.engine import StreamEngine
+from streamfisher.store import RankLock, RunStore
 
 
 def collect_gradients(
@@ -80,22 +64,25 @@ def collect_gradients(
         without_packing(model),  # from the first pass on
         chunks_at_a_time(len(os.sched_getaffinity(0)) // local_ranks()),
     ):
-        found = survey(model, samples, config, loss, n_samples)
+        data = survey(model, samples, config, loss, n_samples)
         reshard(model)
+        sharded = is_sharded(model)
         prepared = None
-        streamed = fixed_way(path, model, config, weights) if ranks.is_main else None
+        streamed = fixed_choice(path, model, config, weights) if ranks.is_main else None
         if ranks.is_main and streamed is None:
-            prepared = choose_way(path, model, found, config, progress=progress)
+            prepared = prepare_either(path, model, data, config, progress=progress)
             streamed = prepared.streamed
-        streamed = ranks.share("whether layers are streamed", streamed)
-        make = partial(stream_engine, weights=weights) if streamed else make_engine
-        with make(model, found, config) as engine, contextlib.ExitStack() as locks:
-            manifest = make_manifest(model, engine, found, stated, description)
+        streamed = bool(ranks.share("whether layers are streamed", streamed))
+        chosen = make_producer(streamed, model, data, config, weights=weights, ranks=ranks)
+        with chosen as producer, contextlib.ExitStack() as locks:
+            manifest = make_manifest(model, producer, data, stated, description)
             ranks.agree(manifest.facts() | {"folder": str(path.absolute())})
             if ranks.is_main:
-                create_or_resume(path, manifest, model, engine, found, config, ranks, locks, progress, prepared)
-            elif is_sharded(model) and not ranks.share("whether the run exists"):
-                probe_engine(model, engine, found, config.memory_budget)
+                create_or_resume(
+                    path, manifest, model, producer, data, config, ranks, locks, progress, prepared, streamed
+                )
+            elif sharded and not ranks.share("whether the run exists"):
+                probe(model, producer, config.memory_budget)
             ranks.wait("for the run's folder")
             if not ranks.is_main:
                 locks.enter_context(RankLock(path))
@@ -103,46 +90,15 @@ def collect_gradients(
             store.fsync = config.fsync
             facts = {"samples": store.n_samples, "ranks": ranks.count, "waves": len(store.waves)}
             locks.enter_context(RunLog(path, "collect", ranks.index, device=str(state.device), **facts))
-            report = ProbeReport.from_dict(store.manifest.probe)
-            if streamed:
-                engine.apply_routes(report, first_samples(found, model))
-            else:
-                engine.apply_routes(report)
+            producer.apply_routes(ProbeReport.from_dict(store.manifest.probe))
             if ranks.is_main:
                 store.sweep()
-                store.write_fields(found.fields)
+                store.write_fields(data.fields)
+            batches = data.batches(model, config, store.batch_tokens, store.units)
+            left = beside_weights(producer, config)
+            collection = Collection(store, producer, batches, left, ranks, sharded, progress)
             if config.store_centered:
-                mean_pass(store, engine, found, config, ranks, progress=progress)
-            stream = StreamedRun(engine, store, found, ranks, boundary_room(config, path)) if streamed else None
-            _waves(store, engine, found, beside_weights(engine, config), ranks, stream, progress=progress)
-
-
-def _waves(
-    store: RunStore,
-    engine: GradientEngine | StreamEngine,
-    found: Survey,
-    config: SpectralConfig,
-    ranks: Ranks,
-    stream: StreamedRun | None,
-    *,
-    progress: bool,
-) -> None:
-    """Collect every wave; where its gradients are not all kept, reduce it before the next one begins."""
-    products = SpectralConfig.from_dict(store.manifest.config).gram_options(config)
-    for wave in range(len(store.waves)):
-        passing = len(store.waves) > 1 or "*" not in store.keep
-        whole = passing and is_reduced(store, wave, products) and not store.todo(stage_of(wave))
-        reduced = ranks.share(f"whether wave {wave} is reduced", whole)
-        if not reduced:
-            if ranks.is_main:
-                reopen_wave(store, wave, products)
-            ranks.wait("for the wave")
-            if stream is not None:
-                stream.begin(wave)
-            row_pass(store, engine, found, config, ranks, wave=wave, progress=progress)
-        if passing:
-            reduce_wave(store, wave, products, ranks, progress=progress)
-        if stream is not None and not reduced:
-            stream.finish(wave)
-    if stream is not None:
-        stream.close()
+                collection.collect_mean()
+            tokens = padded_total(data.lengths, store.units, store.batch_tokens)
+            producer.keep_between_waves(boundary_room(config, path), tokens, path / "stream")
+            collection.collect_waves()

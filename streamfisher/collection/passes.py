@@ -1,114 +1,100 @@
-"""Passes over the data: every rank claims units that are not done, computes them, writes them, and marks them."""
+"""One pass over the data: gradients from a producer, batch by batch, into a sink, unit by unit."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from functools import partial
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from streamfisher.collection.claims import Claims, idle_batches
-from streamfisher.collection.guard import SharedGuard
-from streamfisher.collection.progress import Progress
-from streamfisher.collection.survey import Survey
-from streamfisher.collection.unit_rows import gradient_units, idle_passes
-from streamfisher.config import SpectralConfig
-from streamfisher.gradients import GradientEngine
-from streamfisher.models.sharding import is_sharded
-from streamfisher.runtime.memory import give_back
-from streamfisher.runtime.ranks import Ranks
-from streamfisher.sinks.centered import _subtract
-from streamfisher.sinks.interface import Captured
-from streamfisher.store import RunStore, UnitRecord, stage_of
+from streamfisher.collection.guard import Guard
+from streamfisher.data.batches import Unit
+from streamfisher.errors import DataError, LossError, NonFiniteError
+from streamfisher.gradients.norms import batch_norms
+from streamfisher.gradients.producer import GradientProducer, Wave
+from streamfisher.sinks.interface import GradientSink, UnitFacts
 
 
-def row_pass(
-    store: RunStore,
-    engine: GradientEngine,
-    found: Survey,
-    config: SpectralConfig,
-    ranks: Ranks,
+def run_pass(
+    producer: GradientProducer,
+    sink: GradientSink,
+    wave: Wave,
+    units: Iterable[Unit],
     *,
-    wave: int = 0,
-    progress: bool,
+    guard: Guard,
+    skip_nonfinite: bool = False,
+    after_batch: Callable[[], None] = lambda: None,
+    after_unit: Callable[[Unit, UnitFacts, int], None] = lambda unit, facts, size: None,
 ) -> None:
-    """Write the gradients of one wave of every unit that has no marker; returns when all ranks are done."""
-    name = "gradients" if len(store.waves) == 1 else f"wave {wave + 1} of {len(store.waves)}"
-    claims = Claims(ranks, name, store.todo(stage_of(wave)), store.units, together=is_sharded(engine.model))
-    captured = wave_capture(store, wave)
-    mean = {name: store.mean(name, 0, columns) for name, columns in store.parameters.items()} if store.centered else {}
-    with _bar(claims, store, progress) as bar:
-        for record in _records(store, engine, found, config, ranks, claims, captured):
-            if mean:
-                record = _subtract(record, mean)
-            rows = {name: values.cpu() for name, values in record.rows.items()}
-            store.write_unit(dataclasses.replace(record, rows=rows, wave=wave))
-            bar.done(record.unit, int(record.n_targets.sum()), _bytes_of(record, rows, store))
-        ranks.wait("for the other ranks' gradients")
-    give_back()
+    """Take the gradients of some units into a sink.
+
+    Args:
+        producer: at work on the wave.
+        sink: of the wave.
+        wave: its parameters and batches.
+        units: taken one after the other, when the one before is done with.
+        guard: looks at every batch.
+        skip_nonfinite: leave out samples whose loss or gradient is not finite, instead of stopping.
+        after_batch: called after each backward pass.
+        after_unit: called with the unit, what is known of it, and the bytes that the sink holds of it.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite and is not to be skipped; the message names the sample.
+        DataError: the model does not know a token id or label; the message names the samples.
+    """
+    for unit in units:
+        losses, targets = np.empty(len(unit)), np.empty(len(unit), dtype=np.int64)
+        norms = {name: np.zeros(len(unit)) for name in sink.parameters}
+        skipped: dict[int, str] = {}
+        for batch in wave.batches.of(unit):
+            where = slice(batch.start - unit.start, batch.stop - unit.start)
+            asked = sink.asks(batch)
+            with _naming_samples(batch.samples):
+                gradients = producer.gradients(batch, asked)
+            guard.step(batch, gradients)
+            after_batch()
+            losses[where], targets[where] = gradients.losses.numpy(), gradients.n_targets.numpy()
+            for name, values in batch_norms(gradients.rows, gradients.factors, len(batch)).items():
+                norms[name][where] = values
+            bad = _nonfinite(batch.samples, losses[where], norms, where)
+            if bad and not skip_nonfinite:
+                sample, reason = next(iter(bad.items()))
+                raise NonFiniteError(
+                    f"sample {sample}: {reason}. Everything before it is kept. Remove the sample, use a wider --dtype, "
+                    "or leave such samples out, counted and named, with --on-nonfinite skip."
+                )
+            skipped |= bad
+            sink.batch(batch, gradients, dropped=[sample - batch.start for sample in bad])
+            del gradients
+        for sample in skipped:
+            targets[sample - unit.start] = 0
+            for values in norms.values():
+                values[sample - unit.start] = 0.0
+        facts = UnitFacts(losses, targets, norms, skipped)
+        after_unit(unit, facts, sink.unit(unit, facts))
 
 
-def mean_pass(
-    store: RunStore, engine: GradientEngine, found: Survey, config: SpectralConfig, ranks: Ranks, *, progress: bool
-) -> None:
-    """Add up the rows of every unit in float64; the mean is their sum over the valid samples."""
-    if ranks.share("the mean", (store.path / "done" / "mean.json").is_file()):
-        return
-    claims = Claims(ranks, "mean", store.todo("mean"), store.units, together=is_sharded(engine.model))
-    captured = Captured(list(store.parameters), columns=store.parameters)
-    with _bar(claims, store, progress) as bar:
-        for record in _records(store, engine, found, config, ranks, claims, captured):
-            sums = {name: rows.sum(dim=0, dtype=torch.float64).cpu().numpy() for name, rows in record.rows.items()}
-            store.write_mean_part(record.unit, sums, len(record.unit) - len(record.skipped))
-            bar.done(record.unit, int(record.n_targets.sum()), 8 * sum(store.parameters.values()))
-        ranks.wait("for the other ranks' part of the mean")
-    if ranks.is_main:
-        store.finish_mean()
-    ranks.wait("for the mean")
+@contextlib.contextmanager
+def _naming_samples(samples: range) -> Iterator[None]:
+    """Say of a label or token id that the model does not know which samples of the data it may come from."""
+    try:
+        yield
+    except (LossError, IndexError) as error:
+        bad = [samples.start + offset for offset in getattr(error, "samples", [])]
+        which = f"sample {bad[0]}" if bad else f"samples {samples.start} to {samples.stop - 1}"
+        raise DataError(
+            f"{which}: {str(error).rstrip('.')}. Token ids and labels must lie in the model's vocabulary."
+        ) from error
 
 
-def _records(
-    store: RunStore,
-    engine: GradientEngine,
-    found: Survey,
-    config: SpectralConfig,
-    ranks: Ranks,
-    claims: Claims,
-    captured: Captured,
-) -> Iterator[UnitRecord]:
-    """Yield the gradients of the units that this rank claims; with sharded weights, go along with the others' too."""
-    names, batch_tokens = captured.names, store.batch_tokens
-    guard = SharedGuard(engine, found, config, claims.units, ranks, names, batch_tokens) if claims.together else None
-    yield from gradient_units(
-        engine,
-        found,
-        claims,
-        config,
-        captured=captured,
-        batch_tokens=batch_tokens,
-        after_batch=ranks.alive,
-        shared_guard=guard,
-    )
-    if guard is not None:
-        idle = idle_batches(claims.units, found.lengths, batch_tokens, ranks.index, ranks.count)
-        idle_passes(engine, found, config, captured, idle, guard)
-
-
-def wave_capture(store: RunStore, wave: int) -> Captured:
-    """Return what the pass of a wave captures: rows of some parameters, and factors, which go to the store at once."""
-    names = store.waves[wave]
-    factored = [name for name in names if store.representation(name) == "factors"]
-    dense = [name for name in names if store.representation(name) == "dense"]
-    return Captured(dense, factored, partial(store.write_factors, wave=wave), store.parameters)
-
-
-def _bytes_of(record: UnitRecord, rows: dict[str, Tensor], store: RunStore) -> int:
-    dense = sum(values.numel() for values in rows.values()) * store.store_dtype.itemsize
-    return dense + sum(entry["bytes"] for entry in record.factors)
-
-
-def _bar(claims: Claims, store: RunStore, progress: bool) -> Progress:
-    todo = sum(len(unit) for unit in claims.units)
-    return Progress(claims.ranks, claims.name, todo=todo, total=store.n_samples, shown=progress)
+def _nonfinite(samples: range, losses: np.ndarray, norms: Mapping[str, np.ndarray], where: slice) -> dict[int, str]:
+    """Return `{sample number: what is not finite}` of a batch, `where` being its place in the unit's norms."""
+    bad = {}
+    for place, sample in enumerate(samples):
+        if not np.isfinite(losses[place]):
+            bad[sample] = f"the loss is {losses[place]}"
+            continue
+        name = next((name for name, values in norms.items() if not np.isfinite(values[where][place])), None)
+        if name is not None:
+            bad[sample] = f"the gradient of {name} is not finite"
+    return bad

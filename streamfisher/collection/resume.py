@@ -10,31 +10,31 @@ from torch import nn
 from tqdm import tqdm
 
 from streamfisher.byte_sizes import format_bytes
-from streamfisher.collection.prepare import NewRun, lay_out
-from streamfisher.collection.survey import Survey
+from streamfisher.collection.prepare import PreparedRun, prepare
+from streamfisher.collection.survey import RunData
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import make_units
 from streamfisher.errors import RunMismatchError
-from streamfisher.gradients import GradientEngine
+from streamfisher.gradients.producer import GradientProducer
 from streamfisher.models.sharding import is_sharded
 from streamfisher.planning.run_layout import Provisions
 from streamfisher.runtime.disk import check_disk
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.store import Manifest, RunLock, RunStore, grow_run, resume_differences, units_left
-from streamfisher.stream.engine import StreamEngine
 
 
 def create_or_resume(
     path: Path,
     manifest: Manifest,
     model: nn.Module,
-    engine: GradientEngine | StreamEngine,
-    found: Survey,
+    producer: GradientProducer,
+    data: RunData,
     config: SpectralConfig,
     ranks: Ranks,
     locks: contextlib.ExitStack,
     progress: bool,
-    prepared: NewRun | None,
+    prepared: PreparedRun | None,
+    streamed: bool,
 ) -> None:
     """Make the run's folder, or check that what is there is this very run; lock it for all ranks."""
     resuming = (path / "manifest.json").is_file()
@@ -43,38 +43,38 @@ def create_or_resume(
     if resuming:
         locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
         store = RunStore(path)
-        found_differences = resume_differences(store.manifest, manifest, found.samples.digest)
-        if found_differences:
+        differences = resume_differences(store.manifest, manifest, data.samples.digest)
+        if differences:
             raise RunMismatchError(
                 f"{path} cannot be resumed, because it was made otherwise:\n  - "
-                + "\n  - ".join(found_differences)
+                + "\n  - ".join(differences)
                 + "\nUse the same model, data and settings, or another folder."
             )
         if len(store.waves) == 1:
-            units = make_units(len(found.samples), config.chunk_size)
-            left = units_left(store, len(found.samples)) / max(len(units), 1)
-            grams = 8 * len(found.samples) ** 2 * len(store.gram_members)
-            check_disk(path, int(store.bytes_of_rows(len(found.samples)) * left) + grams)
-        if len(found.samples) > store.n_samples:
+            units = make_units(len(data.samples), config.chunk_size)
+            left = units_left(store, len(data.samples)) / max(len(units), 1)
+            grams = 8 * len(data.samples) ** 2 * len(store.gram_members)
+            check_disk(path, int(store.bytes_of_rows(len(data.samples)) * left) + grams)
+        if len(data.samples) > store.n_samples:
             if progress:
-                tqdm.write(f"{path} grows from {store.n_samples} to {len(found.samples)} samples")
+                tqdm.write(f"{path} grows from {store.n_samples} to {len(data.samples)} samples")
             store.fsync = config.fsync
             grow_run(store, manifest)
         return
-    new = prepared or lay_out(path, model, engine, found, config)
+    new = prepared or prepare(path, model, producer, data, config, streamed=streamed)
     if progress:
         tqdm.write(new.report.summary())
-    if progress and len(new.provided.waves) > 1:
-        tqdm.write(_announced(new.provided))
+    if progress and len(new.plan.waves) > 1:
+        tqdm.write(_announced(new.plan))
     path.mkdir(parents=True, exist_ok=True)
     locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
     layout = manifest.layout | new.layout()
     RunStore.create(path, dataclasses.replace(manifest, probe=new.report.to_dict(), layout=layout))
 
 
-def _announced(provided: Provisions) -> str:
-    parts = ", ".join(format_bytes(wave.disk) for wave in provided.waves)
+def _announced(plan: Provisions) -> str:
+    parts = ", ".join(format_bytes(wave.disk) for wave in plan.waves)
     return (
-        f"{len(provided.waves)} waves: each is a pass over the data that captures some of the parameters, is reduced "
+        f"{len(plan.waves)} waves: each is a pass over the data that captures some of the parameters, is reduced "
         f"to its Grams, and deleted before the next. On disk, uncompressed: {parts}"
     )

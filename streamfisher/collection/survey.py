@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from streamfisher.config import SpectralConfig
-from streamfisher.data.batches import collate, make_units, sequence_length
+from streamfisher.data.batches import Unit, collate, make_units, sequence_length
 from streamfisher.data.samples import Samples, TokenSamples
-from streamfisher.errors import ConfigError, DataError, LossError, ModelError, NonFiniteError, StreamfisherError
+from streamfisher.errors import ConfigError, DataError, LossError, ModelError, StreamfisherError
 from streamfisher.gradients import select_parameters
-from streamfisher.gradients.probe_batch import PROBE_SAMPLES
+from streamfisher.gradients.probe import PROBE_SAMPLES
+from streamfisher.models.batches import ModelBatches
 from streamfisher.models.losses import PerSampleLoss, resolve_loss
 from streamfisher.models.offload import to_model
 
-#: Among so many first samples the probe looks for some with finite gradients.
-_SEARCHED = 64
-
 
 @dataclass(frozen=True)
-class Survey:
-    """What is fixed before a run starts; the same on every rank."""
+class RunData:
+    """The samples of a run and what is fixed about them before it starts; the same on every rank."""
 
     samples: Samples  # numbered 0 to N - 1, one per token where the unit is the token
     loss: PerSampleLoss
@@ -42,6 +37,27 @@ class Survey:
         if config.sample_unit == "sequence" and sequence_length(self.samples[0]) is None:
             return "example"
         return config.sample_unit
+
+    def batches(
+        self, model: nn.Module, config: SpectralConfig, batch_tokens: int | None = None, units: Sequence[Unit] = ()
+    ) -> ModelBatches:
+        """Return the batches of a run of these samples.
+
+        Args:
+            model: on whose device and in whose dtype they are.
+            config: of the run.
+            batch_tokens: padded tokens of one batch; `None`: the config's.
+            units: whose batches; empty: of all samples.
+        """
+        return ModelBatches(
+            model,
+            self.samples,
+            self.lengths,
+            units or make_units(len(self.samples), config.chunk_size),
+            batch_tokens or config.batch_tokens,
+            loss=self.loss,
+            label_seed=config.seed if config.labels == "model" else None,
+        )
 
     def data_manifest(self, config: SpectralConfig, description: str | Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the manifest's entry about the data."""
@@ -62,7 +78,7 @@ def survey(
     config: SpectralConfig,
     loss: Callable[..., Tensor] | None = None,
     n_samples: int | None = None,
-) -> Survey:
+) -> RunData:
     """Number the samples, choose the loss, and check that every sample has something to predict.
 
     Args:
@@ -117,7 +133,7 @@ def survey(
         _require_targets(chosen, sample, index)
         scalars.append({key: float(value) for key, value in sample.items() if value.ndim == 0})
     fields = {key: np.array([values[key] for values in scalars]) for key in _common_keys(scalars)}
-    return Survey(samples, chosen, lengths, [samples.digest(unit) for unit in units], n_sequences, fields)
+    return RunData(samples, chosen, lengths, [samples.digest(unit) for unit in units], n_sequences, fields)
 
 
 def _common_keys(scalars: list[dict[str, float]]) -> list[str]:
@@ -137,71 +153,3 @@ def _require_targets(loss: PerSampleLoss, sample: dict[str, Tensor], index: int)
             f"sample {index} is a sequence of {length} token; a causal model predicts the next token, so it needs 2."
         )
     raise DataError(f"all labels of sample {index} are masked; it has nothing to predict. Leave it out.")
-
-
-def probe_batch(found: Survey, model: nn.Module, parameters: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Return the first samples whose gradients are finite, the second of another length where there is one.
-
-    Args:
-        found: the survey.
-        model: on its device.
-        parameters: the captured ones; whether they require a gradient does not matter.
-
-    Raises:
-        NonFiniteError: not even two of the first samples have finite gradients.
-    """
-    parameters = list(parameters)
-    first = range(min(_SEARCHED, len(found.samples)))
-    numbers = list(itertools.islice((n for n in first if _is_finite(found, model, parameters, n)), PROBE_SAMPLES))
-    if len(numbers) < 2:
-        bad = next(n for n in first if n not in numbers)
-        raise NonFiniteError(
-            f"sample {bad}: the loss or its gradient is not finite, as for all but {len(numbers)} of the first "
-            f"{len(first)} samples. Look for NaN in the data and in the model's parameters, or use a wider --dtype."
-        )
-    length = found.lengths[numbers[0]]
-    if all(found.lengths[number] == length for number in numbers):
-        others = (n for n in range(numbers[-1] + 1, len(found.samples)) if found.lengths[n] != length)
-        candidates = itertools.islice(others, PROBE_SAMPLES)
-        numbers[1] = next((n for n in candidates if _is_finite(found, model, parameters, n)), numbers[1])
-    return collate([found.samples[number] for number in numbers])
-
-
-def _is_finite(found: Survey, model: nn.Module, parameters: Sequence[Tensor], number: int) -> bool:
-    """Return whether the loss of a sample and its gradient are finite, by plain autograd."""
-    if any(parameter.is_meta or isinstance(parameter, DTensor) for parameter in parameters):  # the loss alone
-        loss = found.loss(model, to_model(collate([found.samples[number]]), model)).sum()
-        return bool(torch.isfinite(loss))
-    before = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        with torch.enable_grad():
-            loss = found.loss(model, to_model(collate([found.samples[number]]), model)).sum()
-            if not bool(torch.isfinite(loss)) or not loss.requires_grad:
-                return bool(torch.isfinite(loss))
-            return _backward_is_finite(loss, parameters)
-    finally:
-        for parameter, required in zip(parameters, before, strict=True):
-            parameter.requires_grad_(required)
-
-
-def _backward_is_finite(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
-    """Return whether the gradients by leaves are finite; each is dropped as soon as it was looked at."""
-    finite: list[bool] = []
-
-    def look(parameter: Tensor) -> None:
-        finite.append(bool(torch.isfinite(parameter.grad).all()))
-        parameter.grad = None
-
-    before = [parameter.grad for parameter in parameters]
-    handles = [parameter.register_post_accumulate_grad_hook(look) for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.grad = None
-        loss.backward()
-    finally:
-        for handle, parameter, grad in zip(handles, parameters, before, strict=True):
-            handle.remove()
-            parameter.grad = grad
-    return all(finite)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,6 +27,27 @@ class Unit:
         return self.stop - self.start
 
 
+@dataclass(frozen=True, order=True)
+class BatchRef:
+    """One batch of a run, known by the samples that it holds and never by their contents."""
+
+    start: int  # first sample
+    stop: int  # one past the last sample
+    unit: Unit = field(compare=False)  # the unit that it is part of
+    index: int = field(compare=False)  # its place in the unit
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __str__(self) -> str:
+        return f"{self.start:08d}-{self.stop:08d}"
+
+    @property
+    def samples(self) -> range:
+        """The numbers of its samples."""
+        return range(self.start, self.stop)
+
+
 def make_units(n_samples: int, chunk_size: int) -> list[Unit]:
     """Return the units of `n_samples`: `chunk_size` samples each, the last one shorter."""
     starts = range(0, n_samples, chunk_size)
@@ -47,6 +68,12 @@ def make_batches(lengths: Sequence[int], batch_tokens: int) -> list[range]:
     if len(lengths):
         batches.append(range(start, len(lengths)))
     return batches
+
+
+def batches_of(unit: Unit, lengths: Sequence[int], batch_tokens: int) -> list[BatchRef]:
+    """Return the batches of one unit, see `make_batches`; `lengths` is of all samples of the run."""
+    cut = make_batches(lengths[unit.start : unit.stop], batch_tokens)
+    return [BatchRef(unit.start + b.start, unit.start + b.stop, unit, index) for index, b in enumerate(cut)]
 
 
 def sequence_length(sample: Mapping[str, Tensor]) -> int | None:

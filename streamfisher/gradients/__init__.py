@@ -2,8 +2,8 @@
 
 from streamfisher.gradients.engine import GradientEngine
 from streamfisher.gradients.parameters import ParameterInfo, select_parameters
-from streamfisher.gradients.passes import BatchGradients
 from streamfisher.gradients.probe_report import ParameterReport, ProbeReport
+from streamfisher.gradients.producer import BatchGradients
 
 __all__ = [
     "GradientEngine",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,6 +20,7 @@ from streamfisher.gradients.factors import FactorPair, matrix_shape
 from streamfisher.gradients.groups import GENERIC, Group, Pass
 from streamfisher.gradients.parameters import ParameterInfo, select_parameters
 from streamfisher.gradients.plain import PlainAutograd
+from streamfisher.gradients.producer import BatchGradients
 from streamfisher.gradients.rules import rule_named
 from streamfisher.gradients.state import (
     as_it_was,
@@ -38,15 +38,6 @@ from streamfisher.models.offload import working_device
 
 if TYPE_CHECKING:
     from streamfisher.gradients.projection import Projection, Sides
-
-
-@dataclass(frozen=True)
-class BatchGradients:
-    """What `GradientEngine.rows` says about a batch, beside the rows themselves."""
-
-    losses: Tensor  # (B,) float64 on the CPU
-    n_targets: Tensor  # (B,) int64 on the CPU
-    factors: Mapping[str, Sequence[FactorPair]] = field(default_factory=dict)  # of parameters asked for as factors
 
 
 class GradientPasses:
@@ -223,7 +214,9 @@ class GradientPasses:
             tensors = {name: self.tensors[name] for name in slow}
             losses = self.plain.one_by_one(batch, rows, tensors, self.projected(rows))
             factors |= {name: [self._as_factors(name, rows[name])] for name in slow if name in factored}
-        return BatchGradients(losses.detach().double().cpu(), self.loss.n_targets(batch).cpu(), factors)
+        n_samples = batch_size(batch)
+        filled = {name: values[:n_samples] for name, values in out.items()}
+        return BatchGradients(losses.detach().double().cpu(), self.loss.n_targets(batch).cpu(), factors, filled)
 
     def _row_buffer(self, name: str, batch: Mapping[str, Any]) -> Tensor:
         parameter = self.tensors[name]

@@ -25,6 +25,9 @@ from streamfisher.gradients.probe_report import ParameterReport, ProbeReport
 from streamfisher.gradients.tolerance import COUPLING
 from streamfisher.models.calling import batch_size, sample_of
 
+#: The probe takes this many samples: a third tells a batch axis from an axis that happens to have size 2.
+PROBE_SAMPLES = 3
+
 
 @dataclass
 class Reference:

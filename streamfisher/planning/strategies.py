@@ -17,7 +17,7 @@ from streamfisher.blocks.structures import assign_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import make_batches, make_units
 from streamfisher.errors import CapacityError
-from streamfisher.gradients.probe_batch import PROBE_SAMPLES
+from streamfisher.gradients.probe import PROBE_SAMPLES
 from streamfisher.gradients.projection import projected
 from streamfisher.planning.costs import (
     eigensolve_flops,

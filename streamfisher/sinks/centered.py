@@ -1,22 +1,54 @@
-"""Rows with their mean subtracted before they are stored."""
+"""Rows without their mean: subtracted in float64 before they are rounded and stored."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
 
+from streamfisher.data.batches import BatchRef, Unit
 from streamfisher.gradients.norms import squared_norms_of
-from streamfisher.store import UnitRecord
+from streamfisher.gradients.producer import Asked, BatchGradients
+from streamfisher.sinks.disk import DiskSink
+from streamfisher.sinks.interface import UnitFacts
 
 
-def _subtract(record: UnitRecord, mean: dict[str, np.ndarray | None]) -> UnitRecord:
-    """Return the record with the mean gradient subtracted from its valid rows, in float64 before rounding."""
-    valid = torch.ones(len(record.unit), dtype=torch.bool)
-    valid[[sample - record.unit.start for sample in record.skipped]] = False
-    rows = {}
-    for name, values in record.rows.items():
-        center = torch.from_numpy(np.asarray(mean[name])).to(values.device)
-        rows[name] = (values - center * valid.to(values.device)[:, None]).to(values.dtype)
-    return dataclasses.replace(record, rows=rows, squared_norms=squared_norms_of(rows))
+class CenteredSink:
+    """A `GradientSink` around another: rows arrive as they are and go on without their mean.
+
+    Args:
+        inner: takes the centered rows.
+        mean: parameter -> (P_k,) float64, over the valid samples.
+    """
+
+    def __init__(self, inner: DiskSink, mean: Mapping[str, np.ndarray]) -> None:
+        self.inner, self.mean = inner, mean
+
+    @property
+    def parameters(self) -> list[str]:
+        """Those of the inner sink."""
+        return self.inner.parameters
+
+    def todo(self) -> list[Unit]:
+        """Return the units that the inner sink does not have."""
+        return self.inner.todo()
+
+    def asks(self, batch: BatchRef) -> Asked:
+        """Return what the inner sink asks."""
+        return self.inner.asks(batch)
+
+    def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
+        """Hand a batch on: its rows are centered with their unit."""
+        self.inner.batch(batch, gradients, dropped)
+
+    def unit(self, unit: Unit, facts: UnitFacts) -> int:
+        """Subtract the mean from the valid rows of a unit and hand it on, with the norms of what is stored."""
+        valid = torch.ones(len(unit), dtype=torch.bool)
+        valid[[sample - unit.start for sample in facts.skipped]] = False
+        rows = {}
+        for name, values in self.inner.rows.of_unit(unit, facts.skipped).items():
+            center = torch.from_numpy(np.asarray(self.mean[name])).to(values.device)
+            rows[name] = (values - center * valid.to(values.device)[:, None]).to(values.dtype)
+        return self.inner.write(unit, dataclasses.replace(facts, squared_norms=squared_norms_of(rows)), rows)

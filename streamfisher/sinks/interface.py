@@ -1,34 +1,56 @@
-"""Where the gradients of a pass go, and what the Gram stage reads them back from."""
+"""Where the gradients of a pass go: the seam between a pass over the data and what becomes of its gradients.
+
+A sink is asked for buffers, given each batch's gradients where they were made, and told when a unit is through. The
+disk (`disk.py`), memory (`memory.py`), a mean (`mean.py`) and rows without their mean (`centered.py`) are sinks; what
+was taken in is read back through one `GradientSource`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from streamfisher.data.batches import Unit
-from streamfisher.gradients.factors import BatchFactors
-
-#: Takes the factors of a batch on the CPU: (unit, index of the batch in it, its first sample, factors) -> what is to be
-#: remembered of them in the unit's marker.
-FactorWriter = Callable[[Unit, int, int, BatchFactors], Mapping[str, Any]]
+from streamfisher.data.batches import BatchRef, Unit
+from streamfisher.gradients.producer import Asked, BatchGradients
 
 
 @dataclass(frozen=True)
-class Captured:
-    """What one pass captures, and where factors go."""
+class UnitFacts:
+    """What a pass knows of a unit of n samples beside the gradients."""
 
-    dense: Collection[str]  # parameters whose rows are formed
-    factored: Collection[str] = ()  # parameters whose factors are kept instead
-    write_factors: FactorWriter | None = None
-    columns: Mapping[str, int] | None = None  # numbers of a row; None: P
+    losses: np.ndarray  # (n,) float64
+    n_targets: np.ndarray  # (n,) int64, 0 for samples that were skipped
+    squared_norms: Mapping[str, np.ndarray]  # parameter -> (n,) float64, of all parameters of the pass
+    skipped: Mapping[int, str]  # sample number -> why its gradient counts as zero
+
+
+class GradientSink(Protocol):
+    """Takes in the gradients of a pass."""
 
     @property
-    def names(self) -> list[str]:
-        """Return all parameters of the pass."""
-        return [*self.dense, *self.factored]
+    def parameters(self) -> Collection[str]:
+        """Whose gradients it takes."""
+
+    def todo(self) -> list[Unit]:
+        """Return the units that it does not have yet."""
+
+    def asks(self, batch: BatchRef) -> Asked:
+        """Return how it wants the gradients of a batch."""
+
+    def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
+        """Take a batch: its buffers are filled, and its factors are there.
+
+        Args:
+            batch: the one that was asked about last.
+            gradients: where they were made.
+            dropped: places in the batch of samples that are skipped.
+        """
+
+    def unit(self, unit: Unit, facts: UnitFacts) -> int:
+        """Take note that all batches of a unit were taken; return how many bytes are held of it."""
 
 
 class GradientRows(Protocol):

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from streamfisher.data.batches import BatchRef
 from streamfisher.gradients.engine import GradientEngine
 from streamfisher.gradients.groups import Group
-from streamfisher.gradients.passes import BatchGradients
 from streamfisher.gradients.probe_report import ProbeReport
+from streamfisher.gradients.producer import BatchGradients
 from streamfisher.models.calling import batch_size
 from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.weights import AROUND
@@ -88,7 +89,7 @@ class OpenSegment:
             self.close = stack.pop_all().close
 
     def gradients(
-        self, index: int, batches: Batches, out: Mapping[str, Tensor], factored: Collection[str]
+        self, index: BatchRef, batches: Batches, out: Mapping[str, Tensor], factored: Collection[str]
     ) -> BatchGradients:
         """Take the rows of one batch, and record the gradients of what the segment got."""
         own = {public: name for name, public in self.inside.items()}
@@ -116,7 +117,7 @@ class OpenSegment:
         found = self.engine.guard(self._last, rows, pairs) if rows or pairs else {}
         return {self.inside[name]: value for name, value in found.items() if name in self.inside}
 
-    def _tail(self, index: int, batch: Mapping[str, Any], rows: Any, wanted: Any) -> tuple[BatchGradients, Replay]:
+    def _tail(self, index: BatchRef, batch: Mapping[str, Any], rows: Any, wanted: Any) -> tuple[BatchGradients, Replay]:
         loss, notes = shell_loss(self.shell, self.stack, self.forward.loss, through=True, armed=True)
         result = self._run(loss, self.forward.shell_batch(index, batch, [self.stack.n_calls]), rows, wanted)
         losses, targets = notes[0].losses.double().cpu(), self.forward.loss.n_targets(batch).cpu()
@@ -124,7 +125,7 @@ class OpenSegment:
         self.boundaries.put(index, TARGETS, targets)
         return BatchGradients(losses, targets, result.factors), notes[0]
 
-    def _head(self, index: int, batch: Mapping[str, Any], rows: Any, wanted: Any) -> tuple[BatchGradients, Replay]:
+    def _head(self, index: BatchRef, batch: Mapping[str, Any], rows: Any, wanted: Any) -> tuple[BatchGradients, Replay]:
         stack = self.stack
         calls = [*stack.trace.glue, *([stack.n_calls] if stack.tied else [])]
         replayed = self.forward.shell_batch(index, batch, calls)
@@ -133,7 +134,7 @@ class OpenSegment:
         loss, notes = shell_loss(self.shell, stack, self.forward.loss, through=stack.tied, terms=stack.trace.glue)
         return self._run(loss, replayed, rows, wanted), notes[0]
 
-    def _layers(self, index: int, batches: Batches, rows: Any, wanted: Any) -> tuple[BatchGradients, Replay]:
+    def _layers(self, index: BatchRef, batches: Batches, rows: Any, wanted: Any) -> tuple[BatchGradients, Replay]:
         stack, segment = self.stack, self.segment
         values = {key: self.forward.value(index, key, batches[index]) for key in segment.inputs}
         grads = self._arrived(index, (*segment.inputs, *segment.outputs))
@@ -146,7 +147,7 @@ class OpenSegment:
         replayed = replay_batch(stack, segment.inputs, Boundary(values, grads), n_samples, self.forward.device)
         return self._run(loss, replayed, rows, wanted), notes[0]
 
-    def _through_middle(self, index: int, batch: Mapping[str, Any], k: int) -> dict[Key, Tensor]:
+    def _through_middle(self, index: BatchRef, batch: Mapping[str, Any], k: int) -> dict[Key, Tensor]:
         """Return what the model's own code before call k makes of the gradients of that call's arguments."""
         replayed = self.forward.shell_batch(index, batch, [k])
         fresh = self._arrived(index, self.stack.trace.fresh(k))
@@ -156,7 +157,7 @@ class OpenSegment:
             _pass_on(self.shell.model, loss, replayed)
         return notes[0].leaves.gradients()
 
-    def _arrived(self, index: int, keys: Collection[Key]) -> dict[Key, Tensor]:
+    def _arrived(self, index: BatchRef, keys: Collection[Key]) -> dict[Key, Tensor]:
         """Return the gradients of these values that the segments above have recorded, the latest sum of each.
 
         Raises:

@@ -119,7 +119,7 @@ class Boundaries:
 
     def _folder(self, batch: int) -> Path:
         assert self.folder is not None
-        return self.folder / f"batch-{batch:08d}"
+        return self.folder / f"batch-{batch}"
 
     def _file(self, batch: int, name: str) -> Path:
         return self._folder(batch) / f"{name.replace(':', '_')}.bin"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from streamfisher.data.batches import BatchRef
 from streamfisher.models.calling import batch_size
 from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.weights import AROUND, Resident
@@ -18,7 +19,8 @@ from streamfisher.stream.segments import Segment, Stack
 from streamfisher.stream.shell import Shell
 from streamfisher.stream.trace import Key
 
-Batches = Mapping[int, Mapping[str, Any]]
+#: Batches of a run; whatever tells them apart (it is hashed, and names a folder) will do where there is no run.
+Batches = Mapping[BatchRef, Mapping[str, Any]]
 
 
 class ForwardStream:
@@ -62,29 +64,31 @@ class ForwardStream:
         layers = self.stack.layers
         everything = keys is None
         keys = list(self._wanted if keys is None else keys)
-        todo: dict[tuple[int, int, int], set[int]] = {}  # when, segment (or -1), call of fresh arguments -> batches
+        todo: dict[
+            tuple[int, int, int], dict[BatchRef, None]
+        ] = {}  # when, segment (or -1), call of fresh arguments -> batches
         for index in batches:
             for event in self._needed(index, keys):
-                todo.setdefault(event, set()).add(index)
+                todo.setdefault(event, {})[index] = None
         events = sorted(todo)
         for at, event in enumerate(events):
             _, position, k = event
             if position < 0:
                 with self.shell, self.weights.held(AROUND):
-                    for index in sorted(todo[event]):
+                    for index in todo[event]:
                         self.make_fresh(index, batches[index], k)
                 continue
             with self.weights.held(*layers[position].modules):
                 following = next((p for _, p, _ in events[at + 1 : at + 2] if p >= 0), None)
                 if following is not None:
                     self.weights.prefetch(*layers[following].modules)
-                for index in sorted(todo[event]):
+                for index in todo[event]:
                     self._through(index, batches[index], layers[position])
                     self.after_batch()
             if everything:
-                self._thin(position, sorted(todo[event]))
+                self._thin(position, todo[event])
 
-    def _needed(self, index: int, keys: Iterable[Key]) -> set[tuple[int, int, int]]:
+    def _needed(self, index: BatchRef, keys: Iterable[Key]) -> set[tuple[int, int, int]]:
         """Return what must be done, so that a batch has `keys`: (order, segment, -1) or (order, -1, call)."""
         layers = self.stack.layers
         found: set[tuple[int, int, int]] = set()
@@ -105,7 +109,7 @@ class ForwardStream:
                 waiting.extend(layers[position].inputs)
         return found
 
-    def value(self, index: int, key: Key, batch: Mapping[str, Any]) -> Any:
+    def value(self, index: BatchRef, key: Key, batch: Mapping[str, Any]) -> Any:
         """Return a boundary; what is missing or damaged is made again."""
         value = self.boundaries.get(index, value_name(key), self.device)
         if value is MISSING:
@@ -113,7 +117,7 @@ class ForwardStream:
             value = self.boundaries.get(index, value_name(key), self.device)
         return value
 
-    def make_fresh(self, index: int, batch: Mapping[str, Any], k: int) -> None:
+    def make_fresh(self, index: BatchRef, batch: Mapping[str, Any], k: int) -> None:
         """Record what the model's code makes for call k; its shell is open."""
         stack = self.stack
         with torch.no_grad():
@@ -123,7 +127,7 @@ class ForwardStream:
         for key in stack.trace.fresh(k):
             self.boundaries.put(index, value_name(key), notes[0].fresh[key])
 
-    def shell_batch(self, index: int, batch: Mapping[str, Any], calls: Iterable[int]) -> dict[str, Any]:
+    def shell_batch(self, index: BatchRef, batch: Mapping[str, Any], calls: Iterable[BatchRef]) -> dict[str, Any]:
         """Return the batch with which the shell is run.
 
         Args:
@@ -146,7 +150,7 @@ class ForwardStream:
                 shapes[key] = known or (tuple(traced[key].shape), traced[key].dtype)
         return replay_batch(stack, outs, Boundary(values, {}, shapes), batch_size(batch), self.device, batch)
 
-    def _through(self, index: int, batch: Mapping[str, Any], segment: Segment) -> None:
+    def _through(self, index: BatchRef, batch: Mapping[str, Any], segment: Segment) -> None:
         """Run a segment's calls on one batch and record what others use."""
         stack = self.stack
         values = {key: self.value(index, key, batch) for key in segment.inputs}
@@ -164,7 +168,7 @@ class ForwardStream:
                     if key in self._wanted:
                         self.boundaries.put(index, value_name(key), leaf)
 
-    def _thin(self, position: int, indices: Iterable[int]) -> None:
+    def _thin(self, position: int, indices: Iterable[BatchRef]) -> None:
         """Forget what this segment got, if it is not to be kept and nobody above needs it."""
         layers = self.stack.layers
         if self.keep_every == 1 or position == 0 or position % self.keep_every == 0:
@@ -175,7 +179,7 @@ class ForwardStream:
                 for index in indices:
                     self.boundaries.drop(index, value_name(key))
 
-    def _has(self, index: int, key: Key) -> bool:
+    def _has(self, index: BatchRef, key: Key) -> bool:
         if key[0] == "out" and not isinstance(self.stack.trace.values[key], Tensor):
             return True
         return self.boundaries.has(index, value_name(key))

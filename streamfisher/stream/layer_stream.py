@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from streamfisher.data.batches import padded_tokens
+from streamfisher.data.batches import BatchRef, padded_tokens
 from streamfisher.errors import CaptureError, StreamError
 from streamfisher.gradients.engine import GradientEngine
 from streamfisher.gradients.parameters import select_parameters
-from streamfisher.gradients.passes import BatchGradients
 from streamfisher.gradients.probe_report import ProbeReport
+from streamfisher.gradients.producer import BatchGradients
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.gradients.state import as_it_was, without_fast_paths, without_parameter_hooks
 from streamfisher.models.losses import PerSampleLoss
@@ -182,7 +182,7 @@ class LayerStream:
     def gradients(
         self,
         segment: Segment,
-        index: int,
+        index: BatchRef,
         batches: Batches,
         out: Mapping[str, Tensor],
         factored: Collection[str] = (),
@@ -222,7 +222,7 @@ class LayerStream:
             raise CaptureError(f"segment {segment.name} was not begun.")
         return self._open.guard(out, factors)
 
-    def finish(self, segment: Segment, batches: Iterable[int]) -> None:
+    def finish(self, segment: Segment, batches: Iterable[BatchRef]) -> None:
         """Forget what no segment below needs: all batches are through this one, and their rows are safe."""
         stack = self._studied[0]
         position = self.segments.index(segment)
@@ -267,7 +267,7 @@ class LayerStream:
             calls = [*stack.trace.glue, *([stack.n_calls] if stack.tied else [])]
             self.forward_stream.run(batches, [key for k in calls for key in stack.reads.get(k, ())])
 
-    def _renew(self, index: int, batches: Batches, segment: Segment) -> None:
+    def _renew(self, index: BatchRef, batches: Batches, segment: Segment) -> None:
         """Make the gradients of one batch again, from the top down to a segment."""
         position = self.segments.index(segment)
         for at in range(position):
@@ -275,10 +275,10 @@ class LayerStream:
         self._descend({index: batches[index]}, position)
         self._open_segment(segment)
 
-    def _is_passed(self, index: int, position: int) -> bool:
+    def _is_passed(self, index: BatchRef, position: int) -> bool:
         return position < 0 or self.boundaries.has(index, passed(position))
 
-    def _lowest_passed(self, index: int, below: int) -> int:
+    def _lowest_passed(self, index: BatchRef, below: int) -> int:
         return next((at for at in range(below - 1, -1, -1) if self._is_passed(index, at)), -1)
 
     def _open_segment(self, segment: Segment) -> None:

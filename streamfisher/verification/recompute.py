@@ -15,16 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from streamfisher.analysis.run import StoredRun
-from streamfisher.collection.prepare import make_engine, make_manifest
-from streamfisher.collection.survey import Survey, probe_batch, survey
+from streamfisher.collection.prepare import make_manifest
+from streamfisher.collection.producers import model_producer
+from streamfisher.collection.survey import survey
 from streamfisher.config import parse_dtype
-from streamfisher.data.batches import collate, make_batches
 from streamfisher.errors import ConfigError, CorruptRunError, RunError, RunMismatchError
 from streamfisher.gradients import GradientEngine, ProbeReport
 from streamfisher.gradients.factors import FactorPair, product
 from streamfisher.gradients.state import without_packing
-from streamfisher.models.model_labels import draw_labels, sample_seed
-from streamfisher.models.offload import to_model
+from streamfisher.models.batches import ModelBatches
 from streamfisher.runtime.determinism import deterministic
 from streamfisher.store import resume_differences
 from streamfisher.verification.problem import Problem
@@ -66,10 +65,10 @@ def deep_problems(
         model = copy.deepcopy(model).to(config.dtype_model)
     chosen = _draw(run, count, seed)
     with deterministic(config.use_deterministic, config.seed), without_packing(model):
-        found = survey(model, samples, config, loss, data.get("n_sequences", data["n_samples"]))
-        with make_engine(model, found, config) as engine:
-            now = make_manifest(model, engine, found, config, None)
-            differences = resume_differences(run.manifest, now, found.samples.digest)
+        now = survey(model, samples, config, loss, data.get("n_sequences", data["n_samples"]))
+        with model_producer(model, now, config) as producer:
+            manifest = make_manifest(model, producer, now, config, None)
+            differences = resume_differences(run.manifest, manifest, now.samples.digest)
             if differences:
                 raise RunMismatchError(
                     f"{run.path} cannot be verified with these, because it was made otherwise:\n  - "
@@ -77,10 +76,11 @@ def deep_problems(
                     + "\nUse the same model, data and settings."
                 )
             if config.stream == "none":
-                engine.apply_routes(ProbeReport.from_dict(run.manifest.probe))
+                producer.apply_routes(ProbeReport.from_dict(run.manifest.probe))
             else:  # its routes are those of segments, and here the model is whole
-                engine.probe(to_model(probe_batch(found, model, engine.tensors.values()), model), config.memory_budget)
-            return _DeepCheck(run, engine, found, chosen).problems()
+                producer.probe(config.memory_budget)
+            batches = now.batches(model, config, run.store.batch_tokens, run.store.units)
+            return _DeepCheck(run, producer.engine, batches, chosen).problems()
 
 
 def _draw(run: StoredRun, count: int, seed: int) -> list[int]:
@@ -97,8 +97,8 @@ def _draw(run: StoredRun, count: int, seed: int) -> list[int]:
 class _DeepCheck:
     """The comparison of one run with one model, group of parameters by group."""
 
-    def __init__(self, run: StoredRun, engine: GradientEngine, found: Survey, chosen: list[int]):
-        self.run, self.store, self.engine, self.found, self.chosen = run, run.store, engine, found, chosen
+    def __init__(self, run: StoredRun, engine: GradientEngine, batches: ModelBatches, chosen: list[int]):
+        self.run, self.store, self.engine, self.batches, self.chosen = run, run.store, engine, batches, chosen
         self.found_problems: list[Problem] = []
         eps = max(torch.finfo(parse_dtype(item["dtype"])).eps for item in run.manifest.parameters)
         self.rounding = 8 * eps  # of the model's own dtype, over the norm of all that was summed
@@ -137,25 +137,20 @@ class _DeepCheck:
 
     def _recompute(self, names: list[str]) -> tuple[dict[str, Tensor], np.ndarray]:
         """Return rows (K, P_k) of parameters, not centered, and losses (K,)."""
-        store, engine, config = self.store, self.engine, self.run.config
+        store, engine = self.store, self.engine
         rows = {name: torch.zeros(len(self.chosen), store.parameters[name], dtype=engine.row_dtype) for name in names}
         losses = np.zeros(len(self.chosen))
         held = [n for n in names if store.representation(n) == "factors" and n in engine.factorable]
         for unit in store.units:
             if not any(number in range(unit.start, unit.stop) for number in self.chosen):
                 continue
-            lengths = self.found.lengths[unit.start : unit.stop]
-            for offsets in make_batches(lengths, store.batch_tokens):
-                numbers = range(unit.start + offsets.start, unit.start + offsets.stop)
+            for batch in self.batches.of(unit):
+                numbers = batch.samples
                 wanted = [place for place, number in enumerate(self.chosen) if number in numbers]
                 if not wanted:
                     continue
-                batch = to_model(collate([self.found.samples[number] for number in numbers]), engine.model)
-                if config.labels == "model":
-                    seeds = [sample_seed(config.seed, number) for number in numbers]
-                    batch = draw_labels(engine.model, batch, self.found.loss, seeds)
                 out = engine.allocate(len(numbers), [name for name in names if name not in held])
-                result = engine.rows(batch, out, held)
+                result = engine.rows(self.batches[batch], out, held)
                 for place in wanted:
                     offset = self.chosen[place] - numbers.start
                     losses[place] = result.losses[offset]

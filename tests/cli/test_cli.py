@@ -12,7 +12,7 @@ import yaml
 from command_line import arrays, cli, contents
 
 from streamfisher import SpectralConfig, open_run
-from streamfisher.cli import main as command_line
+from streamfisher.cli import collect
 from streamfisher.cli.main import build_parser
 from streamfisher.reduction.gram import gram_settings
 
@@ -553,7 +553,7 @@ def test_interruption_says_how_to_go_on(monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command_line, "_collected", interrupted)
+    monkeypatch.setattr(collect, "_collected", interrupted)
     assert cli("run", MODEL, DATA, "--out", "run.zarr") == 130
     assert "goes on where it stopped" in capsys.readouterr().err
 

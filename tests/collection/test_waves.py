@@ -121,10 +121,8 @@ def test_a_damaged_gram_costs_its_wave_and_no_other(whole, tmp_path, monkeypatch
     assert [(problem.what, problem.parameter) for problem in verify(run)] == [("gram", key)]
     passes = []
     reopen = reduction.reopen_wave
-    collect_module = sys.modules["streamfisher.collection.collect"]
-    monkeypatch.setattr(
-        collect_module, "reopen_wave", lambda s, wave, config: (passes.append(wave), reopen(s, wave, config))
-    )
+    waves = sys.modules["streamfisher.collection.waves"]
+    monkeypatch.setattr(waves, "reopen_wave", lambda s, wave, config: (passes.append(wave), reopen(s, wave, config)))
     again = collected(tmp_path / "run.zarr", **options)
     assert passes == [1]
     assert np.array_equal(again.gram(key), whole.gram(key)) and not verify(again)

@@ -1,6 +1,5 @@
 """`stream='auto'`: layers are streamed where waves do not fit or cost more, and not where that cannot be done."""
 
-import importlib
 import json
 
 import numpy as np
@@ -10,9 +9,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import streamfisher as sf
-from streamfisher.collection.prepare import runs_in_waves
-from streamfisher.collection.streamed import StreamedRun
+from streamfisher.collection import producers
+from streamfisher.collection.producers import runs_in_waves
 from streamfisher.errors import CapacityError
+from streamfisher.stream.producer import StreamProducer
 
 
 def deep_llama(layers=12):
@@ -128,18 +128,16 @@ def test_a_resumed_run_keeps_its_way(tmp_path, plain, monkeypatch):
     path = tmp_path / "run"
 
     def stopped(stream, wave):
-        if wave == 3:
+        if wave.index == 3:
             raise KeyboardInterrupt
         finish(stream, wave)
 
-    finish = StreamedRun.finish
+    finish = StreamProducer.finish
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(StreamedRun, "finish", stopped)
+        patch.setattr(StreamProducer, "finish", stopped)
         sf.collect(deep_llama(), ids(), path, config=config(memory_budget=TIGHT))
     assert json.loads((path / "manifest.json").read_text())["layout"]["streamed"]
-    monkeypatch.setattr(
-        importlib.import_module("streamfisher.collection.collect"), "make_engine", None
-    )  # an ordinary engine would fail
+    monkeypatch.setattr(producers, "model_producer", None)  # an ordinary producer would fail
     run = sf.collect(deep_llama(), ids(), path, config=config())  # now there is room for everything
     assert np.array_equal(eigenvalues(run), eigenvalues(plain))
 

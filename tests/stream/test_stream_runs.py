@@ -20,7 +20,8 @@ from stream.stream_models import assert_same_bits, model_and_batches, ordinary_r
 import streamfisher as sf
 from streamfisher.errors import CapacityError, ConfigError, ModelError
 from streamfisher.models.skeleton import load_skeleton, skeleton_is_needed
-from streamfisher.stream.engine import StreamEngine
+from streamfisher.stream import LayerStream
+from streamfisher.stream.producer import StreamProducer
 from streamfisher.stream.shell import Shell
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "stream_7b"
@@ -47,12 +48,12 @@ def test_fewer_boundaries_are_kept_where_the_disk_is_small(tmp_path):
 
 def test_a_disk_without_room_for_boundaries_is_refused(tmp_path):
     model, batches, loss = model_and_batches("Llama")
-    with StreamEngine(model, loss) as engine:
-        engine.probe(batches[0])
-        engine.thin_boundaries(4 * 7 * 64 * 10, 7 * 10)
-        assert engine.stream.forward_stream.keep_every == 2
+    with StreamProducer(LayerStream(model, loss), lambda: batches[0]) as producer:
+        producer.probe()
+        producer.keep_between_waves(4 * 7 * 64 * 10, 7 * 10)
+        assert producer.stream.forward_stream.keep_every == 2
         with pytest.raises(CapacityError, match=r"one boundary between layers take 4.48 kB for all samples"):
-            engine.thin_boundaries(5000, 7 * 10)
+            producer.keep_between_waves(5000, 7 * 10)
 
 
 def saved(model, folder):

@@ -1,0 +1,132 @@
+"""The passes of a run: every rank claims units that are not done, takes their gradients, and marks them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from streamfisher.collection.claims import Claims, idle_batches
+from streamfisher.collection.guard import Guard, OwnGuard, SharedGuard
+from streamfisher.collection.passes import run_pass
+from streamfisher.collection.progress import Progress
+from streamfisher.collection.wave_reduction import is_reduced, reduce_wave, reopen_wave
+from streamfisher.config import SpectralConfig
+from streamfisher.data.batches import BatchRef, Unit
+from streamfisher.gradients.producer import GradientProducer, Wave
+from streamfisher.models.batches import ModelBatches
+from streamfisher.runtime.memory import give_back
+from streamfisher.runtime.ranks import Ranks
+from streamfisher.sinks.centered import CenteredSink
+from streamfisher.sinks.disk import DiskSink
+from streamfisher.sinks.interface import GradientSink, UnitFacts
+from streamfisher.sinks.mean import MeanSink
+from streamfisher.store import RunStore
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What the passes of one run share, on one of its ranks.
+
+    Args:
+        store: of the run.
+        producer: entered, with the run's routes.
+        batches: of all units.
+        config: of the run, with what its memory budget leaves.
+        ranks: all of them.
+        sharded: weights are spread over the ranks, which therefore take every step together.
+        progress: show bars.
+    """
+
+    store: RunStore
+    producer: GradientProducer
+    batches: ModelBatches
+    config: SpectralConfig
+    ranks: Ranks
+    sharded: bool
+    progress: bool
+
+    def collect_waves(self) -> None:
+        """Collect every wave; where its gradients are not all kept, reduce it before the next one begins."""
+        store, ranks = self.store, self.ranks
+        products = SpectralConfig.from_dict(store.manifest.config).gram_options(self.config)
+        means = self._means() if store.centered else {}
+        for index, names in enumerate(store.waves):
+            disk = DiskSink(store, index, self.producer)
+            sink = CenteredSink(disk, means) if store.centered else disk
+            passing = len(store.waves) > 1 or "*" not in store.keep
+            whole = passing and is_reduced(store, index, products) and not sink.todo()
+            reduced = ranks.share(f"whether wave {index} is reduced", whole)
+            wave = None
+            if not reduced:
+                if ranks.is_main:
+                    reopen_wave(store, index, products)
+                ranks.wait("for the wave")
+                title = "gradients" if len(store.waves) == 1 else f"wave {index + 1} of {len(store.waves)}"
+                wave = self._wave(index, names, sink)
+                self.producer.begin(wave)
+                self._pass(sink, wave, title, "for the other ranks' gradients")
+                give_back()
+            if passing:
+                reduce_wave(store, index, products, ranks, progress=self.progress)
+            if wave is not None:
+                self.producer.finish(wave)
+        self.producer.close()
+
+    def collect_mean(self) -> None:
+        """Add up the rows of every unit in float64; the mean is their sum over the valid samples."""
+        store, ranks = self.store, self.ranks
+        if ranks.share("the mean", (store.path / "done" / "mean.json").is_file()):
+            return
+        sink = MeanSink(store, self.producer)
+        wave = self._wave(0, list(store.parameters), sink)
+        self.producer.begin(wave)
+        self._pass(sink, wave, "mean", "for the other ranks' part of the mean")
+        if ranks.is_main:
+            store.finish_mean()
+        ranks.wait("for the mean")
+        self.producer.finish(wave)
+
+    def _means(self) -> dict[str, np.ndarray]:
+        means = {name: self.store.mean(name, 0, columns) for name, columns in self.store.parameters.items()}
+        return {name: mean for name, mean in means.items() if mean is not None}
+
+    def _wave(self, index: int, names: list[str], sink: GradientSink) -> Wave:
+        todo = tuple(batch for unit in sink.todo() for batch in self.batches.of(unit))
+        return Wave(index, tuple(names), self.batches, todo)
+
+    def _pass(self, sink: GradientSink, wave: Wave, title: str, waiting: str) -> None:
+        """Take the units that this rank claims; with sharded weights, go along with the other ranks' batches too."""
+        config, ranks = self.config, self.ranks
+        claims = Claims(ranks, title, sink.todo(), self.store.units, together=self.sharded)
+        guard: Guard = OwnGuard(self.producer, list(sink.parameters), config.guard_every)
+        if self.sharded:
+            guard = SharedGuard(
+                self.producer, self.batches, claims.units, ranks, list(sink.parameters), config.guard_every
+            )
+        todo = sum(len(unit) for unit in claims.units)
+        with Progress(ranks, title, todo=todo, total=self.store.n_samples, shown=self.progress) as bar:
+
+            def note(unit: Unit, facts: UnitFacts, size: int) -> None:
+                bar.done(unit, int(facts.n_targets.sum()), size)
+
+            run_pass(
+                self.producer,
+                sink,
+                wave,
+                claims,
+                guard=guard,
+                skip_nonfinite=config.on_nonfinite == "skip",
+                after_batch=ranks.alive,
+                after_unit=note,
+            )
+            if self.sharded:
+                self._idle(sink, claims.units, guard)
+            ranks.wait(waiting)
+
+    def _idle(self, sink: GradientSink, units: list[Unit], guard: Guard) -> None:
+        """Go along with batches of other ranks, where this one has no more: with one whose rows are dropped."""
+        count = idle_batches(units, self.batches, self.ranks.index, self.ranks.count)
+        batch = BatchRef(0, 1, self.store.units[0], 0)
+        for _ in range(count):
+            guard.step(batch, self.producer.gradients(batch, sink.asks(batch)))
