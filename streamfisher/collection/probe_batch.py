@@ -80,6 +80,7 @@ def _backward_is_finite(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
     finite: list[bool] = []
 
     def look(parameter: Tensor) -> None:
+        assert parameter.grad is not None  # it was accumulated just now
         finite.append(bool(torch.isfinite(parameter.grad).all()))
         parameter.grad = None
 

@@ -21,9 +21,9 @@ def local_ranks() -> int:
     return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
-def working_memory(budget: int | None) -> int:
+def working_memory(budget: int | str | None) -> int:
     """Return the bytes that a stage of this process may use: its budget, or its share of half of what is free."""
-    return budget or psutil.virtual_memory().available // 2 // local_ranks()
+    return int(budget or 0) or psutil.virtual_memory().available // 2 // local_ranks()
 
 
 def give_back() -> None:

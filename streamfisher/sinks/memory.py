@@ -22,7 +22,7 @@ class MemoryRows:
 
     def __init__(self, rows: Mapping[str, np.ndarray]):
         self.rows = dict(rows)
-        self.parameters = {name: values.shape[1] for name, values in rows.items()}
+        self.parameters: Mapping[str, int] = {name: values.shape[1] for name, values in rows.items()}
         self.n_samples = next(iter(rows.values())).shape[0] if rows else 0
         double = any(values.dtype == np.float64 for values in rows.values())
         self.numpy_row_dtype = self.numpy_read_dtype = np.dtype("float64" if double else "float32")

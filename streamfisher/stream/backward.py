@@ -64,11 +64,10 @@ class OpenSegment:
         with contextlib.ExitStack() as stack:
             if segment.calls:
                 stack.enter_context(forward.weights.held(*segment.modules))
-                module = Span({name: self.shell.layers[name] for name in segment.modules})
-                inside = names.inside(module)
-                groups = [
-                    _own_group(module, values, inside) for values in report.groups if module.holds(values["site"])
-                ]
+                span = Span({name: self.shell.layers[name] for name in segment.modules})
+                module: nn.Module = span
+                inside = names.inside(span)
+                groups = [_own_group(span, values, inside) for values in report.groups if span.holds(values["site"])]
             else:
                 stack.enter_context(self.shell)
                 stack.enter_context(forward.weights.held(AROUND))
@@ -114,13 +113,17 @@ class OpenSegment:
         own = {public: name for name, public in self.inside.items()}
         rows = {own[name]: values for name, values in out.items() if name in own}
         pairs = {own[name]: values for name, values in factors.items() if name in own}
-        found = self.engine.guard(self._last, rows, pairs) if rows or pairs else {}
-        return {self.inside[name]: value for name, value in found.items() if name in self.inside}
+        if self.engine is None or not (rows or pairs):
+            return {}
+        differences = self.engine.guard(self._last, rows, pairs)
+        return {self.inside[name]: value for name, value in differences.items() if name in self.inside}
 
     def _tail(self, index: BatchRef, batch: Mapping[str, Any], rows: Any, wanted: Any) -> tuple[BatchGradients, Replay]:
         loss, notes = shell_loss(self.shell, self.stack, self.forward.loss, through=True, armed=True)
         result = self._run(loss, self.forward.shell_batch(index, batch, [self.stack.n_calls]), rows, wanted)
-        losses, targets = notes[0].losses.double().cpu(), self.forward.loss.n_targets(batch).cpu()
+        seen = notes[0].losses
+        assert seen is not None  # the replay goes through the head
+        losses, targets = seen.double().cpu(), self.forward.loss.n_targets(batch).cpu()
         self.boundaries.put(index, LOSSES, losses)
         self.boundaries.put(index, TARGETS, targets)
         return BatchGradients(losses, targets, result.factors), notes[0]
@@ -163,18 +166,18 @@ class OpenSegment:
         Raises:
             DamagedGradient: a recorded one is missing or damaged.
         """
-        found = {}
+        grads: dict[Key, Tensor] = {}
         for position in range(self.position - 1, -1, -1):
             recorded = self.boundaries.get(index, passed(position))
             if recorded is MISSING:
                 raise DamagedGradient(index)
             recorded = recorded.split()
             for key in keys:
-                if key not in found and grad_name(key) in recorded:
-                    found[key] = self.boundaries.get(index, grad_at(key, position), self.forward.device)
-                    if found[key] is MISSING:
+                if key not in grads and grad_name(key) in recorded:
+                    grads[key] = self.boundaries.get(index, grad_at(key, position), self.forward.device)
+                    if grads[key] is MISSING:
                         raise DamagedGradient(index)
-        return found
+        return grads
 
     def _run(self, loss: ReplayLoss, batch: Mapping[str, Any], rows: Any, wanted: Any) -> BatchGradients:
         """Take rows and factors; the first evaluation of `loss` collects the gradients for below."""

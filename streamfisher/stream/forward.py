@@ -127,7 +127,7 @@ class ForwardStream:
         for key in stack.trace.fresh(k):
             self.boundaries.put(index, value_name(key), notes[0].fresh[key])
 
-    def shell_batch(self, index: BatchRef, batch: Mapping[str, Any], calls: Iterable[BatchRef]) -> dict[str, Any]:
+    def shell_batch(self, index: BatchRef, batch: Mapping[str, Any], calls: Iterable[int]) -> dict[str, Any]:
         """Return the batch with which the shell is run.
 
         Args:

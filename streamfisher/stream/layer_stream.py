@@ -137,16 +137,19 @@ class LayerStream:
         if self._undo is None:
             raise CaptureError("Use the LayerStream in a with statement, which restores the model at its end.")
         study = Study(self.shell, self.selection, self.loss, self.weights, self._make_engine, self.device, self.memory)
-        stack, names, found = study.run(batch, probe=report is None)
+        stack, names, probed = study.run(batch, probe=report is None)
         self._traced_tokens = padded_tokens(few_samples(batch))
         self.shapes = [study.shapes[name] for name in names.names if name in study.shapes]
         self.activations = study.activations
-        self.report = found or report
+        report = probed or report
+        if report is None:
+            raise CaptureError("the study found no routing, and none was given.")
+        self.report = report
         forward = ForwardStream(
             self.shell, stack, self.loss, self.weights, self.boundaries, self.device, self.keep_every
         )
         self._parts = stack, names, forward
-        return self.report
+        return report
 
     def use_boundaries(self, boundaries: Boundaries) -> None:
         """Keep boundaries there from now on."""
@@ -284,6 +287,8 @@ class LayerStream:
     def _open_segment(self, segment: Segment) -> None:
         self._close_segment()
         _, names, forward = self._studied
+        if self.report is None:
+            raise CaptureError("Call study before streaming: no layer is replayed untraced.")
         self._open = OpenSegment(forward, segment, names, self.report, self._make_engine)
 
     def _close_segment(self) -> None:
