@@ -63,8 +63,14 @@ class MemorySink:
         self.n_targets = 0  # of the valid samples
         self._producer = producer
         self._held: dict[str, Tensor] = {}  # (N, P_k) each
+        self._arriving: UnitRows | None = None
+        if producer.device.type != "cpu":
+            self.through_units()
+
+    def through_units(self) -> None:
+        """Let rows be formed in buffers of one unit and copied from there, as they must be from a device."""
         height = max(len(unit) for unit in self.units)
-        self._arriving = None if producer.device.type == "cpu" else UnitRows(lambda: producer.allocate(height))
+        self._arriving = UnitRows(lambda: self._producer.allocate(height))
 
     @property
     def parameters(self) -> list[str]:
