@@ -165,7 +165,7 @@ def beside_weights(engine: GradientEngine | StreamEngine, config: SpectralConfig
     """Return the config with what its memory budget leaves beside weights that are read segment by segment.
 
     Raises:
-        CapacityError: nothing.
+        CapacityError: the weights alone need all of it.
     """
     if config.memory_budget is None or not isinstance(engine, StreamEngine):
         return config

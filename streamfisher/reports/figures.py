@@ -200,16 +200,13 @@ def heat_map(
 
 
 def picture(spectra: Sequence[Spectrum], path: str | Path) -> Path:
-    """Draw the eigenvalues of every block against their index, log-log, one panel per spectrum.
+    """Draw the eigenvalues of every block against their index, log-log, one panel per spectrum; return the path.
 
     Eigenvalues below a block's noise floor are drawn faint: they are rounding.
 
     Args:
         spectra: one panel each.
         path: its suffix says which kind (.png, .svg, .pdf).
-
-    Returns:
-        The path.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

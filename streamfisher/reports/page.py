@@ -24,16 +24,13 @@ _MOST_ALIGNED = 64
 
 
 def html_report(run: StoredRun, spectra: Sequence[Spectrum], path: str | Path, **options: Any) -> Path:
-    """Write the page.
+    """Write the page, whole or not at all, and return its path.
 
     Args:
-        run: the run.
+        run: whose Grams the heat maps and the alignment are made from.
         spectra: of the run, each with its own section.
         path: of the page.
         options: of `Run.block_grams` (samples, weights, normalization, partial): for heat maps and alignment.
-
-    Returns:
-        The path.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

@@ -101,7 +101,7 @@ class StreamEngine:
         """Return what a memory budget leaves beside the weights that are read segment by segment.
 
         Raises:
-            CapacityError: nothing.
+            CapacityError: the weights alone need all of it.
         """
         weights = self.stream.weights.within_budget(list(self.stream.shell.layers))
         if weights >= budget:
