@@ -18,6 +18,7 @@ from streamfisher.reports import figures
 from streamfisher.results.notebook import fact_table, metrics_table, run_facts, structure_name, templates
 from streamfisher.results.notebook import title as spectrum_title
 from streamfisher.results.spectrum import Spectrum
+from streamfisher.runtime.durable import replacing
 
 #: Alignment of more blocks than that is not drawn.
 _MOST_ALIGNED = 64
@@ -57,9 +58,8 @@ def html_report(run: StoredRun, spectra: Sequence[Spectrum], path: str | Path, *
             facts=_facts(run, spectra[0]),
         )
     )
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 

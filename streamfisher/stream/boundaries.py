@@ -7,7 +7,6 @@ is missing or damaged is not an error here: whoever needs it makes it again from
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Collection, Hashable
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.errors import CapacityError
+from streamfisher.runtime.durable import replacing
 
 #: What `Boundaries.get` returns for what is not there.
 MISSING = object()
@@ -130,11 +130,9 @@ class Boundaries:
         text = json.dumps(head).encode()
         text = len(text).to_bytes(4, "little") + text
         checksum = google_crc32c.extend(google_crc32c.value(text), data)
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        with partial.open("wb") as stream:
+        with replacing(file) as partial, partial.open("wb") as stream:
             stream.write(_MAGIC + checksum.to_bytes(4, "little") + text)
             stream.write(data)
-        partial.replace(file)
         self.bytes_written += len(data)
 
     def _read(self, batch: Hashable, name: str) -> Any:
