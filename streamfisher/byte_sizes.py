@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from streamfisher.errors import ConfigError
+import dask.utils
 
-_UNITS = {"": 1, "b": 1, "k": 1e3, "kb": 1e3, "kib": 2**10, "m": 1e6, "mb": 1e6, "mib": 2**20, "g": 1e9, "gb": 1e9}
+from streamfisher.errors import ConfigError
 
 
 def parse_bytes(value: int | str, field: str = "size") -> int:
-    """Return a number of bytes from `2000000`, `'2GB'` (powers of ten) or `'2GiB'` (powers of two).
+    """A number of bytes from `2000000`, `'2GB'` (powers of ten) or `'2GiB'` (powers of two).
 
     Raises:
         ConfigError: the text is not a size, or it is not positive.
     """
-    text = str(value).strip().lower().replace(" ", "").replace("_", "")
-    digits = text.rstrip("abcdefghijklmnopqrstuvwxyz")
+    text = str(value).strip().replace("_", "")
     try:
-        size = int(float(digits) * _UNITS[text[len(digits) :]])
-    except (ValueError, KeyError, OverflowError):
+        if not any(sign.isdigit() for sign in text):  # Dask would take `GB` for one, and nothing at all for a byte
+            raise ValueError
+        size = dask.utils.parse_bytes(text)
+    except (ValueError, OverflowError):
         raise ConfigError(f"{field}={value!r} is not a size; write for example 500MB, 2GB or 16GiB.") from None
     if size <= 0:
         raise ConfigError(f"{field}={value!r} must be more than nothing.")

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from streamfisher.byte_sizes import _UNITS, parse_bytes
+from streamfisher.byte_sizes import parse_bytes
 from streamfisher.errors import ConfigError
 
 StorageMode = Literal["full", "chunked", "streaming"]
@@ -250,9 +250,6 @@ def check_keys(values: Mapping[str, Any], known: list[str], what: str) -> None:
             near = difflib.get_close_matches(str(key), known, n=3)
             hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known)}."
             raise ConfigError(f"{key!r} is not a known {what}. {hint}")
-
-
-_UNITS |= {"gib": 2**30, "t": 1e12, "tb": 1e12, "tib": 2**40}
 
 
 def _plain(value: Any) -> Any:

@@ -35,7 +35,7 @@ from streamfisher.reduction.subsets import draw_columns
 from streamfisher.results.spectrum import NORMALIZATION, Spectrum
 from streamfisher.runtime.determinism import deterministic
 from streamfisher.sinks.memory import MemoryRows, MemorySink
-from streamfisher.solving.solve import RowPrecision, solve_blocks
+from streamfisher.solving.solve import Eigenproblem, RowPrecision, solve_blocks
 
 
 class FisherSpectral:
@@ -179,8 +179,7 @@ def _solve(rows: MemoryRows, config: SpectralConfig, facts: Mapping[str, Any]) -
     by_name = {parameter.name: parameter.gram for parameter in finished}
     dtypes = {values.dtype for values in rows.rows.values()}
     computed = torch.float32 if np.dtype("float32") in dtypes else torch.float64
-    return solve_blocks(
-        by_name.__getitem__,
+    problem = Eigenproblem(
         rows.parameters,
         assignment,
         config,
@@ -188,6 +187,7 @@ def _solve(rows: MemoryRows, config: SpectralConfig, facts: Mapping[str, Any]) -
         precision=RowPrecision(computed, float(torch.finfo(computed).eps) / 2),
         metadata={**facts, "n_samples": rows.n_samples, "block_structure": config.block_structure},
     )
+    return solve_blocks(by_name.__getitem__, problem)
 
 
 def _keep(parameter: grams.ParameterGram) -> grams.ParameterGram:

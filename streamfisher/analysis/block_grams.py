@@ -25,7 +25,7 @@ from streamfisher.solving.centering import uncenter
 from streamfisher.solving.density import spectral_density
 from streamfisher.solving.lanczos import DenseOperator
 from streamfisher.solving.selection import Selection
-from streamfisher.solving.solve import RowPrecision, add, solve_blocks
+from streamfisher.solving.solve import Eigenproblem, RowPrecision, add, solve_blocks
 from streamfisher.solving.tiled_gram import ReadTile, TiledGram
 from streamfisher.solving.tiled_solve import fits_dense, solve_tiled
 from streamfisher.store import RunStore
@@ -142,29 +142,20 @@ class BlockGrams:
 
     def spectrum(self, top_k: int | None = None) -> Spectrum:
         """Solve every block, see `Run.spectrum`: in memory where the Grams fit, else by tiles."""
-        if not fits_dense(self.n_stored, len(self.selection), self.config):
-            return solve_tiled(
-                self.operator,
-                self.parameters,
-                self.assignment,
-                self.config,
-                center=self.center,
-                precision=self.precision,
-                metadata=self.metadata,
-                selection=self.selection,
-                top_k=top_k,
-            )
-        return solve_blocks(
-            lambda name: self.selection.restrict(self.gram_of(name)),
+        problem = Eigenproblem(
             self.parameters,
             self.assignment,
             self.config,
-            center=self.center,
-            precision=self.precision,
-            metadata=self.metadata,
-            top_k=top_k,
-            selection=self.selection,
-            small_side=self.small_side,
+            self.center,
+            self.precision,
+            self.metadata,
+            self.selection,
+            top_k,
+        )
+        if not fits_dense(self.n_stored, len(self.selection), self.config):
+            return solve_tiled(self.operator, problem)
+        return solve_blocks(
+            lambda name: self.selection.restrict(self.gram_of(name)), problem, small_side=self.small_side
         )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from streamfisher.errors import CaptureError
+from streamfisher.errors import CaptureError, first_line
 from streamfisher.gradients.batch_axis import as_batch
 from streamfisher.gradients.generic import kinds_fit, kinds_of, per_sample_vjp, tensor_leaves
 from streamfisher.gradients.groups import GENERIC, Group, Pass
@@ -74,7 +74,7 @@ class _Call:
             try:
                 self.site.write(group, how, saved[where], grads, self.state)
             except Exception as error:  # whatever a module's own code raises under vmap
-                reason = f"{group.rule}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+                reason = f"{group.rule}: {first_line(error)}"
                 self.state.failed.update(dict.fromkeys(group.names.values(), reason))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamfisher.errors import CaptureError, LossError
+from streamfisher.errors import CaptureError, LossError, first_line
 from streamfisher.gradients.candidates import Candidate, NoiseSearch, groups_of, options_of
 from streamfisher.gradients.groups import Group
 from streamfisher.gradients.norms import norm
@@ -162,7 +162,7 @@ def _route(
             raise
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             # The plain forward ran: expanding a broadcast batch axis, or watching at all, breaks this model's own code.
-            reason = f"the forward fails while it is watched: {str(error).splitlines()[0] if str(error) else error!r}"
+            reason = f"the forward fails while it is watched: {first_line(error)}"
             if singles:
                 singles = False
             else:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from streamfisher.errors import ConfigError
+from streamfisher.errors import ConfigError, first_line
 
 #: How Accelerate spreads modules by itself.
 STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
@@ -93,7 +93,7 @@ def place(model: nn.Module, devices: DeviceMap, offload_folder: str | Path) -> n
     try:
         return dispatch_model(model, dict(devices), offload_dir=str(offload_folder), force_hooks=True)
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"--device-map cannot be followed: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--device-map cannot be followed: {first_line(error)}") from error
 
 
 def _covered(name: str, devices: Mapping[str, Any]) -> bool:

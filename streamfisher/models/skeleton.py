@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from streamfisher.config import SpectralConfig
-from streamfisher.errors import ConfigError, ModelError, require
+from streamfisher.errors import ConfigError, ModelError, first_line, require
 from streamfisher.models.calling import base_model
 from streamfisher.models.loading import auto_class, check_pretrained
 from streamfisher.models.weights import Checkpoint, tensor_files
@@ -125,7 +125,7 @@ def build_skeleton(spec: str, *, dtype: torch.dtype | None = None, trust_remote_
         with torch.device("meta"):
             return kind._from_config(config, dtype=wanted).eval()
     except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"MODEL {spec} cannot be built from its config: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"MODEL {spec} cannot be built from its config: {first_line(error)}") from error
 
 
 def predicts_next_token(model: nn.Module, loss: str | None) -> bool:

@@ -50,9 +50,9 @@ class Checkpoint(Resident):
     any other model, slowly.
 
     Args:
-        model: its parameters are on the meta device; tied ones are one object.
+        model: its parameters are on the meta device and have the dtype that weights are cast to; tied ones are one
+            object.
         folder: of safetensors files, with an index if there are several.
-        dtype: what the weights are cast to when they are read; `None`: what the skeleton has.
         device: where they are put.
 
     Raises:

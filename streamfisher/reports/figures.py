@@ -17,7 +17,7 @@ import numpy as np
 from streamfisher.errors import require
 from streamfisher.results.analyses import Growth
 from streamfisher.results.bootstrap import BlockBootstrap
-from streamfisher.results.notebook import _partial, structure_name
+from streamfisher.results.notebook import partial_prefix, structure_name
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum
 
 #: Okabe and Ito's colours, told apart by the colour-blind; line styles tell apart what repeats.
@@ -200,16 +200,13 @@ def heat_map(
 
 
 def picture(spectra: Sequence[Spectrum], path: str | Path) -> Path:
-    """Draw the eigenvalues of every block against their index, log-log, one panel per spectrum.
+    """Draw the eigenvalues of every block against their index, log-log, one panel per spectrum; return the path.
 
     Eigenvalues below a block's noise floor are drawn faint: they are rounding.
 
     Args:
         spectra: one panel each.
         path: its suffix says which kind (.png, .svg, .pdf).
-
-    Returns:
-        The path.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -269,7 +266,7 @@ def panel(axis: Any, spectrum: Spectrum) -> None:
         if below.any():
             axis.loglog(index[below], values[below], color=colour, linestyle=style, linewidth=0.8, alpha=0.25)
     kind = "gradient covariance" if facts.get("centered") else "empirical Fisher"
-    partial = _partial(spectrum).replace(": ", "\n")
+    partial = partial_prefix(spectrum).replace(": ", "\n")
     axis.set_title(f"{partial}{kind}, blocks: {structure_name(spectrum)}", fontsize=10)
     axis.set_xlabel("index")
     axis.grid(which="major", linewidth=0.4, alpha=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,10 +24,7 @@ class Growth:
 
     def curve(self, metric: str, block: str | None = None) -> np.ndarray:
         """Return a metric at each size, (len(sizes),) float64, NaN where undefined; of the whole unless `block`."""
-        found = [
-            (spectrum.global_ if block is None else spectrum.blocks[block]).metrics[metric] for spectrum in self.spectra
-        ]
-        return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
+        return _metric_of(self.spectra, metric, block)
 
     def to_dict(self) -> dict[str, Any]:
         """Return `{sizes, seed, blocks: {name: {metric: [value at each size]}}}` as plain JSON values."""
@@ -145,10 +143,7 @@ class Comparison:
 
     def trajectory(self, metric: str, block: str | None = None) -> np.ndarray:
         """Return a metric in each run, (R,) float64, NaN where undefined; of the whole unless `block` names one."""
-        found = [
-            (spectrum.global_ if block is None else spectrum.blocks[block]).metrics[metric] for spectrum in self.spectra
-        ]
-        return np.array([np.nan if value is None else value for value in found], dtype=np.float64)
+        return _metric_of(self.spectra, metric, block)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: for every block and metric one value per run, and intervals where asked for."""
@@ -169,3 +164,9 @@ class Comparison:
             "warnings": list(self.warnings),
             "metadata": [spectrum.metadata for spectrum in self.spectra],
         }
+
+
+def _metric_of(spectra: Sequence[Spectrum], metric: str, block: str | None) -> np.ndarray:
+    members = [spectrum.global_ if block is None else spectrum.blocks[block] for spectrum in spectra]
+    values = [member.metrics[metric] for member in members]
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from html import escape
 from pathlib import Path
 from typing import Any, Protocol
+
+import jinja2
 
 from streamfisher.results.bootstrap import Bootstrap
 
@@ -64,7 +66,7 @@ def title(spectrum: Shown) -> str:
     facts = spectrum.metadata
     kind = "Gradient covariance" if facts.get("centered") else "Empirical Fisher"
     return (
-        f"{_partial(spectrum)}{kind}, blocks: {structure_name(spectrum)}, "
+        f"{partial_prefix(spectrum)}{kind}, blocks: {structure_name(spectrum)}, "
         f"N = {facts.get('n_samples')} {facts.get('sample_unit', 'sample')}s, {facts.get('normalization')}"
     )
 
@@ -75,36 +77,48 @@ def structure_name(spectrum: Shown) -> str:
     return "own" if isinstance(structure, dict) else str(structure)
 
 
-def _partial(spectrum: Shown) -> str:
+def partial_prefix(spectrum: Shown) -> str:
+    """What a title begins with where not all samples were collected."""
     facts = spectrum.metadata
     if not facts.get("partial"):
         return ""
     return f"PARTIAL RUN ({facts.get('samples_collected')} of {facts.get('n_samples_stored')} samples): "
 
 
+@functools.cache
+def templates(package: str) -> jinja2.Environment:
+    """The HTML templates of a room: all that is put into them is escaped, unless they say `safe`."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader(package),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
 def metrics_table(spectrum: Shown) -> str:
-    """Return the metrics of every block and of the whole as an HTML table, with intervals where there are any."""
+    """The metrics of every block and of the whole as an HTML table, with intervals where there are any."""
     blocks = list(spectrum.blocks.values())
     blocks += [spectrum.global_] if len(blocks) > 1 else []
-    head = "".join(f"<th>{name}</th>" for name in ("block", "parameters", *_COLUMNS.values()))
-    body = "".join(_row(spectrum, block) for block in blocks)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    columns = ["block", "parameters", *_COLUMNS.values()]
+    return _rendered("metrics.html", columns=columns, rows=[_row(spectrum, block) for block in blocks])
 
 
 def spectrum_html(spectrum: Shown) -> str:
-    """Return what a notebook shows of a spectrum."""
-    style = "<style>.sf td,.sf th{padding:.2rem .6rem;text-align:right}.sf td:first-child{text-align:left}</style>"
+    """What a notebook shows of a spectrum."""
     error = spectrum.metadata.get("block_diagonal_error")
-    note = f"<p>Block-diagonal error: {error:.3g}</p>" if error is not None and len(spectrum.blocks) > 1 else ""
-    return f'{style}<div class="sf"><b>{escape(title(spectrum))}</b>{metrics_table(spectrum)}{note}</div>'
+    error = f"{error:.3g}" if error is not None and len(spectrum.blocks) > 1 else None
+    return _rendered("spectrum.html", title=title(spectrum), table=metrics_table(spectrum), error=error)
 
 
 def run_html(run: ShownRun) -> str:
-    """Return what a notebook shows of a run."""
-    return f"<b>Run {escape(str(run.path))}</b>{_fact_table(_run_facts(run))}"
+    """What a notebook shows of a run."""
+    return _rendered("run.html", path=run.path, facts=fact_table(run_facts(run)))
 
 
-def _run_facts(run: ShownRun) -> dict[str, Any]:
+def run_facts(run: ShownRun) -> dict[str, Any]:
+    """What is known of a run, for people."""
     manifest, info = run.manifest, run.info()
     probe = manifest.probe
     described = manifest.data.get("description")
@@ -130,25 +144,30 @@ def _run_facts(run: ShownRun) -> dict[str, Any]:
     }
 
 
-def _fact_table(facts: Mapping[str, Any]) -> str:
-    rows = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
-    return f'<table class="facts"><tbody>{rows}</tbody></table>'
+def fact_table(facts: Mapping[str, Any]) -> str:
+    """Names and values as an HTML table."""
+    return _rendered("facts.html", facts=facts)
 
 
-def _row(spectrum: Shown, block: Block) -> str:
-    metrics = block.metrics
+def _rendered(template: str, **values: Any) -> str:
+    return templates("streamfisher.results").get_template(template).render(values)
+
+
+def _row(spectrum: Shown, block: Block) -> dict[str, Any]:
     drawn = None
     if spectrum.bootstrap is not None:
         drawn = spectrum.bootstrap.blocks.get(block.name, spectrum.bootstrap.global_)
-    cells = [f"<td>{escape(block.name)}</td><td>{block.n_params:,}</td>"]
+    cells: list[tuple[str, tuple[str, str] | None]] = []
     for name in _COLUMNS:
-        value = metrics[name]
-        text = "&ndash;" if value is None else f"{value:.4g}"
+        value = block.metrics[name]
+        text = "–" if value is None else f"{value:.4g}"
         if name == "numerical_rank" and value is not None:
-            text = f"{value}/{metrics['n_eigenvalues']}"
+            text = f"{value}/{block.metrics['n_eigenvalues']}"
         interval = drawn.interval(name) if drawn is not None else None
-        if interval is not None:
-            text += f'<span class="interval">{interval.low:.3g}<br>to {interval.high:.3g}</span>'
-        cells.append(f"<td>{text}</td>")
-    whole = ' class="whole"' if block is spectrum.global_ else ""
-    return f"<tr{whole}>{''.join(cells)}</tr>"
+        cells.append((text, None if interval is None else (f"{interval.low:.3g}", f"{interval.high:.3g}")))
+    return {
+        "name": block.name,
+        "n_params": f"{block.n_params:,}",
+        "cells": cells,
+        "whole": block is spectrum.global_,
+    }

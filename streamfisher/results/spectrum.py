@@ -23,6 +23,7 @@ import numpy as np
 from streamfisher.results.bootstrap import Bootstrap
 from streamfisher.results.metrics import effective_rank, shape_metrics
 from streamfisher.results.notebook import spectrum_html
+from streamfisher.runtime.durable import replacing
 
 NORMALIZATION = {False: "(1/N) * G^T G", True: "(1/N) * (G - mean)^T (G - mean)"}
 
@@ -185,7 +186,6 @@ def write_spectra(spectra: Iterable[Spectrum], path: str | Path) -> Path:
     contents = [spectrum.to_dict() for spectrum in spectra]
     content = contents[0] if len(contents) == 1 else {"spectra": contents}
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path

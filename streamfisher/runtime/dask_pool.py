@@ -12,7 +12,7 @@ from dask.callbacks import Callback
 from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig
-from streamfisher.errors import ConfigError, require
+from streamfisher.errors import ConfigError, first_line, require
 from streamfisher.runtime.threads import threads_of_this_process
 
 #: Seconds in which a scheduler must answer and have a worker.
@@ -84,7 +84,7 @@ def dask_client(address: str | None, timeout: float = TIMEOUT) -> Iterator[None]
         # Not as the default: a client that never connected would stay it, and later reductions would wait for it.
         client = Client(address, timeout=timeout, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ConfigError(
             f"--dask-scheduler {address}: no scheduler answered within {timeout:.0f} s ({reason}). "
             "Start one with `dask scheduler`, or leave the option out."

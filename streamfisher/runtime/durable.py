@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,36 @@ SEAL = "seal"
 _LARGEST = 1 << 30
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write `content` as JSON to a temporary file, flush it to the disk, and move it into place.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Let a file be written under another name, and take the place of `path` once it is whole.
 
-    An object is sealed: it carries the checksum of its contents, so that no byte of it can change unnoticed.
+    The name `<path>.<pid>.partial` is never read; one that a kill left behind is swept by `sweep_partials`.
 
-    The name `<path>.partial` is never read; one that a kill left behind is swept by `sweep_partials`.
+    Yields:
+        Where to write.
     """
-    if isinstance(content, dict):
-        content = {**content, SEAL: _seal(content)}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         partial.replace(path)
     except Exception:
         with contextlib.suppress(OSError):  # the disk that failed may fail again
             partial.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content` as JSON to a temporary file, flush it to the disk, and move it into place.
+
+    An object is sealed: it carries the checksum of its contents, so that no byte of it can change unnoticed.
+    """
+    if isinstance(content, dict):
+        content = {**content, SEAL: _seal(content)}
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
-from streamfisher.errors import RankError, StoppedError
+from streamfisher.errors import RankError, StoppedError, first_line
 from streamfisher.runtime.signals import StopRequest
 
 _POLL = 0.02  # seconds between two looks at the store while waiting
@@ -271,4 +271,4 @@ def _short(value: Any) -> str:
 
 
 def _first(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return first_line(error)[:200]

@@ -13,8 +13,7 @@ import torch
 
 from streamfisher.blocks.structures import group_blocks
 from streamfisher.config import SpectralConfig, dtype_name
-from streamfisher.results import spectrum as spectra
-from streamfisher.results.spectrum import Spectrum
+from streamfisher.results.spectrum import NORMALIZATION, BlockSpectrum, Spectrum
 from streamfisher.runtime.determinism import one_thread
 from streamfisher.solving import centering
 from streamfisher.solving.blocksolver import block_spectrum
@@ -31,14 +30,71 @@ class RowPrecision:
     roundoff: float  # and then held with this unit roundoff
 
 
+@dataclass(frozen=True)
+class Eigenproblem:
+    """Which blocks are solved, and how, wherever their Grams are."""
+
+    parameters: Mapping[str, int]  # elements of each parameter
+    assignment: Mapping[str, str]  # block key of each parameter
+    config: SpectralConfig
+    center: bool  # take the covariance
+    precision: RowPrecision
+    metadata: Mapping[str, Any]  # goes into the result
+    selection: Selection | None = None  # weights of the samples that Grams are given for; None: 1 each
+    top_k: int | None = None  # list only the largest eigenvalues of each block
+
+    @property
+    def product(self) -> torch.dtype:
+        """The dtype of the products that Grams are made of."""
+        return torch.float64 if self.precision.computed == torch.float64 else self.config.dtype_gram
+
+    def combined(
+        self,
+        blocks: Mapping[str, BlockSpectrum],
+        whole_trace: float,
+        *,
+        squared: float,
+        whole_squared: float,
+        dominance: float,
+    ) -> Spectrum:
+        """Put solved blocks together, and say what they are of.
+
+        Args:
+            blocks: all of them.
+            whole_trace: of F.
+            squared: |K_b|_F^2, added over the blocks.
+            whole_squared: |K|_F^2 of the sum of all Grams.
+            dominance: the largest N |mean|^2 / trace of a block that was centered; 0 for none.
+        """
+        if self.product == torch.float32 and dominance > MEAN_DOMINANCE_LIMIT:
+            warnings.warn(
+                f"the mean gradient dominates (N |mean|^2 / trace = {dominance:.1e}): centering the Gram loses digits. "
+                "Collect with store_centered=True and float32 or float64 rows for an accurate tail.",
+                stacklevel=4,
+            )
+        normalization = NORMALIZATION[self.center] if self.selection is None else self.selection.formula(self.center)
+        facts = {
+            **self.metadata,
+            "centered": self.center,
+            "normalization": normalization,
+            "block_diagonal_error": block_diagonal_error(squared, whole_squared),
+            **({"mean_dominance": dominance} if self.center else {}),
+            "dtype_gram": dtype_name(self.product),
+            "dtype_eigensolve": dtype_name(self.config.dtype_eigensolve),
+            "solver": self.config.solver,
+            "parameter_subsampling": self.config.max_params_per_block,
+            "analysed_with": versions(),
+        }
+        return combine(blocks, whole_trace, self.precision.computed, facts, self.config.top_k_eigenvalues)
+
+
 def with_same_bits(solve: Callable[..., Spectrum]) -> Callable[..., Spectrum]:
     """Let a deterministic analysis use one thread: LAPACK and dot products depend on their number."""
 
     @functools.wraps(solve)
-    def in_one_thread(*args: Any, **options: Any) -> Spectrum:
-        config = next(value for value in (*args, *options.values()) if isinstance(value, SpectralConfig))
-        with one_thread(config.use_deterministic):
-            return solve(*args, **options)
+    def in_one_thread(grams: Callable[..., Any], problem: Eigenproblem, **options: Any) -> Spectrum:
+        with one_thread(problem.config.use_deterministic):
+            return solve(grams, problem, **options)
 
     return in_one_thread
 
@@ -46,15 +102,8 @@ def with_same_bits(solve: Callable[..., Spectrum]) -> Callable[..., Spectrum]:
 @with_same_bits
 def solve_blocks(
     gram_of: Callable[[str], np.ndarray],
-    parameters: Mapping[str, int],
-    assignment: Mapping[str, str],
-    config: SpectralConfig,
+    problem: Eigenproblem,
     *,
-    center: bool,
-    precision: RowPrecision,
-    metadata: Mapping[str, Any],
-    top_k: int | None = None,
-    selection: Selection | None = None,
     small_side: Callable[[str], np.ndarray | None] | None = None,
 ) -> Spectrum:
     """Add the Grams of each block, solve it, and put the whole together.
@@ -63,25 +112,18 @@ def solve_blocks(
 
     Args:
         gram_of: parameter name -> (N, N) float64 Gram.
-        parameters: number of elements of each parameter.
-        assignment: block key of each parameter.
-        config: solver options.
-        center: take the covariance.
-        precision: of the rows.
-        metadata: goes into the result.
-        top_k: list only the largest eigenvalues of each block.
-        selection: weights of the samples that `gram_of` gives; `None` means 1 each.
+        problem: the blocks.
         small_side: parameter -> the (P, P) matrix with the non-zero eigenvalues of its Gram, where it is at hand and
             smaller; blocks of this parameter alone are solved from it.
     """
+    selection = problem.selection
     centered = centering.center if selection is None else selection.center
-    product = torch.float64 if precision.computed == torch.float64 else config.dtype_gram
-    blocks: dict[str, spectra.BlockSpectrum] = {}
+    blocks: dict[str, BlockSpectrum] = {}
     whole: np.ndarray | None = None
     squared, dominance = 0.0, 0.0
-    for key, names in group_blocks(assignment).items():
+    for key, names in group_blocks(problem.assignment).items():
         K = add(gram_of(name) for name in names)
-        if center:
+        if problem.center:
             raw_trace = float(np.trace(K))
             K = centered(K)
             centered_trace = float(np.trace(K))
@@ -94,52 +136,17 @@ def solve_blocks(
         blocks[key] = block_spectrum(
             key,
             K if smaller is None else smaller,
-            sum(parameters[name] for name in names),
-            config,
-            product=product,
-            roundoff=precision.roundoff,
-            top_k=top_k,
+            sum(problem.parameters[name] for name in names),
+            problem.config,
+            product=problem.product,
+            roundoff=problem.precision.roundoff,
+            top_k=problem.top_k,
             n_samples=None if smaller is None else len(K),
         )
     assert whole is not None  # a run has at least one parameter
-    warn_of_dominance(product, dominance)
-    facts = result_facts(metadata, config, center=center, product=product, selection=selection, dominance=dominance)
-    facts["block_diagonal_error"] = block_diagonal_error(squared, float(np.vdot(whole, whole)))
-    return combine(blocks, float(np.trace(whole)) / len(whole), precision.computed, facts, config.top_k_eigenvalues)
-
-
-def warn_of_dominance(product: torch.dtype, dominance: float) -> None:
-    """Warn where centering the Gram loses digits because the mean gradient dominates."""
-    if product == torch.float32 and dominance > MEAN_DOMINANCE_LIMIT:
-        warnings.warn(
-            f"the mean gradient dominates (N |mean|^2 / trace = {dominance:.1e}): centering the Gram loses digits. "
-            "Collect with store_centered=True and float32 or float64 rows for an accurate tail.",
-            stacklevel=4,
-        )
-
-
-def result_facts(
-    metadata: Mapping[str, Any],
-    config: SpectralConfig,
-    *,
-    center: bool,
-    product: torch.dtype,
-    selection: Selection | None,
-    dominance: float,
-) -> dict[str, Any]:
-    """Return the metadata of a spectrum: of the run, and how it was solved."""
-    return {
-        **metadata,
-        "centered": center,
-        "normalization": spectra.NORMALIZATION[center] if selection is None else selection.formula(center),
-        "block_diagonal_error": None,
-        **({"mean_dominance": dominance} if center else {}),
-        "dtype_gram": dtype_name(product),
-        "dtype_eigensolve": dtype_name(config.dtype_eigensolve),
-        "solver": config.solver,
-        "parameter_subsampling": config.max_params_per_block,
-        "analysed_with": versions(),
-    }
+    whole_squared = float(np.vdot(whole, whole))
+    trace = float(np.trace(whole)) / len(whole)
+    return problem.combined(blocks, trace, squared=squared, whole_squared=whole_squared, dominance=dominance)
 
 
 def add(matrices: Iterable[np.ndarray]) -> np.ndarray:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import torch
+from collections.abc import Callable, Sequence
 
 from streamfisher.blocks.structures import group_blocks
 from streamfisher.byte_sizes import format_bytes
@@ -15,9 +12,7 @@ from streamfisher.results.spectrum import BlockSpectrum, Spectrum
 from streamfisher.runtime.memory import working_memory
 from streamfisher.solving import eigen
 from streamfisher.solving.blocksolver import empty_block, listed, solved_block
-from streamfisher.solving.combine import block_diagonal_error, combine
-from streamfisher.solving.selection import Selection
-from streamfisher.solving.solve import RowPrecision, result_facts, warn_of_dominance, with_same_bits
+from streamfisher.solving.solve import Eigenproblem, with_same_bits
 from streamfisher.solving.tiled_gram import TiledGram
 
 
@@ -42,42 +37,25 @@ def fits_dense(n_stored: int, n: int, config: SpectralConfig) -> bool:
 
 
 @with_same_bits
-def solve_tiled(
-    operator_of: Callable[[Sequence[str]], TiledGram],
-    parameters: Mapping[str, int],
-    assignment: Mapping[str, str],
-    config: SpectralConfig,
-    *,
-    center: bool,
-    precision: RowPrecision,
-    metadata: Mapping[str, Any],
-    selection: Selection,
-    top_k: int | None = None,
-) -> Spectrum:
+def solve_tiled(operator_of: Callable[[Sequence[str]], TiledGram], problem: Eigenproblem) -> Spectrum:
     """Return the spectrum of all blocks, of each the `top_k` largest eigenvalues with residuals.
 
     Traces, norms and the block-diagonal error are exact.
 
     Args:
         operator_of: parameters -> the matrix of the block that they make, centered and weighted.
-        parameters: number of elements of each parameter.
-        assignment: block key of each parameter.
-        config: solver options.
-        center: take the covariance.
-        precision: of the rows.
-        metadata: goes into the result.
-        selection: the samples.
-        top_k: how many; `None` means `config.top_k_eigenvalues`.
+        problem: the blocks of selected samples; without a `top_k`, `top_k_eigenvalues` are listed.
 
     Raises:
         ConvergenceError: the solver did not reach its tolerance.
         CorruptRunError: a stored tile is missing or damaged.
     """
-    product = torch.float64 if precision.computed == torch.float64 else config.dtype_gram
-    n, top_k = len(selection), top_k or config.top_k_eigenvalues
+    assert problem.selection is not None  # tiles are always read for a selection
+    parameters, config, n = problem.parameters, problem.config, len(problem.selection)
+    top_k = problem.top_k or config.top_k_eigenvalues
     blocks: dict[str, BlockSpectrum] = {}
     squared, dominance = 0.0, 0.0
-    groups = group_blocks(assignment)
+    groups = group_blocks(problem.assignment)
     for key, names in groups.items():
         n_params = sum(parameters[name] for name in names)
         top = listed(min(n, n_params), top_k, config)
@@ -95,11 +73,10 @@ def solve_tiled(
             trace=K.trace / n,
             norm=K.squared_norm**0.5 / n,
             config=config,
-            product=product,
-            roundoff=precision.roundoff,
+            product=problem.product,
+            roundoff=problem.precision.roundoff,
         )
-    whole = K if len(groups) == 1 and sum(parameters.values()) else operator_of(list(assignment))
-    warn_of_dominance(product, dominance)
-    facts = result_facts(metadata, config, center=center, product=product, selection=selection, dominance=dominance)
-    facts["block_diagonal_error"] = block_diagonal_error(squared, whole.squared_norm)
-    return combine(blocks, whole.trace / n, precision.computed, facts, config.top_k_eigenvalues)
+    whole = K if len(groups) == 1 and sum(parameters.values()) else operator_of(list(problem.assignment))
+    return problem.combined(
+        blocks, whole.trace / n, squared=squared, whole_squared=whole.squared_norm, dominance=dominance
+    )

@@ -7,11 +7,10 @@ is missing or damaged is not an error here: whoever needs it makes it again from
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import google_crc32c
 import torch
@@ -19,17 +18,19 @@ from torch import Tensor
 
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.errors import CapacityError
+from streamfisher.runtime.durable import replacing
 
 #: What `Boundaries.get` returns for what is not there.
 MISSING = object()
 
-_MAGIC = b"sfb1"
+#: Then come the CRC-32C of all that follows, the length of the head, the head (JSON), and the tensor's bytes.
+_MAGIC = b"sfb2"
 
 _PLAIN = (type(None), bool, int, float, str)
 
 
 class Boundaries:
-    """Tensors by batch and name.
+    """Tensors by batch and name. The text of a batch names its folder.
 
     Args:
         folder: for what does not fit the memory; made when it is needed. `None`: everything stays in memory.
@@ -42,10 +43,10 @@ class Boundaries:
         self.bytes_in_memory = 0
         self.bytes_written = 0
         self.n_damaged = 0  # files that were found damaged, and removed
-        self._held: dict[int, dict[str, Any]] = {}
-        self._shapes: dict[tuple[int, str], tuple[tuple[int, ...], torch.dtype]] = {}
+        self._held: dict[Hashable, dict[str, Any]] = {}
+        self._shapes: dict[tuple[Hashable, str], tuple[tuple[int, ...], torch.dtype]] = {}
 
-    def put(self, batch: int, name: str, value: Any) -> None:
+    def put(self, batch: Hashable, name: str, value: Any) -> None:
         """Keep a tensor, or anything else (in memory), in place of what had that name."""
         self.drop(batch, name)
         if not isinstance(value, Tensor):
@@ -72,7 +73,7 @@ class Boundaries:
             head = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
             self._write(self._file(batch, name), head, data)
 
-    def get(self, batch: int, name: str, device: torch.device | None = None) -> Any:
+    def get(self, batch: Hashable, name: str, device: torch.device | None = None) -> Any:
         """Return what was kept, or `MISSING`, also where its file is damaged."""
         held = self._held.get(batch, {})
         if name in held:
@@ -81,11 +82,11 @@ class Boundaries:
             value = self._read(batch, name)
         return value.to(device) if isinstance(value, Tensor) and device is not None else value
 
-    def has(self, batch: int, name: str) -> bool:
+    def has(self, batch: Hashable, name: str) -> bool:
         """Return whether something of this name is kept (whether it is intact shows when it is read)."""
         return name in self._held.get(batch, {}) or (self.folder is not None and self._file(batch, name).is_file())
 
-    def drop(self, batch: int, name: str) -> None:
+    def drop(self, batch: Hashable, name: str) -> None:
         """Forget a name, if it is there."""
         value = self._held.get(batch, {}).pop(name, None)
         if isinstance(value, Tensor):
@@ -93,7 +94,7 @@ class Boundaries:
         if self.folder is not None:
             self._file(batch, name).unlink(missing_ok=True)
 
-    def keep_only(self, batch: int, names: Collection[str]) -> None:
+    def keep_only(self, batch: Hashable, names: Collection[str]) -> None:
         """Forget everything else of a batch."""
         for name in [name for name in self._held.get(batch, {}) if name not in names]:
             self.drop(batch, name)
@@ -103,11 +104,11 @@ class Boundaries:
                 if file not in files:
                     file.unlink(missing_ok=True)
 
-    def note_shape(self, batch: int, name: str, value: Tensor) -> None:
+    def note_shape(self, batch: Hashable, name: str, value: Tensor) -> None:
         """Remember the shape of a tensor that need not be kept itself."""
         self._shapes[batch, name] = tuple(value.shape), value.dtype
 
-    def shape(self, batch: int, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
+    def shape(self, batch: Hashable, name: str) -> tuple[tuple[int, ...], torch.dtype] | None:
         """Return shape and dtype of a tensor that was seen in this process, or kept."""
         return self._shapes.get((batch, name))
 
@@ -117,33 +118,32 @@ class Boundaries:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _folder(self, batch: int) -> Path:
+    def _folder(self, batch: Hashable) -> Path:
         assert self.folder is not None
         return self.folder / f"batch-{batch}"
 
-    def _file(self, batch: int, name: str) -> Path:
+    def _file(self, batch: Hashable, name: str) -> Path:
         return self._folder(batch) / f"{name.replace(':', '_')}.bin"
 
     def _write(self, file: Path, head: dict[str, Any], data: bytes) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(head).encode()
+        text = len(text).to_bytes(4, "little") + text
         checksum = google_crc32c.extend(google_crc32c.value(text), data)
-        partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-        with partial.open("wb") as stream:
-            stream.write(_MAGIC + len(text).to_bytes(4, "little") + checksum.to_bytes(4, "little") + text)
+        with replacing(file) as partial, partial.open("wb") as stream:
+            stream.write(_MAGIC + checksum.to_bytes(4, "little") + text)
             stream.write(data)
-        partial.replace(file)
         self.bytes_written += len(data)
 
-    def _read(self, batch: int, name: str) -> Any:
+    def _read(self, batch: Hashable, name: str) -> Any:
         if self.folder is None:
             return MISSING
         file = self._file(batch, name)
         try:
-            raw = bytearray(file.read_bytes())
+            with file.open("rb") as stream:
+                value = _parsed(stream)
         except FileNotFoundError:
             return MISSING
-        value = _parsed(raw)
         if value is MISSING:
             self.n_damaged += 1
             file.unlink(missing_ok=True)
@@ -152,17 +152,16 @@ class Boundaries:
         return value
 
 
-def _parsed(raw: bytearray) -> Any:
-    """Return what a file's bytes hold; `MISSING` where they are damaged."""
-    if len(raw) < 12 or raw[:4] != _MAGIC:
+def _parsed(stream: BinaryIO) -> Any:
+    """Return what a file holds; `MISSING` where it is damaged."""
+    front, body = stream.read(8), stream.read()
+    if front != _MAGIC + google_crc32c.value(body).to_bytes(4, "little"):
         return MISSING
-    size, checksum = int.from_bytes(raw[4:8], "little"), int.from_bytes(raw[8:12], "little")
-    if google_crc32c.value(bytes(raw[12:])) != checksum:  # of header and data, which follow one another
-        return MISSING
-    head = json.loads(bytes(raw[12 : 12 + size]))
+    size = 4 + int.from_bytes(body[:4], "little")
+    head = json.loads(body[4:size])
     if "value" in head:
         return head["value"]
     dtype = getattr(torch, head["dtype"])
-    if len(raw) == 12 + size:
+    if len(body) == size:
         return torch.empty(head["shape"], dtype=dtype)
-    return torch.frombuffer(raw, dtype=torch.uint8, offset=12 + size).clone().view(dtype).reshape(head["shape"])
+    return torch.frombuffer(bytearray(memoryview(body)[size:]), dtype=dtype).reshape(head["shape"])

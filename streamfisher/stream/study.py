@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from streamfisher.data.batches import padded_tokens
-from streamfisher.errors import NonFiniteError, StreamError, StreamfisherError
+from streamfisher.errors import NonFiniteError, StreamError, StreamfisherError, first_line
 from streamfisher.gradients.engine import GradientEngine
 from streamfisher.gradients.parameters import Selection
 from streamfisher.gradients.probe_report import ProbeReport
@@ -225,7 +225,7 @@ def _sorted_reads(trace: Trace) -> dict[int, tuple[Key, ...]]:
 
 
 def _cannot_replay(names: Sequence[str], error: Exception) -> StreamError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = first_line(error)
     return StreamError(
         f"the segment of {names[0]} cannot be replayed for one sample alone, from what it was given for several "
         f"({reason}): one of its arguments mixes the samples in an axis. Use --stream none."

@@ -6,12 +6,11 @@ import torch
 
 from streamfisher.config import SpectralConfig
 from streamfisher.results import metrics
-from streamfisher.solving.solve import RowPrecision, solve_blocks
+from streamfisher.solving.solve import Eigenproblem, RowPrecision, solve_blocks
 
 
 def block_of(G, top_k=None):
-    return solve_blocks(
-        lambda name: G @ G.T,
+    problem = Eigenproblem(
         {"w": G.shape[1]},
         {"w": "global"},
         SpectralConfig(),
@@ -19,7 +18,8 @@ def block_of(G, top_k=None):
         precision=RowPrecision(torch.float64, 2.0**-53),
         metadata={},
         top_k=top_k,
-    ).global_
+    )
+    return solve_blocks(lambda name: G @ G.T, problem).global_
 
 
 def test_every_rank_of_equal_eigenvalues_is_their_number():

@@ -10,7 +10,7 @@ from streamfisher import SpectralConfig
 from streamfisher.results import spectrum as spectra
 from streamfisher.results.noise import noise_floor
 from streamfisher.solving.centering import uncenter
-from streamfisher.solving.solve import RowPrecision, solve_blocks
+from streamfisher.solving.solve import Eigenproblem, RowPrecision, solve_blocks
 
 PRECISION = RowPrecision(torch.float64, 2.0**-53)
 
@@ -25,16 +25,17 @@ def rows():
     }
 
 
-def solve(rows, assignment, center=False, **options):
-    return solve_blocks(
-        lambda name: rows[name] @ rows[name].T,
+def solve(rows, assignment, center=False, top_k=None, **options):
+    problem = Eigenproblem(
         {name: values.shape[1] for name, values in rows.items()},
         assignment,
         SpectralConfig(**options),
         center=center,
         precision=PRECISION,
         metadata={},
+        top_k=top_k,
     )
+    return solve_blocks(lambda name: rows[name] @ rows[name].T, problem)
 
 
 def dense_fisher(rows, center=False):
@@ -108,17 +109,7 @@ def test_effective_rank_of_equal_eigenvalues_is_their_number():
 
 def test_truncation_says_so_and_keeps_the_exact_trace(rows):
     full = solve(rows, dict.fromkeys(rows, "global")).global_
-    parameters = {name: values.shape[1] for name, values in rows.items()}
-    cut = solve_blocks(
-        lambda name: rows[name] @ rows[name].T,
-        parameters,
-        dict.fromkeys(rows, "global"),
-        SpectralConfig(),
-        center=False,
-        precision=PRECISION,
-        metadata={},
-        top_k=2,
-    ).global_
+    cut = solve(rows, dict.fromkeys(rows, "global"), top_k=2).global_
     assert cut.truncated
     assert np.array_equal(cut.eigenvalues, full.eigenvalues[:2])
     assert cut.trace == full.trace

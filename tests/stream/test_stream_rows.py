@@ -149,6 +149,27 @@ def test_a_truncated_file_is_missing_and_not_zero(tmp_path):
     assert boundaries.get(3, "x") is MISSING
 
 
+def test_no_changed_bit_of_a_file_goes_unnoticed(tmp_path):
+    boundaries = Boundaries(tmp_path, durable=True)
+    boundaries.put("unit 3", "x", torch.arange(3.0))
+    (file,) = (tmp_path / "batch-unit 3").iterdir()
+    intact = file.read_bytes()
+    for bit in range(8 * len(intact)):
+        data = bytearray(intact)
+        data[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(data)
+        assert boundaries.get("unit 3", "x") is MISSING
+    assert boundaries.n_damaged == 8 * len(intact)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.bfloat16, torch.bool, torch.int64], ids=str)
+@pytest.mark.parametrize("shape", [(), (3, 2), (0, 3)])
+def test_a_file_gives_back_dtype_shape_and_values(tmp_path, dtype, shape):
+    value = (3 * torch.randn(shape)).to(dtype)
+    Boundaries(tmp_path, durable=True).put(0, "x", value)
+    torch.testing.assert_close(Boundaries(tmp_path, durable=True).get(0, "x"), value, rtol=0, atol=0)
+
+
 class Stack(nn.Module):
     """Two layers of a kind that a test gives, between an embedding and a head."""
 
