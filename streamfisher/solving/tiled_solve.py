@@ -98,7 +98,7 @@ def solve_tiled(
             product=product,
             roundoff=precision.roundoff,
         )
-    whole = K if len(groups) == 1 and sum(parameters.values()) else operator_of(list(assignment))
+    whole = K if len(groups) == 1 and any(parameters.values()) else operator_of(list(assignment))
     warn_of_dominance(product, dominance)
     facts = result_facts(metadata, config, center=center, product=product, selection=selection, dominance=dominance)
     facts["block_diagonal_error"] = block_diagonal_error(squared, whole.squared_norm)
