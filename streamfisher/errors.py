@@ -7,6 +7,7 @@ traceback and exits with `exit_code`. Anything else that escapes is a bug and ke
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 
 
 class StreamfisherError(Exception):
@@ -28,7 +29,16 @@ class ModelError(StreamfisherError, ValueError):
 
 
 class LossError(StreamfisherError, ValueError):
-    """The loss has the wrong shape, no targets, or cannot be chosen."""
+    """The loss has the wrong shape, no targets, or cannot be chosen.
+
+    Args:
+        message: for the user.
+        samples: those of the batch that are to blame, by their places in it, where it is known.
+    """
+
+    def __init__(self, message: str, samples: Sequence[int] = ()):
+        super().__init__(message)
+        self.samples = list(samples)
 
 
 class CaptureError(StreamfisherError, RuntimeError):

@@ -16,5 +16,7 @@ elif [ "${CI:-}" = "true" ]; then
 fi
 .venv-test/bin/ruff check .
 .venv-test/bin/ruff format --check .
+.venv-test/bin/lint-imports --no-logo --no-cache
+.venv-test/bin/mypy
 export OMP_NUM_THREADS=1
 exec .venv-test/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder "${marks[@]}" "$@"

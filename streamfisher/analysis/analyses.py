@@ -161,8 +161,16 @@ class Analyses:
         """
         if exact:
             self.require_exact("an exact spectrum", config)
-        options = {"weights": weights, "normalization": normalization, "partial": partial}
-        found = self.block_grams(block_structure, center, samples, **options, config=config, progress=progress)
+        found = self.block_grams(
+            block_structure,
+            center,
+            samples,
+            weights=weights,
+            normalization=normalization,
+            partial=partial,
+            config=config,
+            progress=progress,
+        )
         spectrum = with_error_bars(self.manifest, self.store, found, found.spectrum(top_k))
         if bootstrap:
             spectrum = dataclasses.replace(

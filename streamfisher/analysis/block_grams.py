@@ -129,15 +129,15 @@ class BlockGrams:
         if key not in self.blocks:
             raise ConfigError(f"there is no block {key!r}; the blocks are {', '.join(self.blocks)}.")
         names, n = self.blocks[key], len(self.selection)
-        options = {"block": key, "seed": self.config.seed} | options
+        chosen: dict[str, Any] = {"block": key, "seed": self.config.seed} | options
         with one_thread(self.config.use_deterministic):
             smaller = self.small_side(names[0]) if len(names) == 1 else None
             if smaller is not None:
-                return spectral_density(DenseOperator(smaller, n), side="parameters", **options)
+                return spectral_density(DenseOperator(smaller, n), side="parameters", **chosen)
             zeros = max(n - sum(self.parameters[name] for name in names), 0)
             fits = fits_dense(self.n_stored, n, self.config)
             return spectral_density(
-                DenseOperator(self.gram(key)) if fits else self.operator(names), zeros=zeros, **options
+                DenseOperator(self.gram(key)) if fits else self.operator(names), zeros=zeros, **chosen
             )
 
     def spectrum(self, top_k: int | None = None) -> Spectrum:

@@ -84,8 +84,8 @@ def bootstrap(
     }
     members = [
         {
-            key: _spectrum_of(spectrum.blocks[key], *(part[r] for part in parts), solve)
-            for key, parts in resampled.items()
+            key: _spectrum_of(spectrum.blocks[key], eigenvalues[r], traces[r], norms[r], solve)
+            for key, (eigenvalues, traces, norms) in resampled.items()
         }
         for r in range(n_resamples)
     ]
@@ -148,12 +148,13 @@ def _resample(
     for place, r in enumerate(resamples):
         drawn = multiplicities(len(K), seed, r)
         distinct = np.flatnonzero(drawn)
-        chosen = Selection(distinct, weights[distinct] * drawn[distinct], float(shares @ drawn))
+        of_drawn = weights[distinct] * drawn[distinct]
+        chosen = Selection(distinct, of_drawn, float(shares @ drawn))
         if rows is not None:
             part = rows[distinct]
             if center:
-                part = part - (chosen.weights @ part) / chosen.weights.sum()
-            part = part * np.sqrt(chosen.weights / chosen.denominator)[:, None]
+                part = part - (of_drawn @ part) / of_drawn.sum()
+            part = part * np.sqrt(of_drawn / chosen.denominator)[:, None]
             F = part.T @ part
         else:
             sub = chosen.restrict(K)

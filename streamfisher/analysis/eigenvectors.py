@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import zarr
 from tqdm import tqdm
 
 from streamfisher.analysis.block_grams import BlockGrams
@@ -85,6 +86,11 @@ class _Job:
 
     def marker(self, what: str) -> Any:
         return read_json(self.marks / f"{what}.json")
+
+    def array(self, name: str) -> np.ndarray:
+        stored = self.group[name]
+        assert isinstance(stored, zarr.Array), f"{self.folder / name} is a group"
+        return np.asarray(stored[...])
 
     def put(self, name: str, values: np.ndarray, dimensions: Sequence[str]) -> None:
         array = self.group.create_array(
@@ -222,7 +228,7 @@ def _write(job: _Job, progress: bool) -> None:
     """Second pass: write V parameter by parameter, each with its marker, and say how orthonormal the whole is."""
     if job.marker("solved").get("coefficients") not in (None, chunk_digest(job.folder / "coefficients")):
         raise CorruptRunError(f"{job.folder} is not what was written; `streamfisher verify` clears it.")
-    coefficients = job.group["coefficients"][...]
+    coefficients = job.array("coefficients")
     k = coefficients.shape[1]
     dtype = codecs.stored_dtype(job.store.row_dtype)
     shapes = {item["name"]: item["shape"] for item in job.store.manifest.parameters}

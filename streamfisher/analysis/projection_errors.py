@@ -45,10 +45,9 @@ def with_error_bars(manifest: Manifest, store: RunStore, grams: BlockGrams, spec
         for key, block in spectrum.blocks.items()
     }
     everything = [name for names in members.values() for name in names]
-    whole = dataclasses.replace(
-        spectrum.global_, error_bars=error_bars(spectrum.global_, everything, variances, traces)
-    )
-    projection = spectrum.metadata["projection"] | {"relative_std": whole.error_bars["trace"]}
+    of_whole = error_bars(spectrum.global_, everything, variances, traces)
+    whole = dataclasses.replace(spectrum.global_, error_bars=of_whole)
+    projection = spectrum.metadata["projection"] | {"relative_std": of_whole["trace"]}
     metadata = spectrum.metadata | {"projection": projection}
     return dataclasses.replace(spectrum, blocks=blocks, global_=whole, metadata=metadata)
 
@@ -69,8 +68,9 @@ def error_bars(
     if v == 0.0:
         return dict.fromkeys(SCALAR_METRICS, 0.0)
     e = math.sqrt(v)
-    total = sum(traces[name] for name in names) if traces is not None else 0.0
-    t = math.sqrt(sum(traces[name] ** 2 * variances[name] for name in names)) / total if total > 0 else e
+    t = e
+    if traces is not None and (total := sum(traces[name] for name in names)) > 0:
+        t = math.sqrt(sum(traces[name] ** 2 * variances[name] for name in names)) / total
     found["trace"] = t
     values = [float(value) for value in block.eigenvalues[:2]]
     errors = [math.hypot(e, v / 2 * (block.trace / value - 1.0)) if value > 0 else None for value in values]

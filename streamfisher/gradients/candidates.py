@@ -104,15 +104,16 @@ def options_of(model: nn.Module, slots: Sequence[Slot], called: set[str]) -> dic
     Where a tied parameter has a closed formula at one place (a head's bias in its linear layer), a second place that
     only holds it (the prediction module around) is first taken to contribute nothing.
     """
-    options: dict[str, list[Candidate | None]] = {slot.name: list(candidates_of(model, slot, called)) for slot in slots}
+    candidates = {slot.name: candidates_of(model, slot, called) for slot in slots}
     closed = {
         slot.parameter
         for slot in slots
-        if slot.owner in called and options[slot.name] and options[slot.name][0].rule not in GENERIC
+        if slot.owner in called and candidates[slot.name] and candidates[slot.name][0].rule not in GENERIC
     }
+    options: dict[str, list[Candidate | None]] = {}
     for slot in slots:
-        if slot.parameter in closed and slot.owner in called and options[slot.name][0].rule in GENERIC:
-            options[slot.name].insert(0, None)
+        held = slot.parameter in closed and slot.owner in called and candidates[slot.name][0].rule in GENERIC
+        options[slot.name] = [*([None] if held else []), *candidates[slot.name]]
     return options
 
 

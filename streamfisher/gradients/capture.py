@@ -150,11 +150,13 @@ class Site:
         """Turn one call's saved inputs and output gradients into rows (or factors) of a group's parameters."""
         n_samples = state.n_samples
         if group.rule not in GENERIC:
-            d = as_batch(grads[0], how, n_samples)  # a module with a closed formula has one output
+            grad = grads[0]  # a module with a closed formula has one output
+            assert grad is not None, "nothing is written of a call without gradients"
+            d = as_batch(grad, how, n_samples)
             x = as_batch(saved[0], how, n_samples) if saved else d
-            names = {attribute: name for attribute, name in group.names.items() if state.sink.wants(name)}
-            if names:
-                rule_named(group.rule).write(self.module, x, d, names, state.sink)
+            wanted = {attribute: name for attribute, name in group.names.items() if state.sink.wants(name)}
+            if wanted:
+                rule_named(group.rule).write(self.module, x, d, wanted, state.sink)
             return
         names = [name for name, parameter in group.names.items() if parameter in state.sink.rows]
         if not names:

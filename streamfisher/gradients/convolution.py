@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from streamfisher.gradients.batch_rows import RowSink
 
 
-def unfold_windows(module: nn.Module, x: Tensor) -> Tensor:
+def unfold_windows(module: _ConvNd, x: Tensor) -> Tensor:
     """Return the windows that each output position sees: `(B, C, *positions, *kernel)`, a view of the padded input.
 
     Works for one, two and three spatial axes, with any stride, padding (also 'same' and the reflecting and circular
@@ -28,6 +30,7 @@ def unfold_windows(module: nn.Module, x: Tensor) -> Tensor:
 
 def write_convolution(module: nn.Module, x: Tensor, d: Tensor, names: Mapping[str, str], sink: RowSink) -> None:
     """`dW_i[g] = sum_p d_i[g, :, p] u_i[g, :, p]^T` per group g, with u the unfolded windows; `db_i = sum_p d_ip`."""
+    module = cast(_ConvNd, module)  # the rule matches no other
     n_samples, n_groups = d.shape[0], module.groups
     if "weight" in names:
         windows = unfold_windows(module, x)  # (B, C, *positions, *kernel)

@@ -106,13 +106,11 @@ def per_sample_vjp(
     if is_offloaded(module) or is_sharded(module):
         raise ValueError("its weights are offloaded or sharded, so that it cannot be called with others in their place")
     parameters = {name: module.get_parameter(name).detach() for name in names}
-    used = [i for i, d in enumerate(cotangents) if d is not None]
-    for i in used:
-        if output_kinds[i] == "shared":
-            raise ValueError("an output without a batch axis has a gradient")
+    used = [(i, d) for i, d in enumerate(cotangents) if d is not None]
+    if any(output_kinds[i] == "shared" for i, _ in used):
+        raise ValueError("an output without a batch axis has a gradient")
     pulled = [
-        _samples_first(cotangents[i], "batch" if output_kinds[i] == "single" else output_kinds[i], n_samples)
-        for i in used
+        _samples_first(d, "batch" if output_kinds[i] == "single" else output_kinds[i], n_samples) for i, d in used
     ]
     mapped = [kind in ("batch", "time", "flat") for kind in input_kinds]
     tensors = [
@@ -126,12 +124,12 @@ def per_sample_vjp(
         result = functional_call(module, dict(parameters), args, kwargs, tie_weights=False)
         leaves = pytree.tree_leaves(result)
         floating = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        return tuple(floating[i] for i in used)
+        return tuple(floating[i] for i, _ in used)
 
     if batched:
 
         def one(tensors: list[Tensor], cotangents: list[Tensor]) -> dict[str, Tensor]:
-            _, pull = vjp(lambda parameters: outputs(parameters, tensors), parameters)
+            pull = vjp(lambda parameters: outputs(parameters, tensors), parameters)[1]
             return pull(tuple(cotangents))[0]
 
         return vmap(one, in_dims=([0 if is_mapped else None for is_mapped in mapped], 0))(tensors, pulled)
@@ -141,12 +139,11 @@ def per_sample_vjp(
         with torch.enable_grad():
             leaves = {name: value.detach().requires_grad_() for name, value in parameters.items()}
             results = outputs(leaves, [t[i] if is_mapped else t for t, is_mapped in zip(tensors, mapped, strict=True)])
+            grads: Sequence[Tensor | None] = [None] * len(leaves)
             kept = [(y, d[i]) for y, d in zip(results, pulled, strict=True) if y.requires_grad]
             if kept:
                 ys, ds = zip(*kept, strict=True)
                 grads = torch.autograd.grad(ys, list(leaves.values()), ds, allow_unused=True)
-            else:
-                grads = [None] * len(leaves)
         for name, grad in zip(names, grads, strict=True):
             rows[name].append(torch.zeros_like(parameters[name]) if grad is None else grad)
     return {name: torch.stack(values) for name, values in rows.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from streamfisher.gradients.factors import FactorPair, squared_norms, total
-from streamfisher.gradients.norms import norm
+from streamfisher.gradients.norms import distance, norm
 from streamfisher.gradients.passes import GradientPasses
 
 
@@ -42,13 +42,11 @@ def differences(
         else:
             value = rows[name].sum(0, dtype=torch.float64)
             sizes[name] = norm(rows[name])
-        if grad is not None and name in projected:  # a projection is linear, so the sums agree as they do without
+        # A projection is linear, so the sums agree as they do without.
+        if grad is not None and engine.projection is not None and name in projected:
             side = engine.projection.sides(name, grad.device, torch.float64)
             grad = side.project(grad.double())[0]
-        if value is None or grad is None:
-            found[name] = 0.0 if value is grad else norm(grad if value is None else value)
-        else:
-            found[name] = norm(value, grad)
+        found[name] = distance(value, grad)
     rounding = sum(size**2 for size in sizes.values()) ** 0.5 * engine.floor / engine.tolerance
     scales = {name: max(size, rounding) for name, size in sizes.items()}
     return {name: found[name] / scale if scale else found[name] for name, scale in scales.items()}

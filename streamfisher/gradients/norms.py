@@ -18,6 +18,13 @@ def _wide(one: Tensor, other: Tensor | None) -> Tensor:
     return wide if other is None else wide.sub_(other)
 
 
+def distance(one: Tensor | None, other: Tensor | None) -> float:
+    """Return `|one - other|`, `None` being zero."""
+    if one is None:
+        one, other = other, None
+    return 0.0 if one is None else norm(one, other)
+
+
 def norm(one: Tensor, other: Tensor | None = None) -> float:
     """Return `|one - other|` (or `|one|`), Frobenius, formed in float64 part by part."""
     parts = one.reshape(-1).split(_PART)

@@ -94,9 +94,10 @@ class PlainAutograd:
             loss = losses.sum() if index is None else losses[index]
             found = dict(zip(here, gradients_of(loss, list(here.values())), strict=True))
         for name, leaves in used.items():
-            grads = [leaf.grad for leaf in leaves if leaf.grad is not None]
-            found[name] = sum(grads[1:], grads[0]) if grads else None
-        return loss.detach(), {n: None if found[n] is None else found[n].detach().reshape(-1) for n in tensors}
+            parts = [leaf.grad for leaf in leaves if leaf.grad is not None]
+            found[name] = sum(parts[1:], parts[0]) if parts else None
+        grads = {name: found[name] for name in tensors}
+        return loss.detach(), {n: None if grad is None else grad.detach().reshape(-1) for n, grad in grads.items()}
 
     @contextlib.contextmanager
     def _requiring(self, tensors: Iterable[Tensor]) -> Iterator[None]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from streamfisher.errors import CaptureError, LossError, first_line
 from streamfisher.gradients.candidates import Candidate, NoiseSearch, groups_of, options_of
 from streamfisher.gradients.groups import Group
-from streamfisher.gradients.norms import norm
+from streamfisher.gradients.norms import distance, norm
 from streamfisher.gradients.passes import GradientPasses
 from streamfisher.gradients.probe_report import ParameterReport, ProbeReport
 from streamfisher.gradients.tolerance import COUPLING
@@ -133,7 +133,7 @@ def _route(
     batch: Mapping[str, Any],
     part: Sequence[str],
     reference: Reference,
-    options: Mapping[str, Sequence[Candidate]],
+    options: Mapping[str, Sequence[Candidate | None]],
 ) -> tuple[list[Group], dict[str, str]]:
     """Return the groups that serve the parameters of a part, and the parameters that none serves, with reasons."""
     slots = [slot for slot in engine.slots if slot.parameter in part]
@@ -170,13 +170,15 @@ def _route(
             continue
         moved = False
         for name in names:
-            agrees, error, noise = (False, 0.0, False) if name in failed else _compare(engine, rows, reference, name)
+            agrees, deviation, noise = (
+                (False, 0.0, False) if name in failed else _compare(engine, rows, reference, name)
+            )
             if (agrees and not noise) or name in search.settled:
                 continue
             moved = True
             places = [slot.name for slot in active if slot.parameter == name]
             if agrees:
-                search.note(name, error, {place: position[place] for place in places})
+                search.note(name, deviation, {place: position[place] for place in places})
             if search.enough(name) or all(position[place] == len(options[place]) - 1 for place in places):
                 if search.found(name):
                     position.update(search.settle(name))
@@ -251,13 +253,12 @@ def _check_independence(
                 f"The loss of one sample is {reference.losses[i]:.6g} at one time and {float(again):.6g} at the next: "
                 "the model or the loss is random even in eval mode. Make it deterministic."
             )
-        error = LossError(
+        raise LossError(
             f"The loss couples samples: alone, sample {i} of the batch has the loss {reference.losses[i]:.6g} and in a "
             f"batch of {len(samples)} {float(loss):.6g}; its gradients differ by {worst[0]:.1e} (relative). Per-sample "
-            "gradients need a loss of each sample by itself (no contrastive terms, no batch statistics)."
+            "gradients need a loss of each sample by itself (no contrastive terms, no batch statistics).",
+            samples=[i],
         )
-        error.samples = [i]
-        raise error
     return noise
 
 
@@ -282,12 +283,9 @@ def _called_modules(engine: GradientPasses, sample: Mapping[str, Any]) -> set[st
 
 def _error(row: Tensor | None, truth: Tensor | None, whole: float, floor: float) -> tuple[float, bool]:
     """Return the norm-relative error, and whether it is more than the rounding of the `whole` gradient's norm."""
-    if truth is None and row is None:
-        return 0.0, False
+    difference = distance(row, truth)
     if truth is None or row is None:
-        size = norm(row if truth is None else truth)
-        return (0.0, False) if size == 0.0 else (float("inf"), size > floor * whole)
-    difference = norm(row, truth)
+        return (0.0, False) if difference == 0.0 else (float("inf"), difference > floor * whole)
     size = norm(truth)
     if difference == 0.0:
         return 0.0, False

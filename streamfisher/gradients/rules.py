@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,7 @@ def write_embedding(module: nn.Module, x: Tensor, d: Tensor, names: Mapping[str,
 
 def write_layer_norm(module: nn.Module, x: Tensor, d: Tensor, names: Mapping[str, str], sink: RowSink) -> None:
     """`y = w * n(x) + b`: `dw_i = sum_t d_it * n(x_it)`, `db_i = sum_t d_it`."""
+    module = cast(nn.LayerNorm, module)  # the rule matches no other
     shape = tuple(module.normalized_shape)
     d = positions(d, len(shape))
     if "weight" in names:
@@ -98,11 +100,12 @@ def write_rms_norm_float32(module: nn.Module, x: Tensor, d: Tensor, names: Mappi
 
 
 def _write_rms_norm(module: nn.Module, x: Tensor, d: Tensor, names: Mapping[str, str], sink: RowSink) -> None:
-    shape = tuple(getattr(module, "normalized_shape", None) or module.weight.shape)
+    weight = cast(Tensor, module.weight)
+    shape = tuple(getattr(module, "normalized_shape", None) or weight.shape)
     axes = tuple(range(-len(shape), 0))
     eps = _rms_epsilon(module)
     if eps is None:  # torch.nn.RMSNorm's default: the epsilon of the input's own dtype
-        eps = torch.finfo(module.weight.dtype).eps
+        eps = torch.finfo(weight.dtype).eps
     normal = x * torch.rsqrt(x.pow(2).mean(axes, keepdim=True) + eps)
     sink.add(names["weight"], (positions(normal, len(shape)) * positions(d, len(shape))).sum(1))
 
@@ -115,6 +118,8 @@ def write_group_norm(module: nn.Module, x: Tensor, d: Tensor, names: Mapping[str
             return torch.nn.functional.group_norm(x, module.num_groups, eps=module.eps)
         if isinstance(module, nn.modules.instancenorm._InstanceNorm) and not module.track_running_stats:
             return torch.nn.functional.instance_norm(x, eps=module.eps)
+        assert isinstance(module, nn.modules.batchnorm._NormBase), "the rule matches no other"
+        assert module.running_mean is not None and module.running_var is not None, "nor one without statistics"
         mean, variance = module.running_mean.to(x.dtype), module.running_var.to(x.dtype)
         return torch.nn.functional.batch_norm(x, mean, variance, training=False, eps=module.eps)
 
@@ -186,7 +191,7 @@ RULES: list[Rule] = [
         lambda m: isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d),
         write_convolution,
         layouts=("batch",),
-        factors=lambda m: m.groups == 1,
+        factors=lambda m: getattr(m, "groups", None) == 1,
     ),
 ]
 

@@ -35,7 +35,13 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         for module, dropout in dropouts:
             module.dropout = dropout
         for module, attribute, flag in flags:
-            module._parameters[attribute].requires_grad_(flag)
+            present = module._parameters[attribute]
+            if present is not None:
+                present.requires_grad_(flag)
+
+
+#: Whether a 4-bit module of bitsandbytes packs its weights for a CPU.
+PACKS = "support_avx512bf16_for_cpu"
 
 
 def notes_on(model: nn.Module) -> tuple[str, ...]:
@@ -107,15 +113,15 @@ def without_packing(model: nn.Module) -> Iterator[None]:
     On CPUs with AVX512-BF16 it packs those of a module that is called in eval mode without gradient. That rounds their
     scales to bfloat16, and no gradient passes through the module any more. `state_dict` unpacks what is packed already.
     """
-    packing = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    packing = [module for module in model.modules() if getattr(module, PACKS, False)]
     try:
         for module in packing:
-            module.support_avx512bf16_for_cpu = False
+            setattr(module, PACKS, False)
             module.state_dict()
         yield
     finally:
         for module in packing:
-            module.support_avx512bf16_for_cpu = True
+            setattr(module, PACKS, True)
 
 
 def prepare_recurrent(model: nn.Module, device: torch.device) -> None:

@@ -92,7 +92,7 @@ def load_sharded(kind: Any, spec: str, options: Mapping[str, Any], device: torch
             return config, {"": str(device)}, None
 
         @classmethod
-        def maybe_distribute_model(cls, model: nn.Module, config: Any, mesh: None) -> nn.Module:
+        def maybe_distribute_model(cls, model: Any, config: Any, mesh: None) -> nn.Module:
             del model.config.distributed_config
             model.__class__ = kind
             model.tie_weights()  # before sharding, which otherwise takes a tied weight for two

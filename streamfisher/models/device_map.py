@@ -83,15 +83,17 @@ def place(model: nn.Module, devices: DeviceMap, offload_folder: str | Path) -> n
     from accelerate.utils import get_balanced_memory
 
     kept = getattr(model, "_no_split_modules", None)
-    if isinstance(devices, str):
+    if not isinstance(devices, str):
+        places: Mapping[str, int | str] = devices
+    else:
         memory = None
         if devices != "sequential":
             low_zero = devices == "balanced_low_0"
             memory = get_balanced_memory(model, no_split_module_classes=kept, low_zero=low_zero)
-        devices = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=kept)
-    check_device_map(model, devices)
+        places = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=kept)
+    check_device_map(model, places)
     try:
-        return dispatch_model(model, dict(devices), offload_dir=str(offload_folder), force_hooks=True)
+        return dispatch_model(model, dict(places), offload_dir=str(offload_folder), force_hooks=True)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"--device-map cannot be followed: {first_line(error)}") from error
 

@@ -27,7 +27,7 @@ def model_fingerprint(model: nn.Module) -> str:
         for part in _parts(whole(stored_tensor(model, name, tensor)).detach()):
             flat = part.contiguous().reshape(-1)
             if flat.numel():
-                digest.update(memoryview(flat.view(torch.uint8).cpu().numpy()))
+                digest.update(flat.view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 

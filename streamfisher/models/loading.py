@@ -54,7 +54,7 @@ def load_model(
                 f"MODEL {spec} returned a {type(model).__name__}, not a torch.nn.Module; it must return the model."
             )
     else:
-        where = {"device_map": {"": str(device)}}
+        where: dict[str, Any] = {"device_map": {"": str(device)}}
         if device_map is not None:
             where = {"device_map": device_map, "offload_folder": str(offload_folder)}
         return _load_pretrained(spec, dtype, trust_remote_code, where, device if sharded else None).eval()

@@ -207,7 +207,7 @@ def _choose(model: nn.Module, batch: Mapping[str, Any], seq2seq: bool) -> tuple[
                 f"Float input_ids of shape {tuple(inputs.shape)} have no labels, and the output's shape "
                 f"{tuple(logits.shape)} differs, so the labels cannot be the inputs. Add labels."
             )
-    labels = inputs if labels is None else labels
+        labels = inputs
     if labels.is_floating_point():
         return "regression", "float labels"
     if logits.dim() == 2 and labels.numel() == labels.shape[0]:
@@ -267,9 +267,7 @@ def _check_targets(targets: Tensor, n_classes: int) -> None:
 
 
 def _sample_error(message: str, samples: list[int]) -> LossError:
-    error = LossError(message)
-    error.samples = samples
-    return error
+    return LossError(message, samples)
 
 
 def _list(samples: list[int]) -> str:

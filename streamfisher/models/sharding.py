@@ -28,14 +28,17 @@ def class_of(model: nn.Module) -> type[nn.Module]:
     """Return the model's class, not the one that FSDP2 made of it."""
     from torch.distributed.fsdp import FSDPModule
 
-    return next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    return next(
+        kind for kind in type(model).__mro__ if issubclass(kind, nn.Module) and not issubclass(kind, FSDPModule)
+    )
 
 
 def reshard(model: nn.Module) -> None:
     """Let go of weights that FSDP2 still holds whole after a pass: its outermost ones, until a backward pass."""
     for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()
+        let_go = getattr(module, "reshard", None)
+        if let_go is not None and hasattr(module, "unshard"):
+            let_go()
 
 
 def check_ranks() -> None:
@@ -65,7 +68,8 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in _blocks(model):
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # in place: it only gives the model another class
+    return model
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:

@@ -148,7 +148,7 @@ class NumpySum:
 
     def __init__(self, n_samples: int, known: int = 0):
         self.known = known
-        self.arrays = NumpyArrays()
+        self.arrays: ArrayModule = NumpyArrays()
         self.total = np.zeros((n_samples - known, n_samples))
         self._product: np.ndarray | None = None  # of a panel; kept, because fresh memory takes time
 
@@ -186,7 +186,7 @@ class TorchSum:
 
     def __init__(self, n_samples: int, known: int, device: torch.device):
         self.known, self.device = known, device
-        self.arrays = TorchArrays(device)
+        self.arrays: ArrayModule = TorchArrays(device)
         self.total = torch.zeros(n_samples - known, n_samples, dtype=torch.float64, device=device)
 
     def add(self, panel: np.ndarray | Tensor) -> None:

@@ -16,7 +16,7 @@ _METRICS = ("trace", "largest_eigenvalue", "spectral_gap", "condition_number", "
 
 def comparison_table(comparison: Comparison) -> str:
     """Return metrics of every shared block with one line per run, overlaps, and what to beware of."""
-    rows = [("block", "run", *(name.replace("_", " ") for name in _METRICS))]
+    rows: list[tuple[str, ...]] = [("block", "run", *(name.replace("_", " ") for name in _METRICS))]
     for key in (*comparison.shared_blocks, None):
         if key is None and comparison.shared_blocks == ("global",):
             continue
@@ -35,7 +35,9 @@ def comparison_table(comparison: Comparison) -> str:
     lines = _aligned(rows)
     if comparison.overlaps:
         lines += ["", "Overlap of leading eigenspaces (mean squared cosine of the principal angles; 1: the same space)"]
-        table = [("block", "runs", "k", "overlap", "of random", "smallest angle", "largest angle")]
+        table: list[tuple[str, ...]] = [
+            ("block", "runs", "k", "overlap", "of random", "smallest angle", "largest angle")
+        ]
         for overlap in comparison.overlaps:
             angles = overlap.angles
             shown = (f"{overlap.mean_squared_cosine:.4f}", f"{min(overlap.k / overlap.n_params, 1):.1e}")

@@ -122,8 +122,9 @@ def export(
     arrays = _arrays(spectra) | {f"samples/{name}": np.asarray(values) for name, values in (per_sample or {}).items()}
     facts = json.dumps([_without_eigenvalues(spectrum.to_dict()) for spectrum in spectra], allow_nan=False)
     if kind == "npz":
+        named: dict[str, Any] = {"metadata": np.array(facts), **arrays}
         with path.open("wb") as file:
-            np.savez_compressed(file, metadata=np.array(facts), **arrays)
+            np.savez_compressed(file, **named)
         return [path]
     if kind == "safetensors":
         from safetensors.numpy import save_file

@@ -43,7 +43,7 @@ def svg(draw: Callable[[Any], None], *, width: float, height: float, title: str)
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": title,
         "font.family": ["sans-serif"],

@@ -116,7 +116,8 @@ class Overlap:
     @property
     def angles(self) -> np.ndarray:
         """Return the principal angles in degrees, ascending, (k,) float64."""
-        return np.degrees(np.arccos(np.clip(self.cosines, 0.0, 1.0)))
+        angles: np.ndarray = np.degrees(np.arccos(np.clip(self.cosines, 0.0, 1.0)))
+        return angles
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""

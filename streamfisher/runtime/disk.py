@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from streamfisher.byte_sizes import format_bytes
+from streamfisher.byte_sizes import format_bytes, parse_bytes
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError
 
@@ -16,7 +16,7 @@ DISK_MARGIN = 64 << 20
 def disk_limit(config: SpectralConfig, path: Path) -> int:
     """Return the bytes that a run may take on its disk."""
     free = free_disk(path) - DISK_MARGIN
-    return min(free, config.disk_budget) if config.disk_budget is not None else free
+    return min(free, parse_bytes(config.disk_budget)) if config.disk_budget is not None else free
 
 
 def free_disk(path: Path) -> int:

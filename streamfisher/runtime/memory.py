@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import psutil
 
+from streamfisher.byte_sizes import parse_bytes
 from streamfisher.config import SpectralConfig
 
 
@@ -23,7 +24,7 @@ def local_ranks() -> int:
 
 def working_memory(budget: int | str | None) -> int:
     """Return the bytes that a stage of this process may use: its budget, or its share of half of what is free."""
-    return int(budget or 0) or psutil.virtual_memory().available // 2 // local_ranks()
+    return parse_bytes(budget) if budget else psutil.virtual_memory().available // 2 // local_ranks()
 
 
 def give_back() -> None:

@@ -141,7 +141,7 @@ class Ranks:
         self._steps += 1
         key = f"wait/{self._steps}"
         with self._connected():
-            self._store.set(f"{key}/{self.index}", b"")
+            self._store.set(f"{key}/{self.index}", "")
             arrived = self._store.add(key, 1)
         progress, heard, looked = -1, time.monotonic(), time.monotonic()
         while arrived < self.count:

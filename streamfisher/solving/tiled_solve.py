@@ -76,7 +76,7 @@ def solve_tiled(operator_of: Callable[[Sequence[str]], TiledGram], problem: Eige
             product=problem.product,
             roundoff=problem.precision.roundoff,
         )
-    whole = K if len(groups) == 1 and sum(parameters.values()) else operator_of(list(problem.assignment))
+    whole = K if len(groups) == 1 and any(problem.parameters.values()) else operator_of(list(problem.assignment))
     return problem.combined(
         blocks, whole.trace / n, squared=squared, whole_squared=whole.squared_norm, dominance=dominance
     )

@@ -97,7 +97,8 @@ def span_loss(
         armed: whether the first evaluation collects the gradients of the inputs.
         offset: see `inner_product`.
     """
-    trace, notes = stack.trace, []
+    trace = stack.trace
+    notes: list[Replay] = []
 
     def loss(_module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         n_samples = batch_size(batch)

@@ -48,7 +48,7 @@ class Trace:
     # Of the model's own code before call k (len(calls): after the last one):
     parameters: dict[int, set[str]] = field(default_factory=dict)  # captured ones that its outputs depend on
     reads: dict[int, set[Key]] = field(default_factory=dict)  # layers' outputs that it reads
-    losses: Tensor | None = None
+    losses: Tensor = field(default_factory=lambda: torch.empty(0))  # (B,), once the batch went through
 
     def fresh(self, k: int) -> list[Key]:
         """Return the keys of what the model's code made for call k."""
