@@ -10,7 +10,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, overload
 
 import torch
 
@@ -55,6 +55,10 @@ IDENTITY_FIELDS = (
 )
 
 
+@overload
+def parse_dtype(value: None, field: str = "dtype") -> None: ...
+@overload
+def parse_dtype(value: torch.dtype | str, field: str = "dtype") -> torch.dtype: ...
 def parse_dtype(value: torch.dtype | str | None, field: str = "dtype") -> torch.dtype | None:
     """Return the floating `torch.dtype` that `value` names; `None` stays `None`.
 

@@ -17,4 +17,4 @@ def collected(path, *, model=None, samples=None, **options):
 
 
 def budget(whole, share=0.4):
-    return GRAMS + int(share * whole.store.bytes_of_rows(11))
+    return GRAMS + int(share * whole.store.rows.bytes_of(11))

@@ -21,7 +21,9 @@ def make_run(path: Path, n: int = 24, *, seed: int = 0, **options) -> sf.Run:
 def rows(run: sf.Run, names=None) -> np.ndarray:
     """Return the stored rows of some parameters (all by default), (N, P) float64."""
     names = list(run.parameters) if names is None else names
-    return np.concatenate([run.store.columns(name, 0, run.parameters[name]) for name in names], axis=1).astype(float)
+    return np.concatenate([run.store.rows.columns(name, 0, run.parameters[name]) for name in names], axis=1).astype(
+        float
+    )
 
 
 PATTERNS = {"first.*": "first", "second.*": "second"}
@@ -31,4 +33,4 @@ def forget_last_unit(run: sf.Run) -> None:
     """Make a finished run one that lacks its last unit and all Grams, as a kill would leave it."""
     run.store.forget_unit(run.store.units[-1])
     for name in run.parameters:
-        run.store.forget_gram(name)
+        run.store.grams.forget(name)

@@ -100,7 +100,7 @@ def main(options=None):
         differences[name] = float(np.linalg.norm(direct - stored) / np.linalg.norm(direct))
         print(f"{name}: {differences[name]:.1e}")
     spectrum = json.loads((arguments.run / "spectrum.json").read_text())
-    trace, squared = spectrum["global"]["trace"], run.store.per_sample("squared_norm")
+    trace, squared = spectrum["global"]["trace"], run.store.samples.per_sample("squared_norm")
     differences["trace"] = abs(trace - squared.sum() / len(samples)) / trace
     print(f"trace against the mean squared norm: {differences['trace']:.1e}")
     weights.close()

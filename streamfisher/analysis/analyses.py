@@ -74,15 +74,15 @@ class Analyses:
         center = config.center_gradients if center is None else center
         keys = self.store.gram_members
         assignment = check_grouping(keys, assign_blocks(self.parameters, structure), per=self.config.gram_per)
-        unfinished = PartialGrams(self.store, config) if partial and not self.store.is_collected else None
-        valid = self.store.per_sample("valid") == 1
+        unfinished = PartialGrams(self.store, config) if partial and not self.store.markers.is_collected else None
+        valid = self.store.samples.per_sample("valid") == 1
         selection = select(
             self.n_samples,
             valid if unfinished is None else valid & unfinished.mask,
             samples,
             weights,
             normalization=normalization,
-            n_targets=self.store.per_sample("n_targets"),
+            n_targets=self.store.samples.per_sample("n_targets"),
         )
         if unfinished is None:
             self.build_grams(config, progress=progress)
@@ -92,7 +92,7 @@ class Analyses:
         if samples is not None:
             metadata["samples"] = f"{len(selection)} selected of {self.n_samples}"
         metadata["block_structure"] = structure if isinstance(structure, str) else dict(structure)
-        source = self.store if unfinished is None else unfinished
+        source = self.store.grams if unfinished is None else unfinished
         return BlockGrams(
             gram_of=lambda name: stored_gram(source, name, center),
             parameters={key: sum(self.parameters[name] for name in members) for key, members in keys.items()},
@@ -100,12 +100,12 @@ class Analyses:
             selection=selection,
             center=center,
             config=config,
-            precision=RowPrecision(self.store.row_dtype, self.store.unit_roundoff),
+            precision=RowPrecision(self.store.row_dtype, self.store.rows.unit_roundoff),
             metadata=metadata,
-            tile_of=self.store.gram_tile if unfinished is None else None,
-            mean_products_of=(lambda name: None) if center else self.store.gram_mean_products,
+            tile_of=self.store.grams.tile if unfinished is None else None,
+            mean_products_of=(lambda name: None) if center else self.store.grams.mean_products,
             # Drawn columns and unfinished runs have none; a moment left from before would be of other rows.
-            moment_of=self.store.read_moment
+            moment_of=self.store.moments.read
             if unfinished is None and config.max_params_per_block is None
             else lambda name: None,
         )

@@ -28,7 +28,7 @@ from streamfisher.solving.selection import Selection
 from streamfisher.solving.solve import Eigenproblem, RowPrecision, add, solve_blocks
 from streamfisher.solving.tiled_gram import ReadTile, TiledGram
 from streamfisher.solving.tiled_solve import fits_dense, solve_tiled
-from streamfisher.store import RunStore
+from streamfisher.store.grams import GramStore
 from streamfisher.store.moments import Moment
 
 
@@ -159,9 +159,9 @@ class BlockGrams:
         )
 
 
-def stored_gram(source: RunStore | PartialGrams, name: str, center: bool) -> np.ndarray:
+def stored_gram(source: GramStore | PartialGrams, name: str, center: bool) -> np.ndarray:
     """Return the Gram of all rows, (N, N); where rows are stored centered, with the mean put back unless `center`."""
-    gram, mean_products = source.read_gram(name)
+    gram, mean_products = source.read(name)
     if mean_products is not None and not center:
         return uncenter(gram, mean_products)
     return gram

@@ -96,7 +96,7 @@ def subspace_overlap(
     n_params = 0
     for name in grams_a.blocks[block]:
         n_params += a.parameters[name]
-        width = max(a.store.chunk_columns(name), b.store.chunk_columns(name))
+        width = max(a.store.rows.chunk_columns(name), b.store.rows.chunk_columns(name))
         pairs = zip(slabs(a.store, name, width), slabs(b.store, name, width), strict=True)
         for (_, _, rows_a), (_, _, rows_b) in pairs:
             V_a, V_b = C_a.T @ rows_a, C_b.T @ rows_b

@@ -112,13 +112,13 @@ def slabs(store: RunStore, name: str, width: int | None = None) -> Iterator[tupl
         name: of the parameter.
         width: columns that are read together at no extra cost; `None` means those of a chunk.
     """
-    columns, chunk = store.parameters[name], max(width or store.chunk_columns(name), 1)
+    columns, chunk = store.parameters[name], max(width or store.rows.chunk_columns(name), 1)
     if width is None:
         chunk = max(_SLAB_BYTES // (8 * store.n_samples) // chunk, 1) * chunk
     for start in range(0, columns, chunk):
         stop = min(start + chunk, columns)
-        rows = store.columns(name, start, stop).astype(np.float64)
-        mean = store.mean(name, start, stop)
+        rows = store.rows.columns(name, start, stop).astype(np.float64)
+        mean = store.means.mean(name, start, stop)
         yield start, stop, rows if mean is None else rows + mean
 
 
@@ -128,7 +128,7 @@ def _identity(store: RunStore, grams: BlockGrams, block: str, top: int) -> dict[
     digest = hashlib.sha256(selection.samples.astype("<i8").tobytes())
     digest.update(b"" if selection.weights is None else selection.weights.astype("<f8").tobytes())
     names = [name for key in grams.blocks[block] for name in store.gram_members[key]]
-    sums = [store.gram_checksums(key) for key in grams.blocks[block]]
+    sums = [store.grams.checksums(key) for key in grams.blocks[block]]
     return {
         "block": block,
         "parameters": names,
@@ -216,7 +216,7 @@ def _refine(job: _Job, coefficients: np.ndarray, progress: bool) -> None:
     refined = coefficients @ X
     signs = np.sign(refined[np.abs(refined).argmax(axis=0), np.arange(k)])
     projections = products @ X * signs
-    projections[job.store.per_sample("valid") != 1] = np.nan
+    projections[job.store.samples.per_sample("valid") != 1] = np.nan
     job.put("coefficients", refined * signs, ("sample", "eigenvector"))
     job.put("projections", projections, ("sample", "eigenvector"))
     job.put("eigenvalues", values[::-1].copy(), ("eigenvector",))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import RunError
 from streamfisher.reduction import gram as grams
 from streamfisher.store import RunStore
+from streamfisher.store.factors import FactorSegment
 
 #: Grams of an unfinished run are kept in memory up to this size in all; further ones are computed again when needed.
 _CACHE_BYTES = 1 << 30
@@ -19,14 +22,14 @@ class FinishedRows:
     def __init__(self, store: RunStore, samples: np.ndarray):
         self.store = store
         self.samples = samples  # (n,) int64, ascending
-        self.parameters = store.parameters
+        self.parameters: Mapping[str, int] = store.parameters
         self.n_samples = len(samples)
-        self.numpy_row_dtype, self.numpy_read_dtype = store.numpy_row_dtype, store.numpy_read_dtype
-        self.decoding_bytes = store.decoding_bytes + store.numpy_row_dtype.itemsize
+        self.numpy_row_dtype, self.numpy_read_dtype = store.rows.numpy_row_dtype, store.rows.numpy_read_dtype
+        self.decoding_bytes = store.rows.decoding_bytes + store.rows.numpy_row_dtype.itemsize
 
     def chunk_columns(self, name: str) -> int:
         """Return the columns that are read together."""
-        return self.store.chunk_columns(name)
+        return self.store.rows.chunk_columns(name)
 
     def columns(
         self, name: str, start: int, stop: int, rows: slice | None = None, *, out: np.ndarray | None = None
@@ -34,9 +37,9 @@ class FinishedRows:
         """Return (n, stop - start), or a range of these rows: unwritten ones are dropped before anyone sees them."""
         chosen = self.samples if rows is None else self.samples[rows]
         if len(chosen) == 0:
-            return self.store.columns(name, start, stop, slice(0, 0))
+            return self.store.rows.columns(name, start, stop, slice(0, 0))
         first, last = int(chosen[0]), int(chosen[-1]) + 1
-        return self.store.columns(name, start, stop, slice(first, last))[chosen - first]
+        return self.store.rows.columns(name, start, stop, slice(first, last))[chosen - first]
 
     def representation(self, name: str) -> str:
         """Return 'dense': rows of some of the samples are asked for by columns, however they are held."""
@@ -44,7 +47,15 @@ class FinishedRows:
 
     def mean(self, name: str, start: int, stop: int) -> np.ndarray | None:
         """Return the mean gradient that was subtracted from the rows, or `None`."""
-        return self.store.mean(name, start, stop)
+        return self.store.means.mean(name, start, stop)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter."""
+        return self.store.rows.shape(name)
+
+    def segments(self, name: str) -> list[FactorSegment]:
+        """Return nothing: see `representation`."""
+        return []
 
 
 class PartialGrams:
@@ -64,7 +75,7 @@ class PartialGrams:
                 f"{store.path} is collected in {len(store.waves)} waves and not finished, so no samples have all their "
                 "gradients yet. Run the command that made it again; it goes on where it stopped."
             )
-        done = store.done_units()
+        done = store.markers.done_units()
         finished = [np.arange(unit.start, unit.stop) for unit in store.units if unit.index in done]
         samples = np.concatenate(finished) if finished else np.zeros(0, dtype=np.int64)
         if len(samples) < 2:
@@ -83,8 +94,8 @@ class PartialGrams:
         mask[self.rows.samples] = True
         return mask
 
-    def read_gram(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return what `RunStore.read_gram` returns, NaN in the rows and columns of samples without gradients."""
+    def read(self, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return what `GramStore.read` returns, NaN in the rows and columns of samples without gradients."""
         if name not in self._cache:
             keys = {name: self.rows.store.gram_members[name]}
             (finished,) = grams.build_grams(self.rows, self.config, _keep, keys=keys)

@@ -89,7 +89,7 @@ def error_bars(
 
 def _traces(store: RunStore, grams: BlockGrams) -> dict[str, float]:
     """Return the trace of each parameter's projected rows over the selected samples, up to a common factor."""
-    squares = store.per_sample("squared_norm")[grams.selection.samples]
+    squares = store.samples.per_sample("squared_norm")[grams.selection.samples]
     weights = grams.selection.weights
     sums = squares.sum(axis=0) if weights is None else np.asarray(weights) @ squares
     return dict(zip(store.parameters, sums.tolist(), strict=True))

@@ -46,7 +46,7 @@ class StoredRun(Analyses):
     @property
     def losses(self) -> np.ndarray:
         """Return the per-sample losses, (N,) float64."""
-        return self.store.per_sample("loss")
+        return self.store.samples.per_sample("loss")
 
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, N={self.n_samples}, P={sum(self.parameters.values())})"
@@ -66,8 +66,8 @@ class StoredRun(Analyses):
             CorruptRunError: stored rows are missing or do not have the norms they were collected with.
         """
         config = config or self.config
-        self.store.require_rows()
-        done = self.store.grams_done(grams.gram_settings(config))
+        self.store.markers.require_collected()
+        done = self.store.grams.done(grams.gram_settings(config))
         return list(self._build([key for key in self.store.gram_members if key not in done], config, progress=progress))
 
     def rebuild_grams(self, config: SpectralConfig | None = None, *, progress: bool = False) -> dict[str, float | None]:
@@ -84,7 +84,7 @@ class StoredRun(Analyses):
             RunError: the run is not fully collected, or another process is writing it.
             CorruptRunError: stored rows are missing or do not have the norms they were collected with.
         """
-        self.store.require_rows()
+        self.store.markers.require_collected()
         return self._build(list(self.store.gram_members), config or self.config, rebuild=True, progress=progress)
 
     def _build(
@@ -98,25 +98,25 @@ class StoredRun(Analyses):
 
     def gram(self, name: str, *, center: bool = False) -> np.ndarray:
         """Return the Gram of one parameter's rows over the valid samples, (n, n) float64."""
-        chosen = select(self.n_samples, self.store.per_sample("valid") == 1)
-        K = chosen.restrict(stored_gram(self.store, name, center))
+        chosen = select(self.n_samples, self.store.samples.per_sample("valid") == 1)
+        K = chosen.restrict(stored_gram(self.store.grams, name, center))
         return chosen.center(K) if center else K
 
     def metadata(self, config: SpectralConfig | None = None) -> dict[str, Any]:
         """Return the facts that a result of this run must carry: what N counts, what was left out, and of what."""
-        valid = self.store.per_sample("valid") == 1
+        valid = self.store.samples.per_sample("valid") == 1
         return describe(
             self.manifest,
             config or self.config,
             n_stored=self.n_samples,
-            n_targets=int(self.store.per_sample("n_targets")[valid].sum()),
-            skipped=self.store.skipped(),
+            n_targets=int(self.store.samples.per_sample("n_targets")[valid].sum()),
+            skipped=self.store.samples.skipped(),
         )
 
     def info(self) -> dict[str, Any]:
         """Return what the run holds and how far it is, as plain JSON values."""
         store = self.store
-        done = store.finished_units()
+        done = store.markers.finished_units()
         samples_done = sum(len(unit) for unit in store.units if unit.index in done)
         return {
             "path": str(self.path),
@@ -124,12 +124,12 @@ class StoredRun(Analyses):
             "n_samples": self.n_samples,
             "samples_done": samples_done,
             "complete": samples_done == self.n_samples,
-            "grams_done": len(store.grams_done(grams.gram_settings(self.config))),
+            "grams_done": len(store.grams.done(grams.gram_settings(self.config))),
             "n_grams": len(store.gram_members),
             "n_parameters": len(self.parameters),
             "n_waves": len(store.waves),
-            "gradients_deleted": [name for name in self.parameters if store.is_deleted(name)],
-            "factored_parameters": [name for name in self.parameters if store.representation(name) == "factors"],
+            "gradients_deleted": [name for name in self.parameters if store.kept.is_deleted(name)],
+            "factored_parameters": [name for name in self.parameters if store.rows.representation(name) == "factors"],
             "total_params": sum(self.parameters.values()),
             "projected_parameters": [name for name, size in self.parameters.items() if store.parameters[name] < size],
             "bytes_on_disk": store.bytes_on_disk(),
@@ -140,6 +140,6 @@ class StoredRun(Analyses):
             "layout": dict(self.manifest.layout),
             "probe": dict(self.manifest.probe),
             "excluded": dict(self.manifest.excluded),
-            "skipped": {str(sample): reason for sample, reason in store.skipped().items()},
+            "skipped": {str(sample): reason for sample, reason in store.samples.skipped().items()},
             "versions": dict(self.manifest.versions),
         }

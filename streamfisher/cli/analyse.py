@@ -156,7 +156,7 @@ def _export(arguments: argparse.Namespace) -> int:
         for structure in options.structures
         for center in options.centers
     ]
-    per_sample = {name: run.store.per_sample(name) for name in ("loss", "n_targets", "valid")}
+    per_sample = {name: run.store.samples.per_sample(name) for name in ("loss", "n_targets", "valid")}
     files = export(spectra, target, arguments.to, per_sample=per_sample)
     if arguments.json:
         print_json({"files": [str(path) for path in files]})

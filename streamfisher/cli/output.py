@@ -66,7 +66,7 @@ def analyse(
     if target is not None:
         print(f"Eigenvalues and metrics: {write_spectra(spectra, target)}", file=say)
         if write:
-            run.store.mark_result(target)
+            run.store.markers.mark_result(target)
     if write and importlib.util.find_spec("matplotlib"):
         print(f"Picture: {picture(spectra, run.path / 'spectrum.png')}", file=say)
     elif write:

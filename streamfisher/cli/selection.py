@@ -66,7 +66,7 @@ def where(run: StoredRun, condition: re.Match[str]) -> np.ndarray:
         ConfigError: the run has no such field, or fewer than 2 samples meet the condition.
     """
     name, sign, number = condition.groups()
-    fields = run.store.fields()
+    fields = run.store.samples.fields()
     if name not in fields:
         raise ConfigError(f"--samples {condition.string}: the run has no field {name!r}; it has {', '.join(fields)}.")
     mask = _COMPARISONS[sign](fields[name], float(number))

@@ -68,12 +68,12 @@ def _state(path: Path) -> tuple[str, bool]:
     store = RunStore(path)
     parts = []
     for wave in range(len(store.waves)):
-        done = sum(len(store.units[index]) for index in store.done_units(stage_of(wave)))
+        done = sum(len(store.units[index]) for index in store.markers.done_units(stage_of(wave)))
         name = f"wave {wave + 1}: " if len(store.waves) > 1 else ""
         parts.append(f"{name}{done} of {store.n_samples} samples")
-    grams = sum(store.has_gram(key) for key in store.gram_members)
+    grams = sum(store.grams.has(key) for key in store.gram_members)
     parts.append(f"{grams} of {len(store.gram_members)} Grams")
-    return f"{path}: {', '.join(parts)}", store.is_collected and grams == len(store.gram_members)
+    return f"{path}: {', '.join(parts)}", store.markers.is_collected and grams == len(store.gram_members)
 
 
 def _words(line: dict[str, Any]) -> str:

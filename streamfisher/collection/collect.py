@@ -93,7 +93,7 @@ def collect_gradients(
             producer.apply_routes(ProbeReport.from_dict(store.manifest.probe))
             if ranks.is_main:
                 store.sweep()
-                store.write_fields(data.fields)
+                store.samples.write_fields(data.fields)
             batches = data.batches(model, config, store.batch_tokens, store.units)
             left = beside_weights(producer, config)
             collection = Collection(store, producer, batches, left, ranks, sharded, progress)

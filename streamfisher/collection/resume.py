@@ -54,7 +54,7 @@ def create_or_resume(
             units = make_units(len(data.samples), config.chunk_size)
             left = units_left(store, len(data.samples)) / max(len(units), 1)
             grams = 8 * len(data.samples) ** 2 * len(store.gram_members)
-            check_disk(path, int(store.bytes_of_rows(len(data.samples)) * left) + grams)
+            check_disk(path, int(store.rows.bytes_of(len(data.samples)) * left) + grams)
         if len(data.samples) > store.n_samples:
             if progress:
                 tqdm.write(f"{path} grows from {store.n_samples} to {len(data.samples)} samples")

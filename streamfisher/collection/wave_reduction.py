@@ -16,8 +16,8 @@ from streamfisher.store import RunStore
 
 def is_reduced(store: RunStore, wave: int, config: SpectralConfig) -> bool:
     """Return whether all Grams of a wave are there, for all samples and as `config` asks for them."""
-    done = store.grams_done(grams.gram_settings(config))
-    return done.issuperset(store.keys_of(store.waves[wave]))
+    done = store.grams.done(grams.gram_settings(config))
+    return done.issuperset(store.grams.keys_of(store.waves[wave]))
 
 
 def reopen_wave(store: RunStore, wave: int, config: SpectralConfig) -> None:
@@ -25,11 +25,11 @@ def reopen_wave(store: RunStore, wave: int, config: SpectralConfig) -> None:
 
     Where only markers of some units are lost, those units are, and the Grams stay.
     """
-    if any(store.is_deleted(name) for name in store.waves[wave]):
+    if any(store.kept.is_deleted(name) for name in store.waves[wave]):
         if not is_reduced(store, wave, config):
             for unit in store.units:
                 store.forget_unit(unit, wave)
-        store.want_gradients(wave)
+        store.kept.want(wave)
 
 
 def reduce_wave(store: RunStore, wave: int, config: SpectralConfig, ranks: Ranks, *, progress: bool) -> None:
@@ -46,8 +46,10 @@ def reduce_wave(store: RunStore, wave: int, config: SpectralConfig, ranks: Ranks
         CorruptRunError: stored gradients are missing or do not have the norms they were collected with.
         CapacityError: not even one panel fits the memory budget.
     """
-    done = store.grams_done(grams.gram_settings(config))
-    todo = ranks.share(f"the Grams of wave {wave}", [k for k in store.keys_of(store.waves[wave]) if k not in done])
+    done = store.grams.done(grams.gram_settings(config))
+    todo = ranks.share(
+        f"the Grams of wave {wave}", [k for k in store.grams.keys_of(store.waves[wave]) if k not in done]
+    )
     own = _share_of_host(config)
     if progress and ranks.is_main and todo and len(store.waves) > 1:
         tqdm.write(f"Grams of wave {wave + 1} of {len(store.waves)}")
@@ -56,7 +58,7 @@ def reduce_wave(store: RunStore, wave: int, config: SpectralConfig, ranks: Ranks
         ranks.alive()
     ranks.wait("for the other ranks' Grams")
     if ranks.is_main:
-        store.delete_gradients(wave)
+        store.kept.delete(wave)
     ranks.wait("for the end of the wave")
 
 

@@ -83,12 +83,12 @@ class Collection:
         self.producer.begin(wave)
         self._pass(sink, wave, "mean", "for the other ranks' part of the mean")
         if ranks.is_main:
-            store.finish_mean()
+            store.means.finish()
         ranks.wait("for the mean")
         self.producer.finish(wave)
 
     def _means(self) -> dict[str, np.ndarray]:
-        means = {name: self.store.mean(name, 0, columns) for name, columns in self.store.parameters.items()}
+        means = {name: self.store.means.mean(name, 0, columns) for name, columns in self.store.parameters.items()}
         return {name: mean for name, mean in means.items() if mean is not None}
 
     def _wave(self, index: int, names: list[str], sink: GradientSink) -> Wave:

@@ -38,8 +38,8 @@ from streamfisher.planning.strategy import BlockBytes, Stage, Way
 from streamfisher.planning.waves import WaveLimits, WaveSizes, cut_waves
 from streamfisher.reduction.gram import WIDE
 from streamfisher.reduction.slabs import DECODING_BYTES, least_bytes
+from streamfisher.store.kept import is_kept
 from streamfisher.store.layout import chunk_columns
-from streamfisher.store.waves import is_kept
 
 #: Forward and backward hold temporary tensors of about half of what autograd saves.
 TEMPORARY = 1.5

@@ -13,7 +13,7 @@ from streamfisher.byte_sizes import format_bytes
 from streamfisher.errors import CapacityError
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.planning.representation import Representation, sample_bytes
-from streamfisher.store.waves import is_kept
+from streamfisher.store.kept import is_kept
 
 #: A batch's factors exist in the graph, flattened for storing, and encoded, one tensor at a time.
 FACTOR_COPIES = 2.0

@@ -22,7 +22,7 @@ import numpy as np
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.errors import CapacityError
 from streamfisher.reduction.products import ArrayModule, PanelSum
-from streamfisher.store.factors import Segment
+from streamfisher.store.factors import FactorSegment
 from streamfisher.store.layout import PANEL
 
 Kernel = Literal["slabs", "pairwise", "tokens"]
@@ -38,7 +38,7 @@ _TILE = 1024
 _FLOAT64_COST = 2.0
 
 
-def choose_kernel(segments: Sequence[Segment], shape: tuple[int, int], n_samples: int, *, single: bool) -> Kernel:
+def choose_kernel(segments: Sequence[FactorSegment], shape: tuple[int, int], n_samples: int, *, single: bool) -> Kernel:
     """Return the way that takes the fewest operations.
 
     Args:
@@ -75,7 +75,7 @@ def slab_memory(positions: int, shape: tuple[int, int], n_samples: int, itemsize
 
 
 def add_slabs(
-    segments: Sequence[Segment],
+    segments: Sequence[FactorSegment],
     shape: tuple[int, int],
     n_samples: int,
     total: PanelSum,
@@ -129,7 +129,7 @@ class _Sides:
     """Some columns of one factor, of all positions, in memory: one array for each segment."""
 
     def __init__(
-        self, segments: Sequence[Segment], side: str, start: int, stop: int, dtype: np.dtype, arrays: ArrayModule
+        self, segments: Sequence[FactorSegment], side: str, start: int, stop: int, dtype: np.dtype, arrays: ArrayModule
     ):
         self.start, self.segments = start, segments
         self.values = []
@@ -179,7 +179,7 @@ def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int, int]]:
             start = stop
 
 
-def pairwise_gram(segments: Sequence[Segment], n_samples: int, *, known: int = 0, budget: int) -> np.ndarray:
+def pairwise_gram(segments: Sequence[FactorSegment], n_samples: int, *, known: int = 0, budget: int) -> np.ndarray:
     """Return the rows from `known` on of the Gram by the pairwise form: (N - known, N) float64.
 
     A tile holds the positions of whole samples, at least one; only tiles on and below the diagonal are formed.
@@ -216,7 +216,7 @@ class _Held:
         self.budget, self.size = budget, 0
         self.values: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def read(self, segment: Segment) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, segment: FactorSegment) -> tuple[np.ndarray, np.ndarray]:
         found = self.values.get(id(segment))
         if found is None:
             found = segment.left.read(), segment.right.read()
@@ -229,7 +229,7 @@ class _Held:
 class _Tile:
     """The positions of some consecutive samples in one segment."""
 
-    def __init__(self, segment: Segment, first: int, last: int):
+    def __init__(self, segment: FactorSegment, first: int, last: int):
         self.segment = segment
         offsets = segment.offsets
         self.where = slice(int(offsets[first]), int(offsets[last]))
@@ -244,7 +244,7 @@ class _Tile:
         return (left if left.ndim == 1 else left.astype(np.float64)), right.astype(np.float64)
 
 
-def _tiles(segment: Segment) -> list[_Tile]:
+def _tiles(segment: FactorSegment) -> list[_Tile]:
     tiles, first, size = [], 0, 0
     for place, length in enumerate(segment.lengths):
         if size and size + length > _TILE:
@@ -267,7 +267,7 @@ def _inner(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return one @ other.T
 
 
-def token_gram(segments: Sequence[Segment], n_samples: int, *, known: int = 0, budget: int) -> np.ndarray:
+def token_gram(segments: Sequence[FactorSegment], n_samples: int, *, known: int = 0, budget: int) -> np.ndarray:
     """Return the rows from `known` on of the Gram of an embedding: (N - known, N) float64.
 
     Token by token: the gradients of a sample's positions of that token are added up, and the sums multiplied.
@@ -301,7 +301,7 @@ def token_gram(segments: Sequence[Segment], n_samples: int, *, known: int = 0, b
 
 
 def factor_gram(
-    segments: Sequence[Segment],
+    segments: Sequence[FactorSegment],
     shape: tuple[int, int],
     n_samples: int,
     *,

@@ -33,7 +33,7 @@ from streamfisher.reduction.subsets import ColumnSubset
 from streamfisher.runtime.dask_pool import TaskBar, active_client, compute, compute_on
 from streamfisher.runtime.memory import working_memory
 from streamfisher.runtime.threads import blas_threads, limit_threads, worker_count
-from streamfisher.sinks.interface import GradientRows
+from streamfisher.sinks.interface import GradientSource
 from streamfisher.store.layout import PANEL
 
 #: Columns of one Dask task, at most: enough products to outweigh one addition of an N x N sum, and few enough that a
@@ -90,7 +90,7 @@ def gram_settings(config: SpectralConfig) -> dict[str, Any]:
 
 
 def build_grams(
-    rows: GradientRows,
+    rows: GradientSource,
     config: SpectralConfig,
     sink: Callable[[ParameterGram], Any],
     *,
@@ -156,7 +156,7 @@ def build_grams(
 
 
 def _share_memory(
-    rows: GradientRows, names: Sequence[str], factored: set[str], config: SpectralConfig
+    rows: GradientSource, names: Sequence[str], factored: set[str], config: SpectralConfig
 ) -> tuple[int, int]:
     """Return workers, and bytes for each; fewer workers where memory asks for it.
 
@@ -219,7 +219,7 @@ def _factor_fold(rows: Any, name: str, how: _Products, known: int) -> _Fold:
 
 
 def _fold(
-    rows: GradientRows,
+    rows: GradientSource,
     name: str,
     start: int,
     stop: int,

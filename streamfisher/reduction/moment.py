@@ -22,7 +22,9 @@ _ROWS = 256
 class RowRanges(Protocol):
     """Anything that holds gradient rows by columns and ranges of rows: a run on disk, or arrays in memory."""
 
-    n_samples: int
+    @property
+    def n_samples(self) -> int:
+        """N."""
 
     def columns(self, name: str, start: int, stop: int, rows: slice | None = None) -> np.ndarray:
         """Return (rows, stop - start) float32 or float64."""

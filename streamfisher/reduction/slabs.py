@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from streamfisher.sinks.interface import GradientRows
+from streamfisher.sinks.interface import GradientSource
 from streamfisher.store.layout import PANEL
 
 #: What the threads that decode chunks keep of their buffers, in one process.
@@ -38,7 +38,7 @@ def sums_bytes(n_samples: int) -> int:
     return 24 * n_samples**2
 
 
-def plan_slabs(rows: GradientRows, name: str, product_dtype: np.dtype, budget: int) -> SlabPlan:
+def plan_slabs(rows: GradientSource, name: str, product_dtype: np.dtype, budget: int) -> SlabPlan:
     """Return the slabs with which one worker stays within its budget; at least one panel.
 
     An entry takes the bytes of its row's dtype once for each slab, what its decoding takes, and 8 more where float32
@@ -89,7 +89,7 @@ class SlabBuffers:
 
 
 def read_slabs(
-    rows: GradientRows, name: str, start: int, stop: int, plan: SlabPlan, spare: SlabBuffers | None = None
+    rows: GradientSource, name: str, start: int, stop: int, plan: SlabPlan, spare: SlabBuffers | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield the first column and the values, (N, at most `plan.columns`), of each slab from `start` to `stop`.
 

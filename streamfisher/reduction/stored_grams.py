@@ -48,11 +48,11 @@ def build_stored_grams(
     members = {key: store.gram_members[key] for key in keys}
     budget = working_memory(config.memory_budget)
     names = [name for some in members.values() for name in some]
-    if needs_tiles(store.n_samples, budget, max(store.chunk_columns(name) for name in names)):
+    if needs_tiles(store.n_samples, budget, max(store.rows.chunk_columns(name) for name in names)):
         return _build_tiles(store, config, members, subsets, budget, rebuild=rebuild, progress=progress)
     sink = GramSink(store, settings, subsampled=frozenset(subsets), compare=rebuild)
     grown = {} if rebuild or config.use_deterministic else _grown(store, settings, subsets)
-    built = grams.build_grams(store, config, sink, keys=members, subsets=subsets, grown=grown, progress=progress)
+    built = grams.build_grams(store.rows, config, sink, keys=members, subsets=subsets, grown=grown, progress=progress)
     give_back()
     return dict(built)
 
@@ -69,10 +69,10 @@ def _build_tiles(
 ) -> dict[str, float | None]:
     """Build Grams that are larger than the memory, see `tiles`."""
     subsampled = frozenset(subsets)
-    old = {key for key in members if rebuild and store.has_gram(key)}
+    old = {key for key in members if rebuild and store.grams.has(key)}
     sink = StoredTiles(store, grams.gram_settings(config), members, subsampled=subsampled, rebuild=rebuild, size=TILE)
     built = build_tiled_grams(
-        store, config, sink, members, budget=budget, subsets=subsets, size=TILE, progress=progress
+        store.rows, config, sink, members, budget=budget, subsets=subsets, size=TILE, progress=progress
     )
     for key in members:
         keep_moment(store, key, subsampled)
@@ -89,7 +89,7 @@ def _relative_change(changes: list[tuple[float, float]]) -> float | None:
 
 def _grown(store: RunStore, settings: Mapping[str, Any], subsets: Mapping[str, Any]) -> dict[str, grams.GrownGram]:
     """Return the Grams that were made before samples were added; their products need not be formed again."""
-    known = store.grams_of_fewer(settings)
+    known = store.grams.of_fewer(settings)
     return {
         key: grams.GrownGram(rows, _FewerSamples(store))
         for key, rows in known.items()
@@ -104,7 +104,7 @@ class _FewerSamples:
     store: RunStore
 
     def __call__(self, key: str) -> np.ndarray:
-        return self.store.read_gram(key)[0]
+        return self.store.grams.read(key)[0]
 
 
 class GramSink:
@@ -125,9 +125,9 @@ class GramSink:
         members = self.store.gram_members[name]
         if not self.subsampled.intersection(members):
             columns = [list(self.store.parameters).index(member) for member in members]
-            expected = self.store.per_sample("squared_norm")[:, columns].sum(axis=1)
+            expected = self.store.samples.per_sample("squared_norm")[:, columns].sum(axis=1)
             found = finished.gram.diagonal()
-            tolerance = self.store.norm_tolerance
+            tolerance = self.store.rows.norm_tolerance
             wrong = np.flatnonzero(np.abs(found - expected) > tolerance * expected)
             if len(wrong):
                 raise CorruptRunError(
@@ -136,7 +136,7 @@ class GramSink:
                     "`streamfisher verify` tells which chunks are affected."
                 )
         difference = self._difference(finished) if self.compare else None
-        self.store.write_gram(name, finished.gram, finished.mean_products, self.settings)
+        self.store.grams.write(name, finished.gram, finished.mean_products, self.settings)
         runlog.event("gram", stage="grams", gram=name, samples=len(finished.gram))
         keep_moment(self.store, name, self.subsampled)
         return name, difference
@@ -144,7 +144,7 @@ class GramSink:
     def _difference(self, finished: grams.ParameterGram) -> float | None:
         """Return how far the Gram that is stored is from the new one, relatively."""
         try:
-            old, _ = self.store.read_gram(finished.name)
+            old, _ = self.store.grams.read(finished.name)
         except CorruptRunError:
             return None
         if old.shape != finished.gram.shape:
@@ -157,5 +157,5 @@ class GramSink:
 def keep_moment(store: RunStore, key: str, subsampled: frozenset[str]) -> None:
     """Write the second moment of a parameter that has fewer elements than there are samples, and a Gram of its own."""
     if store.gram_members[key] == [key] and key not in subsampled and store.parameters[key] < store.n_samples:
-        valid = store.per_sample("valid") == 1
-        store.write_moment(key, moment_of(store, key, store.parameters[key], valid))
+        valid = store.samples.per_sample("valid") == 1
+        store.moments.write(key, moment_of(store.rows, key, store.parameters[key], valid))

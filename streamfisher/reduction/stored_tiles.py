@@ -59,7 +59,7 @@ class StoredTiles:
         if {name: before.get(name) for name in identity} != identity or not (array / "zarr.json").is_file():
             shutil.rmtree(folder, ignore_errors=True)  # markers first: none may speak of an array that is gone
             folder.mkdir(parents=True)
-            self.store.create_gram(key, min(CHUNK, self.size), self.settings)
+            self.store.grams.create(key, min(CHUNK, self.size), self.settings)
         # A last unit of rows that was not full has been computed again.
         known = (
             n
@@ -115,7 +115,9 @@ class StoredTiles:
             parts = [
                 read_json(self._folder(key) / f"{t.key}.json")["mean_products"] for t in tiles if t.row == t.column
             ]
-            self.store.write_mean_products(key, np.array([v for part in parts for v in part[:-1]] + [parts[0][-1]]))
+            self.store.grams.write_mean_products(
+                key, np.array([v for part in parts for v in part[:-1]] + [parts[0][-1]])
+            )
         marker = {"settings": self.settings, "n_samples": self.store.n_samples, "tiles": self.size}
         path = self.store.path / "done" / f"gram-{node_name(key)}.json"
         write_marker(path, marker, fsync=self.store.fsync)
@@ -136,8 +138,8 @@ class StoredTiles:
             return
         order = list(self.store.parameters)
         columns = [order.index(name) for name in names]
-        expected = self.store.per_sample("squared_norm")[tile.rows][:, columns].sum(axis=1)
-        wrong = tile.rows.start + np.flatnonzero(np.abs(found - expected) > self.store.norm_tolerance * expected)
+        expected = self.store.samples.per_sample("squared_norm")[tile.rows][:, columns].sum(axis=1)
+        wrong = tile.rows.start + np.flatnonzero(np.abs(found - expected) > self.store.rows.norm_tolerance * expected)
         if len(wrong):
             raise CorruptRunError(
                 f"{self.store.path}: the stored rows of {key} do not have the norms they were collected with "

@@ -27,7 +27,7 @@ from streamfisher.reduction.slabs import least_bytes
 from streamfisher.reduction.subsets import ColumnSubset
 from streamfisher.runtime.dask_pool import TaskBar, active_client, compute, compute_on
 from streamfisher.runtime.threads import blas_threads, limit_threads, worker_count
-from streamfisher.sinks.interface import GradientRows
+from streamfisher.sinks.interface import GradientSource
 from streamfisher.solving.tiled_gram import TILE
 from streamfisher.store.layout import PANEL
 
@@ -111,7 +111,7 @@ def tile_workers(workers: int, budget: int, chunk_columns: int, size: int = TILE
 
 
 def build_tiled_grams(
-    rows: GradientRows,
+    rows: GradientSource,
     config: SpectralConfig,
     sink: TileSink,
     keys: Mapping[str, Sequence[str]],
@@ -161,7 +161,7 @@ def build_tiled_grams(
 
 
 def _build_and_write(
-    rows: GradientRows,
+    rows: GradientSource,
     key: str,
     names: Sequence[str],
     tile: Tile,
@@ -175,7 +175,7 @@ def _build_and_write(
 
 
 def build_tile(
-    rows: GradientRows, names: Sequence[str], tile: Tile, config: SpectralConfig, subsets: Mapping[str, ColumnSubset]
+    rows: GradientSource, names: Sequence[str], tile: Tile, config: SpectralConfig, subsets: Mapping[str, ColumnSubset]
 ) -> FinishedTile:
     """Return one tile of the Gram of some parameters together.
 
@@ -211,7 +211,13 @@ def build_tile(
 
 
 def _slab_product(
-    rows: GradientRows, name: str, tile: Tile, left: int, right: int, inside: slice | np.ndarray, config: SpectralConfig
+    rows: GradientSource,
+    name: str,
+    tile: Tile,
+    left: int,
+    right: int,
+    inside: slice | np.ndarray,
+    config: SpectralConfig,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the tile of one slab of columns, and what its rows have in common with the mean that was subtracted."""
     wide = config.dtype_gram == torch.float64 or rows.parameters[name] < WIDE

@@ -49,7 +49,7 @@ class RunLog:
         with _lock:
             _open.append(self)
         self._show = warnings.showwarning
-        warnings.showwarning = self._warned
+        warnings.showwarning = self._warned  # type: ignore[assignment]  # takes whatever more there is
         self.write("start", **self.facts)
         return self
 

@@ -27,8 +27,8 @@ class DiskSink:
     def __init__(self, store: RunStore, wave: int, producer: GradientProducer) -> None:
         self.store, self.wave = store, wave
         names = store.waves[wave]
-        self.dense = [name for name in names if store.representation(name) == "dense"]
-        self.factored = [name for name in names if store.representation(name) == "factors"]
+        self.dense = [name for name in names if store.rows.representation(name) == "dense"]
+        self.factored = [name for name in names if store.rows.representation(name) == "factors"]
         height = min(store.chunk_rows, store.n_samples)
         self.rows = UnitRows(lambda: producer.allocate(height, self.dense, store.parameters))
         self._entries: list[Mapping[str, Any]] = []  # what the unit's marker is to say of its factors
@@ -40,7 +40,7 @@ class DiskSink:
 
     def todo(self) -> list[Unit]:
         """Return the units without a marker."""
-        return self.store.todo(stage_of(self.wave))
+        return self.store.markers.todo(stage_of(self.wave))
 
     def asks(self, batch: BatchRef) -> Asked:
         """Return the batch's part of the unit's buffers, and the parameters whose factors are stored."""
@@ -52,7 +52,7 @@ class DiskSink:
             self._entries = []
         if gradients.factors:
             packed = pack(_on_cpu(gradients.factors), dropped=list(dropped))
-            self._entries.append(self.store.write_factors(batch.unit, batch.index, batch.start, packed, self.wave))
+            self._entries.append(self.store.factors.write(batch.unit, batch.index, batch.start, packed, self.wave))
 
     def unit(self, unit: Unit, facts: UnitFacts) -> int:
         """Write the rows of a unit, what is known of its samples, and last its marker."""
@@ -67,7 +67,7 @@ class DiskSink:
         )
         self.store.write_unit(record)
         dense = sum(values.numel() for values in on_cpu.values()) * self.store.store_dtype.itemsize
-        return dense + sum(entry["bytes"] for entry in entries)
+        return dense + sum(int(entry["bytes"]) for entry in entries)
 
 
 def _on_cpu(factors: Mapping[str, Sequence[FactorPair]]) -> dict[str, list[FactorPair]]:

@@ -7,7 +7,7 @@ was taken in is read back through one `GradientSource`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from streamfisher.data.batches import BatchRef, Unit
 from streamfisher.gradients.producer import Asked, BatchGradients
+from streamfisher.store.factors import FactorSegment
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,28 @@ class GradientSink(Protocol):
         """Take note that all batches of a unit were taken; return how many bytes are held of it."""
 
 
-class GradientRows(Protocol):
+class GradientSource(Protocol):
     """Anything that holds per-sample gradients by columns: a run on disk, or arrays in memory."""
 
-    n_samples: int
-    parameters: Mapping[str, int]  # name -> number of columns
-    numpy_row_dtype: np.dtype  # in which rows were computed; of float64 ones, products are formed in no less
-    numpy_read_dtype: np.dtype  # of what `columns` returns of rows
-    decoding_bytes: int  # of an entry beside that, while it is read
+    @property
+    def n_samples(self) -> int:
+        """N."""
+
+    @property
+    def parameters(self) -> Mapping[str, int]:
+        """Number of columns of each parameter."""
+
+    @property
+    def numpy_row_dtype(self) -> np.dtype:
+        """In which rows were computed; of float64 ones, products are formed in no less."""
+
+    @property
+    def numpy_read_dtype(self) -> np.dtype:
+        """Of what `columns` returns of rows."""
+
+    @property
+    def decoding_bytes(self) -> int:
+        """Of an entry beside that, while it is read."""
 
     def chunk_columns(self, name: str) -> int:
         """Return the columns that are read together at no extra cost."""
@@ -75,3 +90,9 @@ class GradientRows(Protocol):
 
     def representation(self, name: str) -> str:
         """Return 'factors' where there are `segments` and a `shape` to reduce instead of columns, else 'dense'."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter."""
+
+    def segments(self, name: str) -> Sequence[FactorSegment]:
+        """Return the factors of a parameter, in the order of the samples."""

@@ -33,7 +33,7 @@ class MeanSink:
 
     def todo(self) -> list[Unit]:
         """Return the units that are not added up yet."""
-        return self.store.todo("mean")
+        return self.store.markers.todo("mean")
 
     def asks(self, batch: BatchRef) -> Asked:
         """Return the batch's part of the unit's buffers."""
@@ -46,5 +46,5 @@ class MeanSink:
         """Write the sums over the valid samples of a unit, and their marker."""
         rows = self.rows.of_unit(unit, facts.skipped)
         sums = {name: values.sum(dim=0, dtype=torch.float64).cpu().numpy() for name, values in rows.items()}
-        self.store.write_mean_part(unit, sums, len(unit) - len(facts.skipped))
+        self.store.means.write_part(unit, sums, len(unit) - len(facts.skipped))
         return 8 * sum(self.store.parameters.values())

@@ -12,6 +12,7 @@ from streamfisher.data.batches import BatchRef, Unit
 from streamfisher.gradients.producer import Asked, BatchGradients, GradientProducer
 from streamfisher.sinks.interface import UnitFacts
 from streamfisher.sinks.unit_rows import UnitRows
+from streamfisher.store.factors import FactorSegment
 from streamfisher.store.layout import PANEL
 
 
@@ -43,6 +44,14 @@ class MemoryRows:
     def representation(self, name: str) -> str:
         """Return 'dense'."""
         return "dense"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the number of columns: of rows in memory nothing else is known."""
+        return (self.parameters[name],)
+
+    def segments(self, name: str) -> list[FactorSegment]:
+        """Return nothing: all are held as rows."""
+        return []
 
 
 class MemorySink:

@@ -2,23 +2,34 @@
 
 from streamfisher.models.fingerprint import model_fingerprint, model_manifest
 from streamfisher.store.growth import grow_run, resume_differences, units_left
+from streamfisher.store.kept import KeptGradients
 from streamfisher.store.lock import RankLock, RunLock
 from streamfisher.store.manifest import Manifest, differences
-from streamfisher.store.run_store import RunStore, UnitRecord, stage_of
+from streamfisher.store.markers import Markers, stage_of
+from streamfisher.store.rows import RowStore
+from streamfisher.store.run_store import RunStore, UnitRecord
+from streamfisher.store.samples import SampleStore
 from streamfisher.version import versions
 
 __all__ = [
-    "Manifest",
-    "RankLock",
-    "RunLock",
+    # A run and its parts
     "RunStore",
+    "RowStore",
+    "SampleStore",
+    "KeptGradients",
+    "Markers",
     "UnitRecord",
+    "stage_of",
+    # What it was made from
+    "Manifest",
     "differences",
-    "grow_run",
     "model_fingerprint",
     "model_manifest",
-    "resume_differences",
-    "stage_of",
-    "units_left",
     "versions",
+    # One writer, and more samples
+    "RankLock",
+    "RunLock",
+    "grow_run",
+    "resume_differences",
+    "units_left",
 ]

@@ -20,7 +20,7 @@ from zarr.core.buffer.cpu import NDBuffer
 from streamfisher.config import Codec
 
 #: Zarr v3 has no bfloat16: its bits are stored as uint16 under the attribute `logical_dtype`.
-_STORED = {
+_STORED: dict[torch.dtype, np.dtype] = {
     torch.float64: np.dtype("float64"),
     torch.float32: np.dtype("float32"),
     torch.float16: np.dtype("float16"),
@@ -97,7 +97,7 @@ def read_into(array: zarr.Array, rows: slice, columns: slice, dtype: torch.dtype
     if array.dtype == out.dtype:
         array.get_basic_selection((rows, columns), out=NDBuffer.from_numpy_array(out))
         return out
-    return decode(array[rows, columns], dtype, out)
+    return decode(np.asarray(array[rows, columns]), dtype, out)
 
 
 def checksum(array: np.ndarray) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from streamfisher.errors import CorruptRunError, DataError, RunError, StreamfisherError, unreadable
 from streamfisher.runtime.durable import read_json
 from streamfisher.store import codecs
+from streamfisher.store.arrays import values_of
 from streamfisher.store.integrity import chunk_digest, require_inside
 from streamfisher.store.names import node_name
 
@@ -61,7 +62,7 @@ class Eigenvectors:
 
     def projections(self) -> np.ndarray:
         """Return `<g_i, v_j>` of every stored (uncentered) gradient, (N, k) float64; NaN for skipped samples."""
-        return _readable(self.path, lambda: zarr.open_array(self.path / "projections", mode="r")[...])
+        return _readable(self.path, lambda: values_of(zarr.open_array(self.path / "projections", mode="r")))
 
     def project(self, gradients: Mapping[str, Tensor | np.ndarray]) -> np.ndarray:
         """Return `<g_i, v_j>` of new gradients, (m, k) float64.
@@ -121,7 +122,7 @@ class Eigenvectors:
         Raises:
             CorruptRunError: they cannot be read.
         """
-        return _readable(self.path, lambda: self._zarr(name)[which])
+        return _readable(self.path, lambda: values_of(self._zarr(name), which))
 
     def _zarr(self, name: str) -> zarr.Array:
         return zarr.open_array(self.path / "vectors" / node_name(name), mode="r")
@@ -187,14 +188,22 @@ def _opened(
                 "`streamfisher eigenvectors --overwrite` makes them again."
             )
     group = codecs.quiet_open(path, mode="r")
-    shapes = {
-        name: tuple(group[f"vectors/{node_name(name)}"].attrs["parameter_shape"]) for name in identity["parameters"]
-    }
+
+    def array(place: str) -> zarr.Array:
+        opened = group[place]
+        if not isinstance(opened, zarr.Array):
+            raise CorruptRunError(f"{path / place} is no array.")
+        return opened
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in identity["parameters"]:
+        shape: Any = array(f"vectors/{node_name(name)}").attrs["parameter_shape"]
+        shapes[name] = tuple(shape)
     return Eigenvectors(
         path=path,
         block=block,
         centered=center,
-        eigenvalues=group["eigenvalues"][...],
+        eigenvalues=values_of(array("eigenvalues")),
         shapes=shapes,
         orthonormality_error=finished["orthonormality_error"],
     )

@@ -20,10 +20,14 @@ import torch
 import zarr
 
 from streamfisher.config import Codec, dtype_name, parse_dtype
+from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError
 from streamfisher.gradients.factors import BatchFactors
 from streamfisher.store import codecs
+from streamfisher.store.arrays import values_of
+from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import chunk_digest
+from streamfisher.store.markers import Markers
 from streamfisher.store.names import node_name
 
 _CHUNK_COLUMNS = 1024
@@ -66,7 +70,7 @@ class FactorSide:
             array = zarr.open_array(self.path, mode="r")
             if array.shape != self.shape:
                 raise CorruptRunError(f"{self.path} has the shape {array.shape} where {self.shape} was written.")
-            return array[:, start:stop] if len(self.shape) > 1 else array[...]
+            return values_of(array, np.s_[:, start:stop]) if len(self.shape) > 1 else values_of(array)
         except (ValueError, RuntimeError, OSError, KeyError) as error:
             if isinstance(error, CorruptRunError):
                 raise
@@ -76,7 +80,7 @@ class FactorSide:
 
 
 @dataclass(frozen=True)
-class Segment:
+class FactorSegment:
     """One use of a parameter by consecutive samples: `g_i = sum_t L_it^T R_it` over each sample's own positions."""
 
     start: int  # first sample
@@ -142,7 +146,7 @@ def _write(path: Path, stored: np.ndarray, dtype: torch.dtype | None, codec: Cod
     array[...] = stored
 
 
-def segments_of(folder: Path, name: str, unit: int, entries: Sequence[Mapping[str, Any]]) -> list[Segment]:
+def segments_of(folder: Path, name: str, unit: int, entries: Sequence[Mapping[str, Any]]) -> list[FactorSegment]:
     """Return the uses of a parameter in a unit, from what the unit's marker says.
 
     Raises:
@@ -160,7 +164,7 @@ def segments_of(folder: Path, name: str, unit: int, entries: Sequence[Mapping[st
                     sides.append(FactorSide(path, tuple(side["shape"]), parse_dtype(side["dtype"], key)))
                     if tuple(side["lengths"]) != lengths or side["shape"][0] != sum(lengths):
                         raise CorruptRunError(f"the marker of unit {unit} contradicts itself about {key}.")
-                found.append(Segment(int(entry["start"]), lengths, *sides))
+                found.append(FactorSegment(int(entry["start"]), lengths, *sides))
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise CorruptRunError(f"the marker of unit {unit} says nothing usable of the factors of {name}.") from error
     return found
@@ -200,7 +204,7 @@ def delete_factors(folder: Path, keys: Iterable[str]) -> None:
 
 
 def columns_of_segments(
-    segments: Sequence[Segment],
+    segments: Sequence[FactorSegment],
     shape: tuple[int, int],
     start: int,
     stop: int,
@@ -241,3 +245,59 @@ def columns_of_segments(
             else:
                 target += left[positions].T @ right[positions]
     return found.reshape(last - first, -1)[:, start - top * width : stop - top * width]
+
+
+class FactorStore:
+    """The factors of a run, and what the markers of its units say of them."""
+
+    def __init__(self, run: RunFolder, markers: Markers) -> None:
+        self.run, self.markers = run, markers
+        self._seen: dict[tuple[int, int], dict[str, Any]] = {}  # (wave, unit) -> its marker, once read
+
+    def folder(self, wave: int) -> Path:
+        """Return the folder of a wave's factors."""
+        return self.run.path / "factors" / str(wave)
+
+    def write(self, unit: Unit, batch: int, start: int, packed: BatchFactors, wave: int = 0) -> dict[str, Any]:
+        """Write the factors of one batch of a unit; return what belongs into the unit's record."""
+        folder = self.folder(wave)
+        return write_factors(folder, unit.index, batch, start, packed, self.run.manifest.layout["codec"])
+
+    def segments(self, name: str) -> list[FactorSegment]:
+        """Return the factors of a parameter, in the order of the samples.
+
+        Raises:
+            CorruptRunError: a marker is damaged.
+        """
+        wave, found = self.run.wave_of(name), []
+        for unit in self.run.units:
+            found += segments_of(self.folder(wave), name, unit.index, self.entries(unit, wave))
+        return found
+
+    def entries(self, unit: Unit, wave: int) -> list[dict[str, Any]]:
+        """Return what the marker of a unit says of its batches' factors; empty where it has none or is not done."""
+        if (wave, unit.index) not in self._seen:
+            if not self.markers.is_done(unit, wave):
+                return []
+            self._seen[wave, unit.index] = self.markers.of_unit(unit, wave)
+        return self._seen[wave, unit.index].get("factors", [])
+
+    def checksums(self, unit: Unit, wave: int, name: str) -> list[tuple[FactorSide, int]]:
+        """Return every tensor that a parameter's factors are in, in one unit, with the checksum of its marker.
+
+        Raises:
+            CorruptRunError: the marker is damaged.
+        """
+        found = []
+        entries = self.markers.of_unit(unit, wave).get("factors", [])
+        segments = iter(segments_of(self.folder(wave), name, unit.index, entries))
+        for entry in entries:
+            for pair in entry["pairs"][name]:
+                segment = next(segments)
+                for key, side in zip(pair, (segment.left, segment.right), strict=True):
+                    found.append((side, entry["sides"][key]["crc32c"]))
+        return found
+
+    def forget(self, unit: Unit, wave: int) -> None:
+        """Let go of what was read of a unit's marker, which is about to be another."""
+        self._seen.pop((wave, unit.index), None)

@@ -53,7 +53,7 @@ def units_left(store: RunStore, n_samples: int) -> int:
     """Return how many units of rows are to be computed once the run has `n_samples`."""
     units = make_units(n_samples, store.chunk_rows)
     kept = {unit.index for unit in store.units if units[unit.index] == unit}
-    return len(units) - len(store.finished_units() & kept)
+    return len(units) - len(store.markers.finished_units() & kept)
 
 
 def grow_run(store: RunStore, manifest: Manifest) -> RunStore:
@@ -74,7 +74,7 @@ def grow_run(store: RunStore, manifest: Manifest) -> RunStore:
         raise RunMismatchError(f"{store.path} holds centered rows and cannot grow: the mean would change.")
     n = manifest.data["n_samples"]
     for name in store.parameters:
-        if store.representation(name) == "dense":
+        if store.rows.representation(name) == "dense":
             _lengthen(store, f"gradients/{node_name(name)}", n)
     for what in ("loss", "n_targets", "valid", "squared_norm"):
         _lengthen(store, f"samples/{what}", n)
@@ -87,6 +87,6 @@ def grow_run(store: RunStore, manifest: Manifest) -> RunStore:
 
 
 def _lengthen(store: RunStore, path: str, n_samples: int) -> None:
-    array = store._array(path)
+    array = store.run.array(path)
     if array.shape[0] != n_samples:
         array.resize((n_samples, *array.shape[1:]))

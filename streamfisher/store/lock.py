@@ -128,7 +128,7 @@ class RunLock(_FileLock):
             return
         if found.get("boot") == _boot():  # our kernel gave us the lock, so the holder is dead, if it knows of locks
             here = [rank["pid"] for rank in _holders(found) if rank["host"] == socket.gethostname()]
-            if not _locks_work(self._file) and any(psutil.pid_exists(pid) for pid in here):
+            if self._file is not None and not _locks_work(self._file) and any(psutil.pid_exists(pid) for pid in here):
                 raise self._held(_holders(found))
             return
         age = time.time() - found["time"]
@@ -170,6 +170,8 @@ class RunLock(_FileLock):
 
     def _write(self, *, released: bool = False) -> None:
         """Renew the record in place, over all of what was there, so that a reader always finds one whole record."""
+        if self._file is None:
+            return
         self._record |= {"beat": self._record["beat"] + 1, "time": int(time.time()), "released": released}
         text = json.dumps(self._record).ljust(os.fstat(self._file).st_size)
         os.pwrite(self._file, text.encode(), 0)

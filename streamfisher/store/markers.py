@@ -1,44 +1,104 @@
-"""Markers: what is finished, and how it is known."""
+"""Markers: what is finished, and how it is known. Nothing counts as written until its marker exists."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import torch
-import zarr
+import google_crc32c
 
 from streamfisher.data.batches import Unit
-from streamfisher.store.manifest import Manifest
+from streamfisher.errors import CorruptRunError, RunError
+from streamfisher.runtime.durable import read_json, write_json
+from streamfisher.store.folder import RunFolder
 
 
-class StorePart:
-    """Attributes of a `RunStore` that its parts use, and what they use of each other."""
+class Markers:
+    """Which units are done in which wave, and files of results."""
 
-    path: Path
-    manifest: Manifest
-    parameters: dict[str, int]  # name -> number of elements
-    n_samples: int
-    chunk_rows: int  # samples of a unit
-    store_dtype: torch.dtype
-    row_dtype: torch.dtype
-    centered: bool
-    units: list[Unit]
-    waves: list[list[str]]
-    keep: list[str]  # patterns of parameters whose gradients stay
-    gram_members: dict[str, list[str]]  # Gram key -> the parameters it sums over
-    fsync: bool  # flush the filesystem before each marker
-    marker: Any
-    done_units: Any
-    is_done: Any
-    factor_entries: Any
-    wave_of: Any
-    mean: Any
-    per_sample: Any
-    _markers: dict[tuple[int, int], dict[str, Any]]  # (wave, unit) -> its marker, once read
-    _arrays: dict[str, zarr.Array]
-    _array: Any
-    _mark: Any
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def done_units(self, stage: str = "rows") -> set[int]:
+        """Return the indices of the units of `stage` ('rows', 'mean', or `stage_of(wave)`) whose markers exist."""
+        prefix = f"{stage}-"
+        names = (path.stem[len(prefix) :] for path in (self.run.path / "done").glob(f"{prefix}*.json"))
+        return {int(name) for name in names if len(name) >= 6 and name.isdecimal() and int(name) < len(self.run.units)}
+
+    def is_done(self, unit: Unit, wave: int = 0) -> bool:
+        """Return whether one unit has its marker in a wave: one look, where `done_units` lists the folder."""
+        return self._path(unit, wave).is_file()
+
+    def todo(self, stage: str = "rows") -> list[Unit]:
+        """Return the units of `stage` that are not done yet."""
+        done = self.done_units(stage)
+        return [unit for unit in self.run.units if unit.index not in done]
+
+    def finished_units(self) -> set[int]:
+        """Return the indices of the units that are done in every wave."""
+        return set.intersection(*(self.done_units(stage_of(wave)) for wave in range(len(self.run.waves))))
+
+    @property
+    def is_collected(self) -> bool:
+        """Return whether every unit is done in every wave."""
+        return len(self.finished_units()) == len(self.run.units)
+
+    def require_collected(self) -> None:
+        """Refuse to go on while units are missing.
+
+        Raises:
+            RunError: the run is not fully collected; the message says how far it is.
+        """
+        for wave in range(len(self.run.waves)):
+            todo = self.todo(stage_of(wave))
+            if todo:
+                done = self.run.n_samples - sum(len(unit) for unit in todo)
+                where = f" in wave {wave + 1} of {len(self.run.waves)}" if len(self.run.waves) > 1 else ""
+                raise RunError(
+                    f"{self.run} is not finished: {done} of {self.run.n_samples} samples have gradients{where}. "
+                    "Run the command that made it again; it goes on where it stopped."
+                )
+
+    def of_unit(self, unit: Unit, wave: int = 0) -> dict[str, Any]:
+        """Return the marker of a finished unit in one wave.
+
+        Raises:
+            CorruptRunError: it is damaged, or that of another unit.
+        """
+        path = self._path(unit, wave)
+        marker = read_json(path)
+        if not isinstance(marker, dict) or (marker.get("start"), marker.get("stop")) != (unit.start, unit.stop):
+            raise CorruptRunError(f"{path} is not the marker of samples {unit.start} to {unit.stop - 1}.")
+        if marker.get("wave", wave) != wave or not isinstance(marker.get("skipped"), dict):
+            raise CorruptRunError(f"{path} is not the marker of wave {wave}.")
+        return marker
+
+    def forget_unit(self, unit: Unit, wave: int) -> None:
+        """Remove the marker of a unit in one wave."""
+        self._path(unit, wave).unlink(missing_ok=True)
+
+    def mark_result(self, path: Path) -> None:
+        """Note the checksum of a file of results in the run, so that it can be verified."""
+        (self.run.path / "done" / "results").mkdir(exist_ok=True)
+        write_json(
+            self.run.path / "done" / "results" / f"{path.name}.json", {"crc32c": google_crc32c.value(path.read_bytes())}
+        )
+
+    def wrong_results(self) -> list[str]:
+        """Return the files of results that are missing or not what was written."""
+        found = []
+        for marker in sorted((self.run.path / "done" / "results").glob("*.json")):
+            path = self.run.path / marker.stem
+            try:
+                right = read_json(marker)["crc32c"] == google_crc32c.value(path.read_bytes())
+            except (OSError, KeyError, TypeError, CorruptRunError):
+                right = False
+            if not right:
+                found.append(path.name)
+        return found
+
+    def _path(self, unit: Unit, wave: int) -> Path:
+        return self.run.path / "done" / f"{stage_of(wave)}-{unit.index:06d}.json"
 
 
 def stage_of(wave: int) -> str:

@@ -10,49 +10,58 @@ import zarr
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.runtime.durable import read_json, write_marker
 from streamfisher.store import codecs
-from streamfisher.store.arrays import write_array
+from streamfisher.store.arrays import values_of, write_array
+from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import require_inside
-from streamfisher.store.markers import StorePart
+from streamfisher.store.means import MeanStore
 from streamfisher.store.names import node_name
 
 
-class MomentStore(StorePart):
-    """What a `RunStore` does with moments."""
+class MomentStore:
+    """Second moments, each with its marker."""
 
-    def write_moment(self, name: str, moment: Moment) -> None:
+    def __init__(self, run: RunFolder, means: MeanStore) -> None:
+        self.run, self.means = run, means
+
+    def write(self, name: str, moment: Moment) -> None:
         """Write the second moment and, as a last row, the sum of a parameter's rows: (P + 1, P); then the marker."""
         values = np.vstack([moment.second, moment.total])
-        marker = self.path / "done" / f"moment-{node_name(name)}.json"
+        marker = self.run.path / "done" / f"moment-{node_name(name)}.json"
         marker.unlink(missing_ok=True)
-        write_array(self.path, f"moment/{node_name(name)}", values, ("row", f"element of {name}"), {"parameter": name})
-        facts = {"n_samples": self.n_samples, "count": moment.count, "crc32c": codecs.checksum(values)}
-        write_marker(marker, facts, fsync=self.fsync)
+        write_array(
+            self.run.path, f"moment/{node_name(name)}", values, ("row", f"element of {name}"), {"parameter": name}
+        )
+        facts = {"n_samples": self.run.n_samples, "count": moment.count, "crc32c": codecs.checksum(values)}
+        write_marker(marker, facts, fsync=self.run.fsync)
 
-    def read_moment(self, name: str) -> Moment | None:
+    def read(self, name: str) -> Moment | None:
         """Return the second moment of a parameter's valid rows; `None` where there is none for all samples.
 
         Raises:
             CorruptRunError: it does not match the checksum it was written with.
         """
-        path, array = self.path / "done" / f"moment-{node_name(name)}.json", self.path / "moment" / node_name(name)
+        path, array = (
+            self.run.path / "done" / f"moment-{node_name(name)}.json",
+            self.run.path / "moment" / node_name(name),
+        )
         marker = read_json(path) if path.is_file() else {}
-        if marker.get("n_samples") != self.n_samples:
+        if marker.get("n_samples") != self.run.n_samples:
             return None
-        require_inside(self.path, array)
+        require_inside(self.run.path, array)
         try:
-            columns, count, checksum = self.parameters[name], marker["count"], marker["crc32c"]
+            columns, count, checksum = self.run.parameters[name], marker["count"], marker["crc32c"]
             stored = zarr.open_array(array, mode="r")
-            values = stored[...] if stored.shape == (columns + 1, columns) else np.zeros(0)
+            values = values_of(stored) if stored.shape == (columns + 1, columns) else np.zeros(0)
         except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
             raise unreadable(
                 error,
-                f"{self.path}: the moment of {name} cannot be read: {error}. `streamfisher gram --rebuild` remakes it.",
+                f"{self.run}: the moment of {name} cannot be read: {error}. `streamfisher gram --rebuild` remakes it.",
             ) from error
         if codecs.checksum(values) != checksum:
             raise CorruptRunError(
-                f"{self.path}: the moment of {name} is not what was written; `streamfisher gram --rebuild` remakes it."
+                f"{self.run}: the moment of {name} is not what was written; `streamfisher gram --rebuild` remakes it."
             )
-        return Moment(values[:-1], values[-1], count, self.mean(name, 0, columns))
+        return Moment(values[:-1], values[-1], count, self.means.mean(name, 0, columns))
 
 
 @dataclass(frozen=True)

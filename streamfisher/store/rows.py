@@ -2,46 +2,106 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.gradients.factors import matrix_shape
 from streamfisher.store import codecs
-from streamfisher.store.factors import FactorSide, Segment, check_factors, columns_of_segments, segments_of
+from streamfisher.store.arrays import values_of
+from streamfisher.store.factors import FactorSegment, FactorStore, check_factors, columns_of_segments
+from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import chunk_digest
-from streamfisher.store.markers import StorePart, stage_of
+from streamfisher.store.kept import KeptGradients
+from streamfisher.store.markers import Markers, stage_of
+from streamfisher.store.means import MeanStore
 from streamfisher.store.names import node_name
 
 #: Bytes of a slab of float64 rows that is formed from factors at a time.
 _FACTORED_SLAB = 64 << 20
 
 
-class RowReader(StorePart):
-    """What a `RunStore` does to give back gradients: the interface that the Gram stage uses."""
+class RowStore:
+    """Gradient rows of a run: the `GradientSource` that the Gram stage reads, however they are held."""
 
-    _bound: set[tuple[str, int]]  # (parameter, unit) whose chunks are known to be in their places
-    _require_kept: Any
-    _factor_folder: Any
+    def __init__(
+        self,
+        run: RunFolder,
+        markers: Markers,
+        factors: FactorStore,
+        kept: KeptGradients,
+        means: MeanStore,
+    ) -> None:
+        self.run, self.markers, self.factors, self.kept, self.means = run, markers, factors, kept, means
+        self._bound: set[tuple[str, int]] = set()  # (parameter, unit) whose chunks are known to be in their places
+
+    def __reduce__(self) -> tuple[Callable[..., RowStore], tuple[Path, bool]]:
+        return _opened, (self.run.path, self.run.fsync)
+
+    @property
+    def n_samples(self) -> int:
+        """N, samples that were skipped included."""
+        return self.run.n_samples
+
+    @property
+    def parameters(self) -> Mapping[str, int]:
+        """Numbers of a row of each parameter."""
+        return self.run.parameters
+
+    @property
+    def numpy_row_dtype(self) -> np.dtype:
+        """The dtype in which rows are formed, for numpy."""
+        return self.run.numpy_row_dtype
+
+    @property
+    def numpy_read_dtype(self) -> np.dtype:
+        """The dtype in which stored rows are read: float64 where they were stored so."""
+        return self.run.numpy_read_dtype
 
     def representation(self, name: str) -> str:
         """Return how a parameter's gradients are held: 'dense' or 'factors'."""
-        return self.manifest.representation(name)
+        return self.run.representation(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter."""
+        return self.run.shape(name)
+
+    def mean(self, name: str, start: int, stop: int) -> np.ndarray | None:
+        """Return the mean gradient that was subtracted from the rows, float64; `None` where rows are uncentered."""
+        return self.means.mean(name, start, stop)
+
+    def segments(self, name: str) -> list[FactorSegment]:
+        """Return the factors of a parameter, in the order of the samples.
+
+        Raises:
+            CorruptRunError: a marker is damaged.
+            RunError: the gradients were deleted after they were reduced.
+        """
+        self.kept.require(name)
+        self._require_bound(name)
+        return self.factors.segments(name)
+
+    def write_unit(self, unit: Unit, rows: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
+        """Write the rows of a unit; return checksums of the values and digests of the chunks, for its marker."""
+        checksums, chunks = {}, {}
+        for name, values in rows.items():
+            stored = codecs.encode(values, self.run.store_dtype)
+            self.run.array(f"gradients/{node_name(name)}")[unit.start : unit.stop] = stored
+            checksums[name] = codecs.checksum(stored)
+            chunks[name] = chunk_digest(self._chunks(name, unit))
+        return checksums, chunks
 
     def chunk_columns(self, name: str) -> int:
         """Return the columns of a parameter that are read together at no extra cost."""
         if self.representation(name) == "dense":
-            return self._array(f"gradients/{node_name(name)}").chunks[1]
+            return self.run.array(f"gradients/{node_name(name)}").chunks[1]
         _, width = matrix_shape(self.shape(name))
-        return width * max(1, _FACTORED_SLAB // (8 * self.n_samples * width))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a parameter."""
-        return next(tuple(item["shape"]) for item in self.manifest.parameters if item["name"] == name)
+        return width * max(1, _FACTORED_SLAB // (8 * self.run.n_samples * width))
 
     def columns(
         self, name: str, start: int, stop: int, rows: slice | None = None, *, out: np.ndarray | None = None
@@ -59,107 +119,59 @@ class RowReader(StorePart):
             CorruptRunError: a chunk fails its checksum.
             RunError: the gradients were deleted after they were reduced.
         """
-        first, last, _ = (rows or slice(None)).indices(self.n_samples)
-        stop = min(stop, self.parameters[name])
-        self._require_kept(name)
+        first, last, _ = (rows or slice(None)).indices(self.run.n_samples)
+        stop = min(stop, self.run.parameters[name])
+        self.kept.require(name)
         if self.representation(name) == "factors":
             segments = self.segments(name)
             shape = matrix_shape(self.shape(name))
             return columns_of_segments(segments, shape, start, stop, first, last, self.numpy_row_dtype)
         self._require_bound(name)
-        array = self._array(f"gradients/{node_name(name)}")
+        array = self.run.array(f"gradients/{node_name(name)}")
         if out is None:
             out = np.empty((last - first, stop - start), dtype=self.numpy_read_dtype)
         try:
-            return codecs.read_into(array, slice(first, last), slice(start, stop), self.store_dtype, out)
+            return codecs.read_into(array, slice(first, last), slice(start, stop), self.run.store_dtype, out)
         except (ValueError, RuntimeError, OSError) as error:
             raise unreadable(
                 error,
-                f"{self.path}: a chunk of parameter {name} (columns {start} to {stop}) cannot be read: {error}. "
+                f"{self.run}: a chunk of parameter {name} (columns {start} to {stop}) cannot be read: {error}. "
                 "Run `streamfisher verify` to find which samples are affected.",
             ) from error
 
-    def segments(self, name: str) -> list[Segment]:
-        """Return the factors of a parameter, in the order of the samples.
-
-        Raises:
-            CorruptRunError: a marker is damaged.
-            RunError: the gradients were deleted after they were reduced.
-        """
-        self._require_kept(name)
-        self._require_bound(name)
-        wave, found = self.wave_of(name), []
-        for unit in self.units:
-            found += segments_of(self._factor_folder(wave), name, unit.index, self.factor_entries(unit, wave))
-        return found
-
-    def factor_entries(self, unit: Unit, wave: int) -> list[dict[str, Any]]:
-        """Return what the marker of a unit says of its batches' factors; empty where it has none or is not done."""
-        if (wave, unit.index) not in self._markers:
-            if not self.is_done(unit, wave):
-                return []
-            self._markers[wave, unit.index] = self.marker(unit, wave)
-        return self._markers[wave, unit.index].get("factors", [])
-
-    def factor_checksums(self, unit: Unit, wave: int, name: str) -> list[tuple[FactorSide, int]]:
-        """Return every tensor that a parameter's factors are in, in one unit, with the checksum of its marker.
-
-        Raises:
-            CorruptRunError: the marker is damaged.
-        """
-        found = []
-        entries = self.marker(unit, wave).get("factors", [])
-        segments = iter(segments_of(self._factor_folder(wave), name, unit.index, entries))
-        for entry in entries:
-            for pair in entry["pairs"][name]:
-                segment = next(segments)
-                for key, side in zip(pair, (segment.left, segment.right), strict=True):
-                    found.append((side, entry["sides"][key]["crc32c"]))
-        return found
-
-    def bytes_of_rows(self, n_samples: int) -> int:
+    def bytes_of(self, n_samples: int) -> int:
         """Return what the gradients of so many samples take, uncompressed; factors as those of the first unit do."""
-        dense = sum(size for name, size in self.parameters.items() if self.representation(name) == "dense")
-        total = n_samples * dense * self.store_dtype.itemsize
-        for wave in range(len(self.waves)):
-            entries = self.factor_entries(self.units[0], wave)
-            total += int(sum(entry["bytes"] for entry in entries) * n_samples / len(self.units[0]))
+        dense = sum(size for name, size in self.run.parameters.items() if self.representation(name) == "dense")
+        total = n_samples * dense * self.run.store_dtype.itemsize
+        for wave in range(len(self.run.waves)):
+            entries = self.factors.entries(self.run.units[0], wave)
+            total += int(sum(entry["bytes"] for entry in entries) * n_samples / len(self.run.units[0]))
         return total
-
-    @property
-    def numpy_row_dtype(self) -> np.dtype:
-        """Return the dtype in which rows are formed, for numpy."""
-        return np.dtype("float64" if self.row_dtype == torch.float64 else "float32")
-
-    @property
-    def numpy_read_dtype(self) -> np.dtype:
-        """Return the dtype in which stored rows are read: float64 where they were stored so."""
-        return np.dtype("float64" if self.store_dtype == torch.float64 else "float32")
 
     @property
     def decoding_bytes(self) -> int:
         """Return what an entry takes beside that dtype while it is read: its stored form, where it has one."""
-        stored = self.store_dtype.itemsize
+        stored = self.run.store_dtype.itemsize
         return 0 if stored == self.numpy_read_dtype.itemsize else stored
 
     @property
     def unit_roundoff(self) -> float:
         """Return the largest relative error that storing put on an entry of a row."""
-        bits = self.manifest.layout["bitround"]
-        return 2.0 ** -(bits + 1) if bits is not None else float(torch.finfo(self.store_dtype).eps) / 2
+        bits = self.run.manifest.layout["bitround"]
+        return 2.0 ** -(bits + 1) if bits is not None else float(torch.finfo(self.run.store_dtype).eps) / 2
 
     @property
     def norm_tolerance(self) -> float:
         """Return how far a squared row norm may be from the one seen while collecting, relatively."""
-        return 4 * self.unit_roundoff + (1e-9 if self.row_dtype == torch.float64 else 1e-4)
+        return 4 * self.unit_roundoff + (1e-9 if self.run.row_dtype == torch.float64 else 1e-4)
 
     def read_unit(self, name: str, unit: Unit) -> np.ndarray:
         """Return one parameter's stored bits of a unit: (len(unit), P_k) in the stored dtype."""
         self.check_chunks(name, unit)
-        return self._array(f"gradients/{node_name(name)}")[unit.start : unit.stop]
+        return values_of(self.run.array(f"gradients/{node_name(name)}"), slice(unit.start, unit.stop))
 
     def _chunks(self, name: str, unit: Unit) -> Path:
-        return self.path / "gradients" / node_name(name) / "c" / str(unit.index)
+        return self.run.path / "gradients" / node_name(name) / "c" / str(unit.index)
 
     def _require_bound(self, name: str) -> None:
         """Refuse rows or factors of a parameter whose chunks are not those that were written there; once per unit.
@@ -167,8 +179,8 @@ class RowReader(StorePart):
         Raises:
             CorruptRunError: it names the samples.
         """
-        done = self.done_units(stage_of(self.wave_of(name)))
-        for unit in self.units:
+        done = self.markers.done_units(stage_of(self.run.wave_of(name)))
+        for unit in self.run.units:
             if (name, unit.index) in self._bound or unit.index not in done:
                 continue
             self.check_chunks(name, unit)
@@ -180,13 +192,22 @@ class RowReader(StorePart):
         Raises:
             CorruptRunError: it names parameter and samples.
         """
-        wave = self.wave_of(name)
+        wave = self.run.wave_of(name)
         if self.representation(name) == "factors":
-            check_factors(self._factor_folder(wave), name, unit.index, self.factor_entries(unit, wave))
+            check_factors(self.factors.folder(wave), name, unit.index, self.factors.entries(unit, wave))
             return
-        expected = self.marker(unit, wave).get("chunks", {}).get(name)
+        expected = self.markers.of_unit(unit, wave).get("chunks", {}).get(name)
         if expected is not None and chunk_digest(self._chunks(name, unit)) != expected:
             raise CorruptRunError(
-                f"{self.path}: the chunks of {name}, samples {unit.start} to {unit.stop - 1}, are not those that were "
+                f"{self.run}: the chunks of {name}, samples {unit.start} to {unit.stop - 1}, are not those that were "
                 "written there. `streamfisher verify` finds what is affected."
             )
+
+
+def _opened(path: Path, fsync: bool) -> RowStore:
+    """Open the rows of a run again, in another process."""
+    run = RunFolder(path)
+    run.fsync = fsync
+    markers = Markers(run)
+    factors = FactorStore(run, markers)
+    return RowStore(run, markers, factors, KeptGradients(run, factors), MeanStore(run))

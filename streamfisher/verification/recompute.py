@@ -85,7 +85,7 @@ def deep_problems(
 
 def _draw(run: StoredRun, count: int, seed: int) -> list[int]:
     """Return `count` different finished samples, or all there are, in order; none that the run has left out."""
-    done, skipped = run.store.finished_units(), run.store.skipped()
+    done, skipped = run.store.markers.finished_units(), run.store.samples.skipped()
     units = [unit for unit in run.store.units if unit.index in done]
     numbers = [number for unit in units for number in range(unit.start, unit.stop) if number not in skipped]
     if not numbers:
@@ -102,7 +102,7 @@ class _DeepCheck:
         self.found_problems: list[Problem] = []
         eps = max(torch.finfo(parse_dtype(item["dtype"])).eps for item in run.manifest.parameters)
         self.rounding = 8 * eps  # of the model's own dtype, over the norm of all that was summed
-        self.tolerance = self.store.norm_tolerance + self.rounding
+        self.tolerance = self.store.rows.norm_tolerance + self.rounding
         info = torch.finfo(self.store.store_dtype)
         self.smallest = info.smallest_normal * info.eps  # what storing can put on an entry that underflows
         self.norms = self._stored("squared_norm", np.zeros((len(chosen), len(self.store.parameters))))
@@ -119,7 +119,7 @@ class _DeepCheck:
                 self._compare_losses(losses)
             for name in names:
                 self._compare(name, rows.pop(name))
-        for key in filter(self.store.has_gram, self.store.gram_members):
+        for key in filter(self.store.grams.has, self.store.gram_members):
             self._compare_gram(key)
         return self.found_problems
 
@@ -140,7 +140,7 @@ class _DeepCheck:
         store, engine = self.store, self.engine
         rows = {name: torch.zeros(len(self.chosen), store.parameters[name], dtype=engine.row_dtype) for name in names}
         losses = np.zeros(len(self.chosen))
-        held = [n for n in names if store.representation(n) == "factors" and n in engine.factorable]
+        held = [n for n in names if store.rows.representation(n) == "factors" and n in engine.factorable]
         for unit in store.units:
             if not any(number in range(unit.start, unit.stop) for number in self.chosen):
                 continue
@@ -164,21 +164,21 @@ class _DeepCheck:
         pairs = [FactorPair(pair.left[offset : offset + 1], pair.right[offset : offset + 1]) for pair in factors[name]]
         if not pairs:
             return torch.zeros(self.store.parameters[name], dtype=self.engine.row_dtype)
-        return product(pairs, self.store.shape(name), self.engine.row_dtype)[0]
+        return product(pairs, self.store.rows.shape(name), self.engine.row_dtype)[0]
 
     def _compare(self, name: str, rows: Tensor) -> None:
         """Compare a parameter's rows and norms, and add its products to those of its Gram."""
-        size, kept = self.store.parameters[name], not self.store.is_deleted(name)
+        size, kept = self.store.parameters[name], not self.store.kept.is_deleted(name)
         sizes = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).numpy()
         noise = self.rounding * np.maximum(self.whole, sizes) + self.smallest * size**0.5
         squares, squared_differences = np.zeros(len(rows)), np.zeros(len(rows))
-        keys = self.store.keys_of([name])
+        keys = self.store.grams.keys_of([name])
         readable = [kept] * len(rows)
         for start in range(0, size, _SLAB):
             stop = min(start + _SLAB, size)
             part = rows[:, start:stop].double().numpy()
             if self.store.centered:
-                part = part - np.asarray(self.store.mean(name, start, stop))
+                part = part - np.asarray(self.store.means.mean(name, start, stop))
             squares += (part**2).sum(axis=1)
             for key in keys:
                 self.products[key] += part @ part.T
@@ -201,7 +201,7 @@ class _DeepCheck:
             self._judge("squared_norm", name, place, off, size, allowed[place])
 
     def _columns(self, name: str, start: int, stop: int, sample: int) -> np.ndarray:
-        return self.store.columns(name, start, stop, rows=slice(sample, sample + 1))[0].astype(np.float64)
+        return self.store.rows.columns(name, start, stop, rows=slice(sample, sample + 1))[0].astype(np.float64)
 
     def _compare_losses(self, losses: np.ndarray) -> None:
         stored = self._stored("loss", losses)
@@ -218,7 +218,7 @@ class _DeepCheck:
         worst, detail = 1.0, None
         for i, sample in enumerate(self.chosen):
             try:
-                stored = self.store.gram_tile(key, slice(sample, sample + 1), slice(None))
+                stored = self.store.grams.tile(key, slice(sample, sample + 1), slice(None))
             except CorruptRunError as error:
                 self.found_problems.append(Problem("gram", key, sample, sample, f"cannot be read ({error})"))
                 return
@@ -235,7 +235,7 @@ class _DeepCheck:
     def _stored(self, what: str, like: np.ndarray) -> np.ndarray:
         """Return per-sample values of the samples; what cannot be read is reported, and NaN."""
         try:
-            return self.store.per_sample(what)[self.chosen]
+            return self.store.samples.per_sample(what)[self.chosen]
         except CorruptRunError as error:
             self.found_problems.append(Problem(what, None, self.chosen[0], self.chosen[-1], str(error)))
             return np.full_like(like, np.nan)

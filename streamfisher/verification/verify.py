@@ -65,7 +65,7 @@ def verify(
         with RunLock(run.path):
             restore_metadata(run.path, run.manifest, metadata)
     damaged: list[tuple[Unit, int]] = []  # units, and the waves they are damaged in
-    done = {wave: store.done_units(stage_of(wave)) for wave in range(len(store.waves))}
+    done = {wave: store.markers.done_units(stage_of(wave)) for wave in range(len(store.waves))}
     work = [(unit, wave) for wave in done for unit in store.units if unit.index in done[wave]]
     for unit, wave in tqdm(work, desc="verify", unit="unit", disable=not progress):
         found = _check_unit(run, unit, wave)
@@ -73,16 +73,16 @@ def verify(
             problems += found
             damaged.append((unit, wave))
     damaged_grams = []
-    for key in filter(store.has_gram, store.gram_members):
+    for key in filter(store.grams.has, store.gram_members):
         try:
-            store.check_gram(key)
+            store.grams.check(key)
         except CorruptRunError as error:
             problems.append(Problem("gram", key, None, None, str(error)))
             damaged_grams.append(key)
     mean, parts = _check_mean(run)
     fields = _check_fields(run)
     eigenvectors = _check_eigenvectors(run)
-    results = store.wrong_results()
+    results = store.markers.wrong_results()
     problems += [*mean, *(problem for _, problem in parts), *(problem for _, problem in fields)]
     problems += [problem for _, problem in eigenvectors]
     problems += [Problem("result", None, None, None, f"{name} is not what was written") for name in results]
@@ -95,9 +95,9 @@ def verify(
         with RunLock(run.path):
             for unit, wave in damaged:
                 store.forget_unit(unit, wave)
-            of_damaged = [name for _, wave in damaged for name in store.waves[wave] if not store.is_deleted(name)]
-            for key in {*damaged_grams, *store.keys_of(of_damaged)}:
-                store.forget_gram(key)
+            of_damaged = [name for _, wave in damaged for name in store.waves[wave] if not store.kept.is_deleted(name)]
+            for key in {*damaged_grams, *store.grams.keys_of(of_damaged)}:
+                store.grams.forget(key)
             for marker, _ in parts:
                 marker.unlink(missing_ok=True)
             if mean or parts:
@@ -120,7 +120,7 @@ def _to_compute_again(run: StoredRun, problems: Sequence[Problem]) -> tuple[list
     for problem in problems:
         if problem.what == "gram":
             continue
-        waves = range(len(store.waves)) if problem.parameter is None else [store.wave_of(problem.parameter)]
+        waves = range(len(store.waves)) if problem.parameter is None else [store.run.wave_of(problem.parameter)]
         units |= {(store.units[problem.first_sample // store.chunk_rows], wave) for wave in waves}
     grams = [problem.parameter for problem in problems if problem.what == "gram"]
     return sorted(units, key=lambda pair: (pair[1], pair[0].index)), grams
@@ -153,14 +153,14 @@ def _check_mean(run: StoredRun) -> tuple[list[Problem], list[tuple[Path, Problem
     if (done / "mean.json").is_file():
         for name in run.parameters:
             try:
-                store.check_mean(name)
+                store.means.check(name)
             except CorruptRunError as error:
                 whole.append(Problem("mean", name, None, None, str(error)))
     for unit in store.units:
         marker = done / f"mean-{unit.index:06d}.json"
         if not marker.is_file():
             continue
-        for name, detail in store.wrong_mean_parts(unit).items():
+        for name, detail in store.means.wrong_parts(unit).items():
             parts.append((marker, Problem("mean_parts", name, unit.start, unit.stop - 1, detail)))
     return whole, parts
 
@@ -171,7 +171,7 @@ def _check_fields(run: StoredRun) -> list[tuple[Path, Problem]]:
         if folder.name == "zarr.json":
             continue
         try:
-            run.store.read_field(folder)
+            run.store.samples.read_field(folder)
         except CorruptRunError as error:
             found.append((folder, Problem("field", folder.name, None, None, str(error))))
     return found
@@ -221,23 +221,23 @@ def _check_unit(run: StoredRun, unit: Unit, wave: int) -> list[Problem]:
     last = unit.stop - 1
     store = run.store
     try:
-        marker: dict[str, Any] = store.marker(unit, wave)
+        marker: dict[str, Any] = store.markers.of_unit(unit, wave)
         checksums = marker["crc32c"]
     except (CorruptRunError, KeyError, TypeError) as error:
         return [Problem("marker", None, unit.start, last, str(error))]
     problems = []
-    here = [name for name in store.waves[wave] if not store.is_deleted(name)]
+    here = [name for name in store.waves[wave] if not store.kept.is_deleted(name)]
     for name in here:
-        if store.representation(name) != "dense":
+        if store.rows.representation(name) != "dense":
             continue
         try:
-            stored = store.read_unit(name, unit)
+            stored = store.rows.read_unit(name, unit)
         except (ValueError, RuntimeError, OSError, CorruptRunError) as error:
             problems.append(Problem("rows", name, unit.start, last, f"cannot be read ({error})"))
             continue
         if codecs.checksum(stored) != checksums.get(name):
             problems.append(Problem("rows", name, unit.start, last, "not what was written"))
-    problems += _check_factors(run, unit, wave, [name for name in here if store.representation(name) == "factors"])
+    problems += _check_factors(run, unit, wave, [name for name in here if store.rows.representation(name) == "factors"])
     return problems + _check_samples(run, unit, wave)
 
 
@@ -247,7 +247,7 @@ def _check_factors(run: StoredRun, unit: Unit, wave: int, names: Sequence[str]) 
     seen: set[str] = set()
     for name in names:
         try:
-            tensors = run.store.factor_checksums(unit, wave, name)
+            tensors = run.store.factors.checksums(unit, wave, name)
         except CorruptRunError as error:
             return [*problems, Problem("marker", name, unit.start, unit.stop - 1, str(error))]
         for side, expected in tensors:
@@ -267,14 +267,14 @@ def _check_factors(run: StoredRun, unit: Unit, wave: int, names: Sequence[str]) 
 def _check_samples(run: StoredRun, unit: Unit, wave: int) -> list[Problem]:
     """Check what was seen per sample against the unit's marker; missing chunks read as fill values."""
     store, problems = run.store, []
-    waves = [other for other in range(len(store.waves)) if store.is_done(unit, other)]
+    waves = [other for other in range(len(store.waves)) if store.markers.is_done(unit, other)]
     for what in ("valid", "n_targets", "squared_norm", "loss"):
         try:
-            values = store.read_sample_values(what, unit)
+            values = store.samples.read_unit(what, unit)
             unwritten = values > 1 if what == "valid" else values < 0 if what == "n_targets" else np.zeros(1, bool)
             if unwritten.any():
                 raise CorruptRunError("a chunk is missing")
-            store.check_sample_values(what, unit, values, waves if what != "squared_norm" else [wave])
+            store.samples.check(what, unit, values, waves if what != "squared_norm" else [wave])
         except (ValueError, RuntimeError, OSError) as error:
             detail = str(error) if isinstance(error, CorruptRunError) else f"cannot be read ({error})"
             problems.append(Problem(what, None, unit.start, unit.stop - 1, detail))

@@ -136,8 +136,8 @@ def test_directions_tensors_files_and_projections(tmp_path):
 def test_eigenvectors_of_changed_grams_are_refused(tmp_path):
     run = make_run(tmp_path / "run.zarr")
     run.eigenvectors("first", 2, **BLOCK)
-    gram, products = run.store.read_gram("first.bias")
-    run.store.write_gram("first.bias", 2 * gram, products, {})
+    gram, products = run.store.grams.read("first.bias")
+    run.store.grams.write("first.bias", 2 * gram, products, {})
     with pytest.raises(RunError, match=r"Gram of first.bias is not the one"):
         open_eigenvectors(run.path, "first")
 

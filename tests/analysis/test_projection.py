@@ -171,7 +171,7 @@ def projected_run(path, **options):
 
 
 def stored_rows(run):
-    return {name: run.store.columns(name, 0, columns) for name, columns in run.store.parameters.items()}
+    return {name: run.store.rows.columns(name, 0, columns) for name, columns in run.store.parameters.items()}
 
 
 def test_run_stores_the_projected_rows_of_an_exact_one(tmp_path):

@@ -112,19 +112,19 @@ def reduce(path: Path, workers: int, budget: int, tiles: bool, dtype: str) -> di
     # The BLAS and its threads take their own buffers at their first large product; they belong to the base.
     warm_up = MemoryRows({f"p{i}": np.ones((512, PANEL), dtype=np.float32) for i in range(2 * workers)})
     grams.build_grams(warm_up, config, lambda gram: None)
-    store.columns("weight", 0, 1, rows=slice(0, 1))
+    store.rows.columns("weight", 0, 1, rows=slice(0, 1))
     with PeakMemory() as memory:
         start = time.perf_counter()
         if tiles:
             sink = _InMemory(n, found)
             build_tiled_grams(store, config, sink, {"weight": ["weight"]}, budget=budget)
-            planned = tile_bytes(workers, store.chunk_columns("weight")) + 8 * n**2
+            planned = tile_bytes(workers, store.rows.chunk_columns("weight")) + 8 * n**2
         else:
             grams.build_grams(store, config, lambda gram: found.append(gram.gram))
             slabs = plan_slabs(store, "weight", np.dtype(dtype), budget // workers)
             planned = workers * (sums_bytes(n) + slabs.size) + DECODING_BYTES
         seconds = time.perf_counter() - start
-    rows = store.columns("weight", 0, store.parameters["weight"], rows=slice(0, 64)).astype(np.float64)
+    rows = store.rows.columns("weight", 0, store.parameters["weight"], rows=slice(0, 64)).astype(np.float64)
     exact = rows @ rows.T
     error = float(np.abs(found[0][:64, :64] - exact).max() / exact.max())
     return {"seconds": seconds, "extra": memory.extra, "planned": planned, "error": error}

@@ -21,10 +21,10 @@ from streamfisher.store import RunStore
 
 
 def read_all(store: RunStore, buffer: np.ndarray | None) -> None:
-    columns, width = store.parameters["weight"], store.chunk_columns("weight")
+    columns, width = store.parameters["weight"], store.rows.chunk_columns("weight")
     for start in range(0, columns, width):
         stop = min(start + width, columns)
-        store.columns("weight", start, stop, out=None if buffer is None else buffer[:, : stop - start])
+        store.rows.columns("weight", start, stop, out=None if buffer is None else buffer[:, : stop - start])
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     size = 4 * options.samples * options.columns
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder) / "run.zarr", options.samples, options.columns, options.codec)
-        buffer = np.empty((options.samples, store.chunk_columns("weight")), dtype=np.float32)
+        buffer = np.empty((options.samples, store.rows.chunk_columns("weight")), dtype=np.float32)
         read_all(store, buffer)
         print(f"{size / 1e6:.0f} MB of float32 rows, {options.codec}, {len(os.sched_getaffinity(0))} cores; medians")
         for count in (10, 2, 1):

@@ -76,12 +76,12 @@ def read_everything(run: Path) -> dict[str, str]:
                 f"spectrum {structure} {center}", lambda *how: open_run(run).spectrum(*how).to_dict(), structure, center
             )
     for what in ("loss", "n_targets", "valid", "squared_norm"):
-        ask(what, lambda which: open_run(run).store.per_sample(which), what)
-    ask("fields", lambda: {name: _digest(values) for name, values in open_run(run).store.fields().items()})
-    ask("skipped", lambda: open_run(run).store.skipped())
+        ask(what, lambda which: open_run(run).store.samples.per_sample(which), what)
+    ask("fields", lambda: {name: _digest(values) for name, values in open_run(run).store.samples.fields().items()})
+    ask("skipped", lambda: open_run(run).store.samples.skipped())
     for name, size in open_run(run).parameters.items():
-        ask(f"rows of {name}", lambda *which: open_run(run).store.columns(*which), name, 0, size)
-        ask(f"mean of {name}", lambda *which: open_run(run).store.mean(*which), name, 0, size)
+        ask(f"rows of {name}", lambda *which: open_run(run).store.rows.columns(*which), name, 0, size)
+        ask(f"mean of {name}", lambda *which: open_run(run).store.means.mean(*which), name, 0, size)
     if (run / "eigenvectors").is_dir():
 
         def eigenvectors() -> list[object]:

@@ -114,7 +114,7 @@ def test_run_takes(kind, tmp_path, capsys):
     run, lengths = open_run(tmp_path / "run.zarr"), KINDS[kind]
     assert run.n_samples == len(lengths)
     if kind is not ids_and_labels:
-        assert run.store.per_sample("n_targets").tolist() == [length - 1 for length in lengths]
+        assert run.store.samples.per_sample("n_targets").tolist() == [length - 1 for length in lengths]
     assert f"N = {len(lengths)} sequences" in capsys.readouterr().out
     assert np.isfinite(run.spectrum("none").global_.trace)
     assert (tmp_path / "run.zarr/spectrum.png").read_bytes().startswith(b"\x89PNG\r\n")
@@ -570,4 +570,4 @@ def test_gram_precision_can_be_changed_afterwards(copied, no_model, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["metadata"]["dtype_gram"] == "float64"
     run = open_run(copied)
-    assert run.store.grams_done(gram_settings(run.config.replace(dtype_gram="float64"))) == set(run.parameters)
+    assert run.store.grams.done(gram_settings(run.config.replace(dtype_gram="float64"))) == set(run.parameters)

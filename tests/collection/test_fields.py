@@ -35,7 +35,7 @@ def run(model, data, tmp_path):
 
 
 def test_scalars_of_the_data_become_fields(run):
-    fields = run.store.fields()
+    fields = run.store.samples.fields()
     assert fields["source"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
     assert fields["labels"].tolist() == [0, 1] * 6
     np.testing.assert_array_equal(fields["loss"], run.losses)
@@ -68,4 +68,4 @@ def test_adding_samples_computes_what_is_new_and_ends_where_one_go_would(model, 
     assert run.n_samples == 12
     assert all(path.stat().st_mtime_ns == before for path, before in first.items())
     assert run.spectrum().to_dict()["per_block"] == whole.spectrum().to_dict()["per_block"]
-    assert run.store.fields()["source"].tolist() == whole.store.fields()["source"].tolist()
+    assert run.store.samples.fields()["source"].tolist() == whole.store.samples.fields()["source"].tolist()

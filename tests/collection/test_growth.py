@@ -20,7 +20,7 @@ def collected(path, n, model=None, **options):
 
 
 def rows_of(run):
-    return {name: run.store.columns(name, 0, columns) for name, columns in run.parameters.items()}
+    return {name: run.store.rows.columns(name, 0, columns) for name, columns in run.parameters.items()}
 
 
 def assert_like(run, other, exact):
@@ -31,7 +31,7 @@ def assert_like(run, other, exact):
             assert K.tobytes() == expected.tobytes(), name
         np.testing.assert_allclose(K, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
     for what in ("loss", "n_targets", "valid", "squared_norm"):
-        assert np.array_equal(run.store.per_sample(what), other.store.per_sample(what))
+        assert np.array_equal(run.store.samples.per_sample(what), other.store.samples.per_sample(what))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -15,7 +15,7 @@ from streamfisher.collection import wave_reduction as reduction
 from streamfisher.errors import CapacityError, ConfigError, RunError, RunMismatchError
 from streamfisher.gradients.shapes import Factor, GradientShape
 from streamfisher.planning.waves import WaveLimits, WaveSizes, cut_waves
-from streamfisher.store import RunStore
+from streamfisher.store import KeptGradients, RunStore
 from streamfisher.verification.verify import verify
 
 
@@ -39,7 +39,7 @@ def test_the_result_of_waves_is_that_of_one_pass(whole, tmp_path):
     for name in run.parameters:
         assert np.array_equal(run.gram(name), whole.gram(name)), name
     for what in ("loss", "n_targets", "valid", "squared_norm"):
-        assert np.array_equal(run.store.per_sample(what), whole.store.per_sample(what)), what
+        assert np.array_equal(run.store.samples.per_sample(what), whole.store.samples.per_sample(what)), what
     assert run.spectrum("module").to_dict()["global"] == whole.spectrum("module").to_dict()["global"]
     assert not verify(run)
 
@@ -47,14 +47,14 @@ def test_the_result_of_waves_is_that_of_one_pass(whole, tmp_path):
 def test_what_is_on_disk_stays_within_the_budget(whole, tmp_path, monkeypatch):
     limit = budget(whole)
     seen = []
-    delete = RunStore.delete_gradients
+    delete = KeptGradients.delete
 
-    def watch(store, wave):
-        arrays = [p for folder in ("gradients", "factors", "gram") for p in (store.path / folder).rglob("c/**/*")]
+    def watch(kept, wave):
+        arrays = [p for folder in ("gradients", "factors", "gram") for p in (kept.run.path / folder).rglob("c/**/*")]
         seen.append(sum(path.stat().st_size for path in arrays if path.is_file()))
-        delete(store, wave)
+        delete(kept, wave)
 
-    monkeypatch.setattr(RunStore, "delete_gradients", watch)
+    monkeypatch.setattr(KeptGradients, "delete", watch)
     # Raw, because a budget is kept whatever the codec makes of the numbers.
     run = collected(tmp_path / "run.zarr", representation=held_as(whole), disk_budget=limit, codec="raw")
     assert len(seen) == len(run.store.waves) and max(seen) <= limit + 4 * 4000  # a checksum ends every chunk
@@ -69,11 +69,11 @@ def test_gradients_that_match_a_pattern_are_kept(whole, tmp_path):
     stays = [name for name in run.parameters if name.startswith("model.layers.0.")]
     assert run.info()["gradients_deleted"] == [name for name in run.parameters if name not in stays]
     for name in stays:
-        expected = whole.store.columns(name, 0, whole.parameters[name])
-        assert np.array_equal(run.store.columns(name, 0, run.parameters[name]), expected)
+        expected = whole.store.rows.columns(name, 0, whole.parameters[name])
+        assert np.array_equal(run.store.rows.columns(name, 0, run.parameters[name]), expected)
     assert len(run.eigenvectors("layer_0", 2, block_structure="layer")) == 2
     with pytest.raises(RunError, match=r"gradients of lm_head.weight were deleted .*--keep-gradients all"):
-        run.store.columns("lm_head.weight", 0, 5)
+        run.store.rows.columns("lm_head.weight", 0, 5)
     with pytest.raises(RunError, match="were deleted"):
         run.eigenvectors("layer_1", 2, block_structure="layer")
     assert not verify(run)
@@ -92,7 +92,7 @@ def test_stopped_anywhere_the_waves_go_on_to_the_same_bytes(whole, tmp_path, mon
 
     options = {"representation": held_as(whole), "disk_budget": budget(whole)}
     count = iter(range(100))
-    write, delete = RunStore.write_unit, RunStore.delete_gradients
+    write, delete = RunStore.write_unit, KeptGradients.delete
 
     def stopping(function):
         def call(*arguments):
@@ -104,7 +104,7 @@ def test_stopped_anywhere_the_waves_go_on_to_the_same_bytes(whole, tmp_path, mon
 
     with monkeypatch.context() as patch:
         patch.setattr(RunStore, "write_unit", stopping(write))
-        patch.setattr(RunStore, "delete_gradients", stopping(delete))
+        patch.setattr(KeptGradients, "delete", stopping(delete))
         with pytest.raises(StopError):
             collected(tmp_path / "run.zarr", **options)
     run = collected(tmp_path / "run.zarr", **options)
@@ -138,7 +138,7 @@ def test_a_run_whose_gradients_were_deleted_cannot_grow(whole, tmp_path):
 def test_an_unfinished_run_of_waves_says_how_far_it_is(whole, tmp_path):
     run = collected(tmp_path / "run.zarr", representation=held_as(whole), disk_budget=budget(whole))
     run.store.forget_unit(run.store.units[0], 1)
-    run.store.forget_gram(run.store.waves[1][0])
+    run.store.grams.forget(run.store.waves[1][0])
     with pytest.raises(RunError, match=r"7 of 11 samples have gradients in wave 2 of"):
         run.spectrum("layer")
     with pytest.raises(RunError, match=r"is collected in .* waves and not finished"):
@@ -158,7 +158,7 @@ def test_a_sample_skipped_in_one_wave_counts_in_none(tmp_path):
         for limit in (10**9, 8 * 81 * 4 + 8 * 9 * 16)
     )
     assert len(waves.store.waves) > 1
-    assert list(one.store.skipped()) == list(waves.store.skipped()) == [4]
+    assert list(one.store.samples.skipped()) == list(waves.store.samples.skipped()) == [4]
     np.testing.assert_allclose(
         waves.spectrum("none").global_.eigenvalues, one.spectrum("none").global_.eigenvalues, rtol=1e-12
     )

@@ -23,7 +23,7 @@ def write(path: Path, name: str) -> None:
     command = [sys.executable, "-m", "streamfisher", "spectrum", str(path), *ANALYSES, "--out", str(target), "--quiet"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     if hasattr(run.store, "mark_result"):
-        run.store.mark_result(target)
+        run.store.markers.mark_result(target)
     for name in OF_THE_PROCESS:
         (path / name).unlink(missing_ok=True)
 

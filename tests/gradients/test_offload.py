@@ -76,7 +76,7 @@ WAYS = {
 def rows_of(model, data, path, **options):
     config = sf.SpectralConfig(chunk_size=4, n_workers=1, guard_every=1, **options)
     run = sf.collect(model, data, path, config=config)
-    return run, {name: run.store.columns(name, 0, columns) for name, columns in run.parameters.items()}
+    return run, {name: run.store.rows.columns(name, 0, columns) for name, columns in run.parameters.items()}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -142,7 +142,9 @@ def test_the_command_line_spreads_a_model_and_gives_the_same_rows(tmp_path):
     assert cli("collect", *what, "--out", tmp_path / "run.zarr", "--device-map", tmp_path / "map.json") == 0
     plain, run = (sf.open_run(tmp_path / name) for name in ("plain.zarr", "run.zarr"))
     for name, columns in plain.parameters.items():
-        assert plain.store.columns(name, 0, columns).tobytes() == run.store.columns(name, 0, columns).tobytes()
+        assert (
+            plain.store.rows.columns(name, 0, columns).tobytes() == run.store.rows.columns(name, 0, columns).tobytes()
+        )
 
 
 def test_a_hugging_face_checkpoint_is_spread_while_it_is_loaded(tmp_path):

@@ -25,7 +25,7 @@ def both(tmp_path, name, **options):
     make, data = MODELS[name]
     dense = collected(tmp_path / "dense.zarr", make(), data(), representation="dense", **options)
     factored = collected(tmp_path / "factors.zarr", make(), data(), representation="factors", **options)
-    assert any(factored.store.representation(p) == "factors" for p in factored.parameters)
+    assert any(factored.store.rows.representation(p) == "factors" for p in factored.parameters)
     return dense, factored
 
 
@@ -52,16 +52,16 @@ def test_columns_of_factors_are_columns_of_rows(runs_of, name):
     for parameter, size in dense.parameters.items():
         for start, stop in ((0, size), (size // 3, size // 3 + 5), (size - 1, size)):
             for rows in (None, slice(2, 9)):
-                expected = dense.store.columns(parameter, start, stop, rows)
-                found = factored.store.columns(parameter, start, stop, rows)
+                expected = dense.store.rows.columns(parameter, start, stop, rows)
+                found = factored.store.rows.columns(parameter, start, stop, rows)
                 np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-13, err_msg=parameter)
-    expected, found = dense.store.per_sample("squared_norm"), factored.store.per_sample("squared_norm")
+    expected, found = dense.store.samples.per_sample("squared_norm"), factored.store.samples.per_sample("squared_norm")
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-25)
 
 
 def test_the_shared_input_of_several_layers_is_stored_once(runs_of):
     _, factored = runs_of("llama")
-    entry = factored.store.factor_entries(factored.store.units[0], 0)[0]
+    entry = factored.store.factors.entries(factored.store.units[0], 0)[0]
     right = {name: uses[0][1] for name, uses in entry["pairs"].items()}
     attention, mlp = "model.layers.0.self_attn.{}_proj.weight", "model.layers.0.mlp.{}_proj.weight"
     assert right[attention.format("q")] == right[attention.format("k")] == right[attention.format("v")]
@@ -87,12 +87,12 @@ def test_every_kernel_gives_the_gram_of_the_rows(runs_of, name, known):
     dense, factored = runs_of(name)
     n = dense.n_samples
     for parameter, size in dense.parameters.items():
-        if factored.store.representation(parameter) == "dense":
+        if factored.store.rows.representation(parameter) == "dense":
             continue
-        rows = dense.store.columns(parameter, 0, size)
+        rows = dense.store.rows.columns(parameter, 0, size)
         expected = (rows @ rows.T)[known:]
-        shape = (factored.store.shape(parameter)[0], size // factored.store.shape(parameter)[0])
-        for kernel, found in kernels(factored.store.segments(parameter), shape, n, known).items():
+        shape = (factored.store.rows.shape(parameter)[0], size // factored.store.rows.shape(parameter)[0])
+        for kernel, found in kernels(factored.store.rows.segments(parameter), shape, n, known).items():
             np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12 * expected.max(), err_msg=kernel)
 
 
@@ -102,7 +102,7 @@ def test_slabs_have_the_same_bits_within_any_budget(runs_of, monkeypatch):
     monkeypatch.setattr(factor_gram, "PANEL", 24)
     _, factored = runs_of("llama")
     name = "model.layers.1.mlp.up_proj.weight"
-    segments, shape, n = factored.store.segments(name), (24, 16), factored.n_samples
+    segments, shape, n = factored.store.rows.segments(name), (24, 16), factored.n_samples
     positions = sum(sum(segment.lengths) for segment in segments)
     least, whole = factor_gram.slab_memory(positions, shape, n, 8)
     assert least < whole
@@ -115,7 +115,7 @@ def test_slabs_have_the_same_bits_within_any_budget(runs_of, monkeypatch):
 def test_a_budget_that_holds_no_batch_reads_them_again(runs_of):
     _, factored = runs_of("llama")
     name = "model.layers.1.mlp.up_proj.weight"
-    segments, n = factored.store.segments(name), factored.n_samples
+    segments, n = factored.store.rows.segments(name), factored.n_samples
     held = factor_gram.pairwise_gram(segments, n, budget=1 << 30)
     assert np.array_equal(held, factor_gram.pairwise_gram(segments, n, budget=1))
 
@@ -135,7 +135,7 @@ def test_auto_takes_the_smaller_and_leaves_small_tensors_as_rows(tmp_path):
     generator = torch.Generator().manual_seed(0)
     data = {"input": torch.randn(6, 3, generator=generator), "labels": torch.randn(6, 2, generator=generator)}
     run = sf.collect(model, data, tmp_path / "run.zarr", config=sf.SpectralConfig())
-    assert [name for name in run.parameters if run.store.representation(name) == "factors"] == ["2.weight"]
+    assert [name for name in run.parameters if run.store.rows.representation(name) == "factors"] == ["2.weight"]
     dense = sf.collect(model, data, tmp_path / "d.zarr", config=sf.SpectralConfig(representation="dense"))
     assert run.store.bytes_on_disk() < dense.store.bytes_on_disk() / 5
     expected, found = dense.spectrum("none").global_.eigenvalues, run.spectrum("none").global_.eigenvalues
@@ -146,7 +146,7 @@ def test_a_bf16_model_keeps_the_operands_of_autograd_exactly(tmp_path):
     model = llama().bfloat16()
     config = sf.SpectralConfig(representation="factors", chunk_size=4)
     run = sf.collect(model, sequences(), tmp_path / "run.zarr", config=config)
-    segment = run.store.segments("model.layers.0.mlp.up_proj.weight")[0]
+    segment = run.store.rows.segments("model.layers.0.mlp.up_proj.weight")[0]
     assert segment.left.dtype == segment.right.dtype == torch.bfloat16
     dense = sf.collect(
         llama().bfloat16(), sequences(), tmp_path / "d.zarr", config=sf.SpectralConfig(representation="dense")
@@ -165,15 +165,15 @@ def test_a_skipped_sample_has_no_positions(tmp_path):
         )
         for held in ("dense", "factors")
     ]
-    assert list(runs[1].store.skipped()) == [5]
-    assert all(segment.lengths[5 - segment.start] == 0 for segment in runs[1].store.segments("0.weight")[1:2])
+    assert list(runs[1].store.samples.skipped()) == [5]
+    assert all(segment.lengths[5 - segment.start] == 0 for segment in runs[1].store.rows.segments("0.weight")[1:2])
     expected, found = (run.spectrum("none").global_.eigenvalues for run in runs)
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-14)
 
 
 def test_centered_rows_are_never_factors(tmp_path):
     run = collected(tmp_path / "run.zarr", llama(), sequences(), store_centered=True)
-    assert all(run.store.representation(name) == "dense" for name in run.parameters)
+    assert all(run.store.rows.representation(name) == "dense" for name in run.parameters)
     with pytest.raises(ConfigError, match=r"representation='factors' .* store_centered=True use 'dense'"):
         collected(tmp_path / "other.zarr", llama(), sequences(), store_centered=True, representation="factors")
 
@@ -192,13 +192,13 @@ def test_a_grown_run_of_factors_equals_a_whole_one(tmp_path):
 def test_altered_factors_are_found_named_and_computed_again(tmp_path):
     run = collected(tmp_path / "run.zarr", llama(), sequences(), representation="factors")
     before = run.spectrum("none").global_.eigenvalues
-    side = run.store.segments("model.layers.0.mlp.up_proj.weight")[1].left
+    side = run.store.rows.segments("model.layers.0.mlp.up_proj.weight")[1].left
     chunk = next(path for path in side.path.rglob("*") if path.is_file() and path.name != "zarr.json")
     content = bytearray(chunk.read_bytes())
     content[len(content) // 2] ^= 1
     chunk.write_bytes(bytes(content))
     for name in run.store.gram_members:
-        run.store.forget_gram(name)
+        run.store.grams.forget(name)
     with pytest.raises(CorruptRunError, match="cannot be read"):
         sf.open_run(run.path).spectrum("none")
     problems = verify(sf.open_run(run.path))
@@ -212,7 +212,7 @@ def test_altered_factors_are_found_named_and_computed_again(tmp_path):
 
 def segment_start(run, index):
     """Return the first sample of the unit that a segment of samples lies in."""
-    start = run.store.segments("model.layers.0.mlp.up_proj.weight")[index].start
+    start = run.store.rows.segments("model.layers.0.mlp.up_proj.weight")[index].start
     return start // run.store.chunk_rows * run.store.chunk_rows
 
 

@@ -198,12 +198,12 @@ def test_float64_rows_are_multiplied_as_they_were_stored(tmp_path, stored):
     data = {"input_ids": torch.randn(6, 300, generator=generator).double(), "labels": torch.zeros(6, 7).double()}
     run = sf.collect(model, data, tmp_path / "run.zarr", config=SpectralConfig(dtype_store=stored))
     run.build_grams()
-    rows = run.store.columns("weight", 0, 2100)
+    rows = run.store.rows.columns("weight", 0, 2100)
     assert rows.dtype == (np.float64 if stored == "float64" else np.float32)
     buffer = np.full((6, 2100), np.nan, dtype=rows.dtype)
-    np.testing.assert_array_equal(run.store.columns("weight", 0, 2100, out=buffer), rows)
+    np.testing.assert_array_equal(run.store.rows.columns("weight", 0, 2100, out=buffer), rows)
     wide = rows.astype(np.float64)
-    np.testing.assert_allclose(run.store.read_gram("weight")[0], wide @ wide.T, rtol=1e-13)
+    np.testing.assert_allclose(run.store.grams.read("weight")[0], wide @ wide.T, rtol=1e-13)
 
 
 def test_rebuilding_says_how_far_the_old_grams_were(tmp_path):
@@ -212,7 +212,7 @@ def test_rebuilding_says_how_far_the_old_grams_were(tmp_path):
     run = sf.collect(model, data, tmp_path / "run.zarr")
     assert run.rebuild_grams() == {"weight": None, "bias": None}
     assert run.rebuild_grams() == {"weight": 0.0, "bias": 0.0}
-    K, _ = run.store.read_gram("bias")
-    run.store.write_gram("bias", 2 * K, None, {"dtype_gram": "float32"})
+    K, _ = run.store.grams.read("bias")
+    run.store.grams.write("bias", 2 * K, None, {"dtype_gram": "float32"})
     assert run.rebuild_grams() == {"weight": 0.0, "bias": pytest.approx(1.0)}
-    np.testing.assert_array_equal(run.store.read_gram("bias")[0], K)
+    np.testing.assert_array_equal(run.store.grams.read("bias")[0], K)

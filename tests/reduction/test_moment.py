@@ -34,7 +34,7 @@ def test_eigenvalues_are_those_of_a_float64_loop(tmp_path, center, centered_stor
     run = tiny_runs.make_run(tmp_path / "run.zarr", N, store_centered=centered_store)
     rows = {name: tiny_runs.rows(run, [name]) for name in run.parameters}
     if centered_store:
-        rows = {name: values + run.store.mean(name, 0, values.shape[1]) for name, values in rows.items()}
+        rows = {name: values + run.store.means.mean(name, 0, values.shape[1]) for name, values in rows.items()}
     spectrum = run.spectrum("parameter", center)
     for name, block in spectrum.blocks.items():
         expected = float64_loop.eigenvalues(rows, [name], center)
@@ -108,9 +108,9 @@ def test_a_moment_of_fewer_samples_is_not_used(tmp_path):
     run.build_grams()
     grown = run.add(model, data)
     name = next(iter(run.parameters))
-    assert run.store.read_moment(name) is not None and grown.store.read_moment(name) is None
+    assert run.store.moments.read(name) is not None and grown.store.moments.read(name) is None
     assert {block.solved_side for block in grown.spectrum("parameter").blocks.values()} == {"parameters"}
-    assert grown.store.read_moment(name).count == N
+    assert grown.store.moments.read(name).count == N
 
 
 def test_a_damaged_moment_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from streamfisher.reduction.subsets import draw_columns
 from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles, tile_bytes, tile_workers, tiles_of, whole_bytes
 from streamfisher.sinks.memory import MemoryRows
 from streamfisher.solving.tiled_gram import TILE
-from streamfisher.store import RunStore
+from streamfisher.store import SampleStore
 from streamfisher.store.arrays import CHUNK
 from streamfisher.store.layout import PANEL, node_name
 from streamfisher.verification.verify import verify
@@ -132,7 +132,7 @@ def test_a_run_by_tiles_has_the_grams_of_a_run_in_memory(tmp_path, by_tiles, mon
     whole = tiny_runs.make_run(tmp_path / "whole.zarr", N, **options)
     whole.build_grams()
     for name in run.parameters:
-        (K, products), (expected, expected_products) = run.store.read_gram(name), whole.store.read_gram(name)
+        (K, products), (expected, expected_products) = run.store.grams.read(name), whole.store.grams.read(name)
         np.testing.assert_allclose(K, expected, rtol=0, atol=1e-13 * np.abs(expected).max())
         if expected_products is not None:
             np.testing.assert_allclose(products, expected_products, rtol=0, atol=1e-13 * np.abs(expected).max())
@@ -167,7 +167,7 @@ def test_a_killed_reduction_goes_on_with_the_tiles_that_are_missing(tmp_path, by
     done = [entry for entry in written if entry != "killed"]
     assert len(done) == len(set(done)) == len(run.parameters) * len(tiles_of(N, SIZE))  # none was built twice
     for name in run.parameters:
-        assert np.array_equal(again.store.read_gram(name)[0], run.store.read_gram(name)[0])
+        assert np.array_equal(again.store.grams.read(name)[0], run.store.grams.read(name)[0])
 
 
 def test_a_grown_run_keeps_the_tiles_of_its_first_samples(tmp_path, by_tiles, monkeypatch):
@@ -191,13 +191,13 @@ def test_a_damaged_tile_is_named_and_made_again(tmp_path, by_tiles):
     run = tiny_runs.make_run(tmp_path / "run.zarr", N)
     run.build_grams()
     name = next(iter(run.parameters))
-    before = run.store.read_gram(name)[0]
+    before = run.store.grams.read(name)[0]
     (run.path / "gram" / node_name(name) / "c" / "0" / "1").unlink()
     with pytest.raises(CorruptRunError, match=rf"Gram of {name} is not what was written between samples 0 to 7 and 8"):
-        run.store.read_gram(name)
+        run.store.grams.read(name)
     assert [problem.parameter for problem in verify(run)] == [name]
     assert run.build_grams() == [name]
-    assert np.array_equal(run.store.read_gram(name)[0], before)
+    assert np.array_equal(run.store.grams.read(name)[0], before)
 
 
 def test_rebuilt_tiles_are_compared(tmp_path, by_tiles):
@@ -208,15 +208,15 @@ def test_rebuilt_tiles_are_compared(tmp_path, by_tiles):
 
 def test_rows_of_other_norms_are_refused(tmp_path, by_tiles, monkeypatch):
     run = tiny_runs.make_run(tmp_path / "run.zarr", N)
-    per_sample = RunStore.per_sample
+    per_sample = SampleStore.per_sample
 
-    def altered(store, what):
-        values = per_sample(store, what)
+    def altered(samples, what):
+        values = per_sample(samples, what)
         if what == "squared_norm":
             values[9, 0] = 1e3
         return values
 
-    monkeypatch.setattr(RunStore, "per_sample", altered)
+    monkeypatch.setattr(SampleStore, "per_sample", altered)
     with pytest.raises(
         CorruptRunError, match=r"first.weight do not have the norms they were collected with \(samples 9"
     ):
@@ -227,6 +227,6 @@ def test_coarser_grams_and_waves_are_built_by_tiles_too(tmp_path, by_tiles):
     run = tiny_runs.make_run(tmp_path / "run.zarr", N, gram_per="all", keep_gradients="none")
     kept = tiny_runs.make_run(tmp_path / "kept.zarr", N)
     assert list(run.store.gram_members) == ["all"] and (run.path / "done" / "tiles-all").is_dir()
-    assert all(run.store.is_deleted(name) for name in run.parameters)
-    rows, K = tiny_runs.rows(kept), run.store.read_gram("all")[0]
+    assert all(run.store.kept.is_deleted(name) for name in run.parameters)
+    rows, K = tiny_runs.rows(kept), run.store.grams.read("all")[0]
     np.testing.assert_allclose(K, rows @ rows.T, rtol=0, atol=1e-12 * np.abs(K).max())

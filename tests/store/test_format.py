@@ -59,7 +59,7 @@ json.dump(out, open(sys.argv[2], "w"))
     for name, values in found["gradient"].items():
         expected = rows(run, [name])
         if run.store.centered:
-            expected = expected + run.store.mean(name, 0, run.parameters[name])
+            expected = expected + run.store.means.mean(name, 0, run.parameters[name])
         assert np.array_equal(np.array(values), expected)
     np.testing.assert_allclose(found["eigenvalues"][: len(spectrum.eigenvalues)], spectrum.eigenvalues, atol=1e-9)
 

@@ -46,7 +46,7 @@ def exact(tmp_path_factory):
 
 
 def stored_rows(run, name):
-    return run.store.columns(name, 0, run.parameters[name])
+    return run.store.rows.columns(name, 0, run.parameters[name])
 
 
 def rounded(rows, case):
@@ -184,8 +184,8 @@ def test_unit_without_a_marker_does_not_count(tmp_path):
     run = collected(tmp_path / "run.zarr")
     (run.path / "done/rows-000001.json").unlink()
     again = open_run(run.path)
-    assert again.store.done_units() == {0}
-    assert [unit.index for unit in again.store.todo()] == [1]
+    assert again.store.markers.done_units() == {0}
+    assert [unit.index for unit in again.store.markers.todo()] == [1]
     assert again.info()["samples_done"] == 4 and not again.info()["complete"]
     with pytest.raises(RunError, match="4 of 6 samples"):
         again.spectrum()
@@ -195,7 +195,7 @@ def test_partial_marker_of_an_interrupted_write_does_not_count(tmp_path):
     run = collected(tmp_path / "run.zarr")
     marker = run.path / "done/rows-000001.json"
     marker.rename(marker.with_name("rows-000001.json.123.partial"))
-    assert open_run(run.path).store.done_units() == {0}
+    assert open_run(run.path).store.markers.done_units() == {0}
     assert sweep_partials(run.path) == 1
 
 
@@ -394,9 +394,13 @@ def test_empty_folder_can_become_a_run(tmp_path):
 def test_store_is_opened_again_by_its_path_in_workers(exact):
     import pickle
 
+    exact.store.fsync = True
     again = pickle.loads(pickle.dumps(exact.store))
-    assert isinstance(again, RunStore) and again.path == exact.store.path
-    assert np.array_equal(again.columns("norm.bias", 0, 4), exact.store.columns("norm.bias", 0, 4))
+    assert isinstance(again, RunStore) and again.path == exact.store.path and again.fsync
+    rows = pickle.loads(pickle.dumps(exact.store.rows))
+    for source in (again.rows, rows):
+        assert np.array_equal(source.columns("norm.bias", 0, 4), exact.store.rows.columns("norm.bias", 0, 4))
+    assert rows.run.fsync
 
 
 def test_manifest_holds_nothing_but_json(exact):

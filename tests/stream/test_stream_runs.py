@@ -69,8 +69,8 @@ def test_a_streamed_run_has_the_bits_of_an_ordinary_one(tmp_path, name):
     assert len(plain.store.waves) == 1
     assert len(streamed.store.waves) > 3
     for parameter, columns in plain.parameters.items():
-        expected = plain.store.columns(parameter, 0, columns)
-        assert np.array_equal(expected, streamed.store.columns(parameter, 0, columns)), parameter
+        expected = plain.store.rows.columns(parameter, 0, columns)
+        assert np.array_equal(expected, streamed.store.rows.columns(parameter, 0, columns)), parameter
     one, other = plain.spectrum(), streamed.spectrum()
     for block, found in one.blocks.items():
         assert np.array_equal(found.eigenvalues, other.blocks[block].eigenvalues), block
@@ -81,7 +81,7 @@ def test_gradients_of_a_segment_are_deleted_once_it_is_reduced(tmp_path):
     model, samples = whole_batch("Llama")
     plain = sf.collect(model, samples, tmp_path / "plain", config=config())
     streamed = sf.collect(model, samples, tmp_path / "s", config=config(stream="layers", keep_gradients=()))
-    assert all(streamed.store.is_deleted(name) for name in streamed.parameters)
+    assert all(streamed.store.kept.is_deleted(name) for name in streamed.parameters)
     one, other = plain.spectrum(), streamed.spectrum()
     assert np.array_equal(one.global_.eigenvalues, other.global_.eigenvalues)
 
@@ -257,7 +257,7 @@ def test_the_example_at_a_small_scale(checkpoint, undisturbed, tmp_path):
     assert np.allclose(one["global"]["eigenvalues"], other["global"]["eigenvalues"], rtol=1e-5)
     rows = sf.open_run(tmp_path / "plain")
     squares = sum(
-        float(np.square(rows.store.columns(name, 0, columns).astype(float)).sum())
+        float(np.square(rows.store.rows.columns(name, 0, columns).astype(float)).sum())
         for name, columns in rows.parameters.items()
     )
     assert one["global"]["trace"] == pytest.approx(squares / 12, rel=1e-5)

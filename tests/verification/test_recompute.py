@@ -30,12 +30,12 @@ def rewrite(run, change, index=1):
     store, unit = run.store, run.store.units[index]
     where = slice(unit.start, unit.stop)
     names = list(store.parameters)
-    norms = store.per_sample("squared_norm")[where]
+    norms = store.samples.per_sample("squared_norm")[where]
     record = UnitRecord(
         unit,
-        {name: torch.from_numpy(store.columns(name, 0, store.parameters[name], where)) for name in names},
-        store.per_sample("loss")[where],
-        store.per_sample("n_targets")[where],
+        {name: torch.from_numpy(store.rows.columns(name, 0, store.parameters[name], where)) for name in names},
+        store.samples.per_sample("loss")[where],
+        store.samples.per_sample("n_targets")[where],
         {name: norms[:, column] for column, name in enumerate(names)},
         {},
     )
@@ -76,16 +76,16 @@ def test_a_wrong_gram_of_deleted_gradients_is_named_and_made_again(tmp_path):
     run = collected(tmp_path / "run.zarr", representation="factors", keep_gradients="none")
     net, data = llama_and_sequences()
     name = "model.norm.weight"
-    gram, products = run.store.read_gram(name)
-    settings = {"dtype_gram": "float32"} | run.store._gram_marker(name)["settings"]
+    gram, products = run.store.grams.read(name)
+    settings = {"dtype_gram": "float32"} | run.store.grams.marker(name)["settings"]
     wrong = gram.copy()
     wrong[2, 7] = wrong[7, 2] = gram[2, 7] + 0.01 * np.sqrt(gram[2, 2] * gram[7, 7])
-    run.store.write_gram(name, wrong, products, settings)
+    run.store.grams.write(name, wrong, products, settings)
     assert verify(run) == []
     (problem,) = verify(run, deep=11, model=net, samples=data)
     assert str(problem) == f"gram of {name}, samples 2 to 7: not what the model gives: a relative difference of 1.0e-02"
     again = collected(tmp_path / "run.zarr", representation="factors", keep_gradients="none")
-    assert np.array_equal(again.store.read_gram(name)[0], gram)
+    assert np.array_equal(again.store.grams.read(name)[0], gram)
 
 
 def with_wrong_row(record):
@@ -121,7 +121,7 @@ def with_wrong_norm(record):
 )
 def test_what_was_written_wrong_with_right_checksums_is_named_and_computed_again(tmp_path, change, expected):
     run = make_run(tmp_path / "run.zarr")
-    right = {name: run.store.columns(name, 0, size) for name, size in run.parameters.items()}
+    right = {name: run.store.rows.columns(name, 0, size) for name, size in run.parameters.items()}
     rewrite(run, change)
     run = sf.open_run(run.path)
     assert verify(run) == []
@@ -129,7 +129,7 @@ def test_what_was_written_wrong_with_right_checksums_is_named_and_computed_again
 
     assert problems and all(re.match(expected, str(problem)) for problem in problems), list(map(str, problems))
     run = make_run(run.path)
-    assert all(np.array_equal(run.store.columns(name, 0, run.parameters[name]), right[name]) for name in right)
+    assert all(np.array_equal(run.store.rows.columns(name, 0, run.parameters[name]), right[name]) for name in right)
     assert verify(run, deep=24, model=model(), samples=regression()) == []
 
 

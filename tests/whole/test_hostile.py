@@ -136,10 +136,10 @@ def test_an_array_of_huge_shape_or_chunks_is_refused_without_taking_memory(where
     tracemalloc.start()
     store = RunStore(run)
     with pytest.raises(CorruptRunError):
-        store.columns("first.weight", 0, 4)
-        store.per_sample("loss")
-        store.read_gram("first.weight")
-        store.mean("first.weight", 0, 4)
+        store.rows.columns("first.weight", 0, 4)
+        store.samples.per_sample("loss")
+        store.grams.read("first.weight")
+        store.means.mean("first.weight", 0, 4)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 20e6
@@ -153,7 +153,7 @@ def test_a_chunk_that_unpacks_to_more_than_it_may_is_refused(run):
     chunk.write_bytes(bomb)
     tracemalloc.start()
     with pytest.raises(CorruptRunError):
-        RunStore(run).columns("first.weight", 0, 4)
+        RunStore(run).rows.columns("first.weight", 0, 4)
     assert tracemalloc.get_traced_memory()[1] < 20e6
     tracemalloc.stop()
 
@@ -170,10 +170,10 @@ def test_links_that_lead_out_of_a_run_are_not_followed(where, run, tmp_path):
     before = {path: path.read_bytes() for path in [outside, *outside.rglob("*")] if path.is_file()}
     with pytest.raises(CorruptRunError, match=r"link"):
         opened = open_run(run)
-        opened.store.skipped()
+        opened.store.samples.skipped()
         for name, size in opened.parameters.items():
-            opened.store.columns(name, 0, size)
-            opened.store.mean(name, 0, size)
+            opened.store.rows.columns(name, 0, size)
+            opened.store.means.mean(name, 0, size)
         opened.losses  # noqa: B018
         opened.spectrum("parameter")
         open_eigenvectors(run, "global")
@@ -217,7 +217,7 @@ def test_a_damaged_or_hostile_run_never_gives_anything_but_our_errors(whole, tmp
 def _read(path):
     run = open_run(path)
     run.info()
-    run.store.fields()
+    run.store.samples.fields()
     run.spectrum("layer")
     open_eigenvectors(path, "global").tensors()
 
@@ -237,7 +237,7 @@ def test_names_of_parameters_and_fields_stay_inside(tmp_path):
     )
     made.spectrum("parameter")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.zarr"]
-    assert "../../field" in made.store.fields()
+    assert "../../field" in made.store.samples.fields()
 
 
 def test_a_hostile_config_in_a_manifest_is_refused(run):

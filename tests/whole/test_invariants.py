@@ -201,5 +201,5 @@ def test_gradients_that_leave_float16_are_refused_or_skipped_never_infinite(tmp_
     assert isinstance(caught.value, NonFiniteError)
     run = collect(tiny_models.regression(), data, tmp_path / "b.zarr", config=config.replace(on_nonfinite="skip"))
     found = run.spectrum("none").global_
-    assert set(run.store.skipped()) == {3} and len(found.eigenvalues) == 7
+    assert set(run.store.samples.skipped()) == {3} and len(found.eigenvalues) == 7
     assert np.isfinite(found.eigenvalues).all() and (found.eigenvalues >= 0).all()

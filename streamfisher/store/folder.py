@@ -1,0 +1,122 @@
+"""The folder of a run and the facts that all parts of its store share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+
+from streamfisher.config import parse_dtype
+from streamfisher.data.batches import make_units
+from streamfisher.errors import CorruptRunError, RunError, unreadable
+from streamfisher.runtime.durable import read_json, write_marker
+from streamfisher.store import codecs
+from streamfisher.store.integrity import check_layout, require_inside
+from streamfisher.store.manifest import Manifest, columns_of
+from streamfisher.store.names import node_name
+
+
+class RunFolder:
+    """What the manifest says, and the arrays that were opened.
+
+    Raises:
+        RunError: the folder does not exist or is no run.
+        CorruptRunError: its manifest is damaged or of another format version.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        if not self.path.exists():
+            raise RunError(f"{self.path} does not exist; make it with `streamfisher run MODEL DATA --out {self.path}`.")
+        if not (self.path / "manifest.json").is_file():
+            raise RunError(
+                f"{self.path} is not a streamfisher run: it has no manifest.json. "
+                "Name another folder, or delete this one if it is the remains of a run that never began."
+            )
+        self.manifest = Manifest.from_dict(read_json(self.path / "manifest.json"))
+        layout = self.manifest.layout
+        self.parameters: dict[str, int] = {  # numbers of a stored row
+            item["name"]: columns_of(item) for item in self.manifest.parameters
+        }
+        self.n_samples: int = self.manifest.data["n_samples"]
+        self.chunk_rows: int = layout["chunk_rows"]  # samples of a unit
+        self.store_dtype: torch.dtype = parse_dtype(layout["dtype_store"])
+        self.row_dtype: torch.dtype = parse_dtype(layout["dtype_row"])
+        self.centered: bool = layout["centered"]
+        self.units = make_units(self.n_samples, self.chunk_rows)
+        self.waves: list[list[str]] = self.manifest.waves
+        self.gram_members: dict[str, list[str]] = self.manifest.gram_members  # Gram key -> parameters it sums over
+        self.keep: list[str] = layout.get("keep", ["*"])  # patterns of parameters whose gradients stay
+        self.batch_tokens: int = layout.get("batch_tokens", self.manifest.config["batch_tokens"])
+        self.fsync = False  # flush the filesystem before each marker
+        self.arrays: dict[str, zarr.Array] = {}
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def representation(self, name: str) -> str:
+        """Return how a parameter's gradients are held: 'dense' or 'factors'."""
+        return self.manifest.representation(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter."""
+        return next(tuple(item["shape"]) for item in self.manifest.parameters if item["name"] == name)
+
+    def wave_of(self, name: str) -> int:
+        """Return the wave that captures a parameter."""
+        return next(index for index, names in enumerate(self.waves) if name in names)
+
+    @property
+    def numpy_row_dtype(self) -> np.dtype:
+        """The dtype in which rows are formed, for numpy."""
+        return np.dtype("float64" if self.row_dtype == torch.float64 else "float32")
+
+    @property
+    def numpy_read_dtype(self) -> np.dtype:
+        """The dtype in which stored rows are read: float64 where they were stored so."""
+        return np.dtype("float64" if self.store_dtype == torch.float64 else "float32")
+
+    def mark(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write a marker, durably."""
+        write_marker(self.path / "done" / f"{name}.json", dict(content), fsync=self.fsync)
+
+    def array(self, path: str) -> zarr.Array:
+        """Return an array of the run, opened once and as the manifest has it."""
+        if path not in self.arrays:
+            require_inside(self.path, self.path / path)
+            try:
+                self.arrays[path] = zarr.open_array(self.path / path, mode="r+")
+                self._check(path, self.arrays[path])
+            except CorruptRunError:
+                self.arrays.pop(path, None)
+                raise
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise unreadable(error, f"{self.path / path} is missing or damaged: {error}") from error
+        return self.arrays[path]
+
+    def _check(self, path: str, array: zarr.Array) -> None:
+        """Refuse an array that is not as the manifest has it."""
+        kind, node = path.split("/")
+        shape: tuple[int, ...]
+        chunks: tuple[int, ...]
+        dtype: np.dtype | str
+        rows, names = self.chunk_rows, {node_name(name): name for name in self.parameters}
+        if kind == "gradients":
+            item = next(item for item in self.manifest.parameters if item["name"] == names[node])
+            shape, chunks = (self.n_samples, self.parameters[names[node]]), (rows, item["chunk_columns"])
+            dtype = codecs.stored_dtype(self.store_dtype)
+        elif kind == "samples":
+            wide = (len(self.parameters),) if node == "squared_norm" else ()
+            shape, chunks = (self.n_samples, *wide), (rows, *wide)
+            dtype = {"n_targets": "int64", "valid": "uint8"}.get(node, "float64")
+        else:
+            first = (len(self.units),) if kind == "mean_parts" else ()
+            shape = (*first, self.parameters[names[node]])
+            chunks, dtype = (*(1 for _ in first), min(shape[-1], 1 << 20)), "float64"
+        check_layout(
+            array, self.path / path, shape, chunks, dtype, longer=kind in ("gradients", "samples", "mean_parts")
+        )
