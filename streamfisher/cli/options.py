@@ -25,7 +25,17 @@ _ALIASES = {
     "workers": "n_workers",
 }
 _CENTER = {"no": (False,), "yes": (True,), "both": (False, True)}
-_RUN_KEYS = ("model", "data", "out", "samples", "field", "tokenizer", "trust_remote_code", "top_k", "dask_scheduler")
+_RUN_KEYS: tuple[str, ...] = (
+    "model",
+    "data",
+    "out",
+    "samples",
+    "field",
+    "tokenizer",
+    "trust_remote_code",
+    "top_k",
+    "dask_scheduler",
+)
 _RUN_KEYS += ("device_map", "offload_folder", "fsdp")
 
 
@@ -79,7 +89,14 @@ class RunOptions:
 
     def analysis_config(self, of_run: SpectralConfig) -> SpectralConfig:
         """Return the run's config with this command's solver and Gram options."""
-        fields = ("eps", "n_workers", "memory_budget", "eigensolve_device", "dtype_gram", "dtype_eigensolve")
+        fields: tuple[str, ...] = (
+            "eps",
+            "n_workers",
+            "memory_budget",
+            "eigensolve_device",
+            "dtype_gram",
+            "dtype_eigensolve",
+        )
         fields += ("gram_device", "solver", "fsync")
         return of_run.replace(**{name: getattr(self.config, name) for name in fields})
 

@@ -78,7 +78,8 @@ def check_ties(model: nn.Module) -> None:
     tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     if not tied or not is_offloaded(model):
         return
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    hugging_face: Any = model  # a config is theirs
+    ends = [hugging_face.get_input_embeddings(), hugging_face.get_output_embeddings()]
     weights = {
         f"{name}.weight": module.weight
         for name, module in model.named_modules()
@@ -110,8 +111,8 @@ def used_leaves(model: nn.Module, places: Mapping[str, Sequence[str]]) -> Iterat
             wanted.setdefault(owner, []).append((attribute, parameter))
     undo: list[tuple[nn.Module, Any]] = []
 
-    def watch(module: nn.Module, attributes: Sequence[tuple[str, str]]) -> None:
-        forward = module._old_forward
+    def watch(module: Any, attributes: Sequence[tuple[str, str]]) -> None:
+        forward = module._old_forward  # where Accelerate keeps it
 
         def record(*args: Any, **kwargs: Any) -> Any:
             for attribute, parameter in attributes:

@@ -85,7 +85,7 @@ class Checkpoint(Resident):
         for name in names:
             self._held[name] = self._held.get(name, 0) + 1
         before: list[tuple[nn.Module, str, nn.Parameter]] = []
-        hooks: list[tuple[nn.Module, Any, Any]] = []
+        hooks: list[tuple[Any, Any, Any]] = []  # Accelerate keeps the forward and its hook on the module
         try:
             tensors = self._take(new) if new else {}
             parameters: dict[int, nn.Parameter] = {}
@@ -97,14 +97,15 @@ class Checkpoint(Resident):
                     parameters[id(empty)] = nn.Parameter(tensor, requires_grad=empty.requires_grad)
                 before.append((module, attribute, empty))
                 module._parameters[attribute] = parameters[id(empty)]
-            for module in {id(m): m for m, _, _ in before}.values():
-                hooks.append((module, module._hf_hook, module.forward))
-                module.forward = module._old_forward
-                del module._hf_hook
+            held: Any
+            for held in {id(m): m for m, _, _ in before}.values():
+                hooks.append((held, held._hf_hook, held.forward))
+                held.forward = held._old_forward
+                del held._hf_hook
             yield
         finally:
-            for module, hook, forward in hooks:
-                module._hf_hook, module.forward = hook, forward
+            for held, hook, forward in hooks:
+                held._hf_hook, held.forward = hook, forward
             for module, attribute, empty in before:
                 module._parameters[attribute] = empty
             for name in names:

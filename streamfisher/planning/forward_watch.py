@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from streamfisher.blocks.structures import assign_blocks, layer_key
 from streamfisher.gradients.rules import rules_for
@@ -52,7 +53,8 @@ class ForwardWatch(contextlib.AbstractContextManager["ForwardWatch"]):
         self._alive: list[Tensor] = []  # so that two tensors never share an identity
 
     def __enter__(self) -> ForwardWatch:
-        self.handles, self.stacks = [], []
+        self.handles: list[RemovableHandle] = []
+        self.stacks: list[str] = []
         for name, module in self.model.named_modules():
             held = [f"{name}.{attribute}" if name else attribute for attribute, _ in module._parameters.items()]
             held = [place for place in held if place in self.places]

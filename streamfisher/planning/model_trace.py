@@ -57,8 +57,8 @@ class LayerCall:
         with torch.no_grad():
             for tensor in module.parameters():
                 tensor.requires_grad_(False).copy_(torch.randn(tensor.shape) * 0.02)
-            for tensor in module.buffers():
-                tensor.fill_(1)
+            for buffer in module.buffers():
+                buffer.fill_(1)
         return module
 
 

@@ -8,6 +8,7 @@ stream layers       boundaries of all samples are kept, and one layer after the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -31,7 +32,7 @@ from streamfisher.planning.costs import (
 )
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
-from streamfisher.planning.representation import choose_representation, sample_bytes
+from streamfisher.planning.representation import Representation, choose_representation, sample_bytes
 from streamfisher.planning.run_layout import BOUNDARY_SHARE
 from streamfisher.planning.shortfalls import Machine, Shortfalls, or_any
 from streamfisher.planning.strategy import BlockBytes, Stage, Way
@@ -107,7 +108,7 @@ class WayPlanner:
         """Return the tokens of the largest batch."""
         return max(self.batch_tokens, max(self.lengths)) if max(self.batches) > 1 else max(self.lengths)
 
-    def sizes(self, chosen: Mapping[str, str]) -> WaveSizes:
+    def sizes(self, chosen: Mapping[str, Representation]) -> WaveSizes:
         """Return the sizes of groups of parameters that are held so."""
         return WaveSizes(
             self.rows,
@@ -119,7 +120,7 @@ class WayPlanner:
             stored_itemsize=self.stored_itemsize,
         )
 
-    def held(self, representation: str) -> dict[str, str]:
+    def held(self, representation: str) -> dict[str, Representation]:
         """Return how each parameter is held."""
         return choose_representation(
             self.rows,
@@ -131,7 +132,7 @@ class WayPlanner:
     def block_bytes(self) -> tuple[BlockBytes, ...]:
         """Return the blocks of the layer structure and what their gradients take."""
         chosen = self.held(self.config.representation)
-        factored = {s.name: "factors" if s.pairs else "dense" for s in self.trace.shapes}
+        factored: dict[str, Representation] = {s.name: "factors" if s.pairs else "dense" for s in self.trace.shapes}
         members: dict[str, list[str]] = {}
         for name, key in assign_blocks(self.shapes, "layer").items():
             members.setdefault(key, []).append(name)
@@ -139,8 +140,8 @@ class WayPlanner:
         for key, names in members.items():
             shapes = [self.shapes[name] for name in names]
             rows = float(sum(shape.numel for shape in shapes) * self.stored_itemsize)
-            factors = sum(sample_bytes(shapes, factored, self.stored_itemsize))
-            stored = sum(sample_bytes(shapes, chosen, self.stored_itemsize))
+            factors = math.fsum(sample_bytes(shapes, factored, self.stored_itemsize))
+            stored = math.fsum(sample_bytes(shapes, chosen, self.stored_itemsize))
             n = self.n
             found.append(BlockBytes(key, sum(shape.numel for shape in shapes), n * rows, n * factors, n * stored))
         return tuple(found)
@@ -261,7 +262,9 @@ class WayPlanner:
         layers = sorted(block.weight_bytes for block in blocks if block.is_layer)
         return float(sum(block.weight_bytes for block in blocks if not block.is_layer) + sum(layers[-2:]))
 
-    def _collect(self, flops: float, size: float, memory: float, chosen: Mapping[str, str], waves: int) -> Stage:
+    def _collect(
+        self, flops: float, size: float, memory: float, chosen: Mapping[str, Representation], waves: int
+    ) -> Stage:
         """Return the stage that takes gradients and writes them; `flops` of one sample, `size` in bytes."""
         guards = 0  # samples of the batches that the guard compares, in all waves
         if self.config.guard_every:
@@ -278,7 +281,7 @@ class WayPlanner:
         seconds += chunks * self.rates.chunk_seconds + arrays * self.rates.array_seconds
         return Stage("collect", total + norms + sums, 0.0, size, memory, seconds)
 
-    def _pieces(self, chosen: Mapping[str, str]) -> tuple[int, int]:
+    def _pieces(self, chosen: Mapping[str, Representation]) -> tuple[int, int]:
         """Return the chunks of rows, and the arrays of factors: each tensor of each batch is one."""
         chunks = len(self.units) * 4
         keys = set()
@@ -290,7 +293,7 @@ class WayPlanner:
                 keys |= {side.key for pair in shape.pairs for side in pair}
         return chunks, len(self.batches) * len(keys) + sum(held == "dense" for held in chosen.values())
 
-    def _reduce(self, size: float, chosen: Mapping[str, str]) -> Stage:
+    def _reduce(self, size: float, chosen: Mapping[str, Representation]) -> Stage:
         """Return the stage that forms rows of factors where needed, and multiplies."""
         costs = [product_cost(shape, chosen[shape.name], self.n) for shape in self.trace.shapes]
         forming = sum(cost.forming for cost in costs)
@@ -321,7 +324,7 @@ class WayPlanner:
         """Return the least bytes in which one worker can reduce."""
         return float(least_bytes(self.n))
 
-    def _reduction_memory(self, chosen: Mapping[str, str]) -> float:
+    def _reduction_memory(self, chosen: Mapping[str, Representation]) -> float:
         """Return the bytes of all workers, which are fewer, or have smaller slabs, where the budget says so."""
         workers = self.config.n_workers or torch.get_num_threads()
         each = reduction_bytes(

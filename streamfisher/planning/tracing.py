@@ -6,7 +6,7 @@ from a config alone is traced like one that is loaded, and nothing is computed i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -130,6 +130,8 @@ def _grouped_flops(left: Any, right: Any, *args: Any, out_shape: Any = None, **k
     return 2 * left[0] * left[1] * right[-1]
 
 
-_MORE_FLOPS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+_MORE_FLOPS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops
+}
 if hasattr(torch.ops.aten, "_grouped_mm"):
     _MORE_FLOPS[torch.ops.aten._grouped_mm] = _grouped_flops

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from streamfisher.analysis.run import StoredRun
+from streamfisher.byte_sizes import parse_bytes
 from streamfisher.collection.prepare import make_manifest
 from streamfisher.collection.producers import model_producer
 from streamfisher.collection.survey import survey
@@ -78,7 +79,7 @@ def deep_problems(
             if config.stream == "none":
                 producer.apply_routes(ProbeReport.from_dict(run.manifest.probe))
             else:  # its routes are those of segments, and here the model is whole
-                producer.probe(config.memory_budget)
+                producer.probe(None if config.memory_budget is None else parse_bytes(config.memory_budget))
             batches = now.batches(model, config, run.store.batch_tokens, run.store.units)
             return _DeepCheck(run, producer.engine, batches, chosen).problems()
 
@@ -99,7 +100,7 @@ class _DeepCheck:
 
     def __init__(self, run: StoredRun, engine: GradientEngine, batches: ModelBatches, chosen: list[int]):
         self.run, self.store, self.engine, self.batches, self.chosen = run, run.store, engine, batches, chosen
-        self.found_problems: list[Problem] = []
+        self.differences: list[Problem] = []
         eps = max(torch.finfo(parse_dtype(item["dtype"])).eps for item in run.manifest.parameters)
         self.rounding = 8 * eps  # of the model's own dtype, over the norm of all that was summed
         self.tolerance = self.store.rows.norm_tolerance + self.rounding
@@ -121,7 +122,7 @@ class _DeepCheck:
                 self._compare(name, rows.pop(name))
         for key in filter(self.store.grams.has, self.store.gram_members):
             self._compare_gram(key)
-        return self.found_problems
+        return self.differences
 
     def _groups(self) -> Iterator[list[str]]:
         """Yield parameters of one wave whose rows are recomputed together."""
@@ -182,7 +183,7 @@ class _DeepCheck:
             squares += (part**2).sum(axis=1)
             for key in keys:
                 self.products[key] += part @ part.T
-            for place in np.flatnonzero(readable):
+            for place in map(int, np.flatnonzero(readable)):
                 try:
                     stored = self._columns(name, start, stop, self.chosen[place])
                 except CorruptRunError as error:
@@ -194,11 +195,11 @@ class _DeepCheck:
         column = list(self.store.parameters).index(name)
         for key in keys:
             self.slack[key] += noise
-        for place, size in enumerate(np.sqrt(squares)):
+        for place, norm in enumerate(np.sqrt(squares)):
             if readable[place]:
-                self._judge("rows", name, place, squared_differences[place] ** 0.5, size, allowed[place])
-            off = abs(np.sqrt(self.norms[place, column]) - size)
-            self._judge("squared_norm", name, place, off, size, allowed[place])
+                self._judge("rows", name, place, squared_differences[place] ** 0.5, norm, allowed[place])
+            off = abs(np.sqrt(self.norms[place, column]) - norm)
+            self._judge("squared_norm", name, place, off, norm, allowed[place])
 
     def _columns(self, name: str, start: int, stop: int, sample: int) -> np.ndarray:
         return self.store.rows.columns(name, start, stop, rows=slice(sample, sample + 1))[0].astype(np.float64)
@@ -220,7 +221,7 @@ class _DeepCheck:
             try:
                 stored = self.store.grams.tile(key, slice(sample, sample + 1), slice(None))
             except CorruptRunError as error:
-                self.found_problems.append(Problem("gram", key, sample, sample, f"cannot be read ({error})"))
+                self.differences.append(Problem("gram", key, sample, sample, f"cannot be read ({error})"))
                 return
             for j in range(i + 1):
                 if max(self.chosen[i], self.chosen[j]) >= stored.shape[1]:
@@ -230,14 +231,14 @@ class _DeepCheck:
                     worst = off / max(allowed[i, j], np.finfo(float).tiny)
                     detail = (self.chosen[j], sample, _differs(off, sizes[i] * sizes[j]))
         if detail is not None:
-            self.found_problems.append(Problem("gram", key, *detail))
+            self.differences.append(Problem("gram", key, *detail))
 
     def _stored(self, what: str, like: np.ndarray) -> np.ndarray:
         """Return per-sample values of the samples; what cannot be read is reported, and NaN."""
         try:
             return self.store.samples.per_sample(what)[self.chosen]
         except CorruptRunError as error:
-            self.found_problems.append(Problem(what, None, self.chosen[0], self.chosen[-1], str(error)))
+            self.differences.append(Problem(what, None, self.chosen[0], self.chosen[-1], str(error)))
             return np.full_like(like, np.nan)
 
     def _judge(self, what: str, name: str | None, place: int, off: float, size: float, allowed: float) -> None:
@@ -245,7 +246,7 @@ class _DeepCheck:
             self._report(what, name, place, _differs(off, size))
 
     def _report(self, what: str, name: str | None, place: int, detail: str) -> None:
-        self.found_problems.append(Problem(what, name, self.chosen[place], self.chosen[place], detail))
+        self.differences.append(Problem(what, name, self.chosen[place], self.chosen[place], detail))
 
 
 def _differs(off: float, size: float) -> str:

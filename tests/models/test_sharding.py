@@ -13,7 +13,7 @@ from torch import nn
 
 from streamfisher.collection.claims import idle_batches, share_of
 from streamfisher.collection.guard import guarded_steps
-from streamfisher.data.batches import make_batches, make_units
+from streamfisher.data.batches import batches_of, make_units
 from streamfisher.errors import ConfigError, ModelError
 from streamfisher.models.loading import load_model
 from streamfisher.models.sharding import _blocks
@@ -25,15 +25,24 @@ def command(out, *options):
     return ["-m", "streamfisher", "run", *model, *cut, "--out", str(out), *options]
 
 
+class Cut:
+    """The batches of some sequences, without the sequences."""
+
+    def __init__(self, batch_tokens):
+        self.batch_tokens = batch_tokens
+
+    def of(self, unit):
+        return batches_of(unit, [10 + number for number in range(19)], self.batch_tokens)
+
+
 def test_the_steps_of_all_ranks_are_the_same_in_number():
     units = make_units(19, 4)
-    lengths = [10 + number for number in range(19)]
     for count in (1, 2, 3, 7):
         shares = [share_of(units, rank, count) for rank in range(count)]
         assert sorted(unit.index for share in shares for unit in share) == [0, 1, 2, 3, 4]
-        idle = [idle_batches(units, lengths, 40, rank, count) for rank in range(count)]
+        idle = [idle_batches(units, Cut(40), rank, count) for rank in range(count)]
         assert min(idle) == 0 and all(number >= 0 for number in idle)
-    assert idle_batches(units, lengths, 10**6, 1, 2) == 1  # two units against three
+    assert idle_batches(units, Cut(10**6), 1, 2) == 1  # two units against three
 
 
 def test_layers_are_sharded_by_themselves():
@@ -51,16 +60,15 @@ def test_one_rank_is_refused(tmp_path, capsys):
 
 def test_all_ranks_know_who_forms_which_guarded_batch_in_which_step():
     units = make_units(19, 4)
-    lengths = [10 + number for number in range(19)]
     for count in (1, 2, 3, 7):
-        steps = guarded_steps(units, lengths, 40, 2, count)
+        steps = guarded_steps(units, Cut(40), 2, count)
         assert sorted(unit.index for step in steps.values() for _, unit in step) == [0, 2, 4]
         for rank in range(count):  # walk through the rank's steps
             number = 0
             for unit in share_of(units, rank, count):
                 assert ((rank, unit) in steps.get(number, [])) == (unit.index % 2 == 0)
-                number += len(make_batches(lengths[unit.start : unit.stop], 40))
-    assert guarded_steps(units, lengths, 40, 0, 2) == {}
+                number += len(Cut(40).of(unit))
+    assert guarded_steps(units, Cut(40), 0, 2) == {}
 
 
 @pytest.fixture
