@@ -6,7 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from streamfisher.cli.options import add_analysis_options, read_run_options
+from streamfisher.cli.arguments import add_analysis_options
+from streamfisher.cli.options import read_run_options
 from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.cli.selection import add_selection_options, check_target, selection_options
 from streamfisher.errors import ConfigError

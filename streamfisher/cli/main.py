@@ -15,16 +15,16 @@ from typing import Any
 
 from streamfisher import __version__
 from streamfisher.cli.analyse import add_commands
-from streamfisher.cli.collect import collect_command, demo_command, run_command
-from streamfisher.cli.options import (
+from streamfisher.cli.arguments import (
     add_analysis_options,
     add_cluster_options,
     add_collection_options,
     add_common_options,
     add_deep_options,
     add_product_options,
-    read_run_options,
 )
+from streamfisher.cli.collect import collect_command, demo_command, run_command
+from streamfisher.cli.options import read_run_options
 from streamfisher.cli.output import analyse, print_info, spectra_of
 from streamfisher.cli.plan import add_plan_command
 from streamfisher.cli.selection import add_selection_options, check_target, selection_options

@@ -13,13 +13,8 @@ import psutil
 import torch
 
 from streamfisher.byte_sizes import parse_bytes
-from streamfisher.cli.options import (
-    RunOptions,
-    add_analysis_options,
-    add_cluster_options,
-    add_collection_options,
-    read_run_options,
-)
+from streamfisher.cli.arguments import add_analysis_options, add_cluster_options, add_collection_options
+from streamfisher.cli.options import RunOptions, read_run_options
 from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError, ConfigError, DataError, StreamfisherError
@@ -120,7 +115,7 @@ def _samples(options: RunOptions, source: Any) -> tuple[list[int], dict[str, tor
     config = options.config
     if options.data:
         source = source or load_samples(
-            options.data, tokenize=options.tokenizer(), field=options.field, max_length=config.max_length
+            options.data, tokenize=options.encode(), field=options.field, max_length=config.max_length
         )
         samples = Samples(source, options.samples, config.max_length)
         lengths = [sequence_length(samples[index]) or 1 for index in range(len(samples))]

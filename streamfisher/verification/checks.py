@@ -272,7 +272,7 @@ def _check_unit(run: StoredRun, unit: Unit, wave: int) -> list[Problem]:
 
 def _check_factors(run: StoredRun, unit: Unit, wave: int, names: Sequence[str]) -> list[Problem]:
     """Check the factors of a unit, each tensor once; a shared one is named after the first parameter it is part of."""
-    problems = []
+    problems: list[Problem] = []
     seen: set[str] = set()
     for name in names:
         try:
