@@ -21,7 +21,7 @@ from streamfisher.models.skeleton import build_skeleton
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.plan import Machine, plan_run
 from streamfisher.planning.rates import Rates
-from streamfisher.planning.run_plan import RunPlan, way_row
+from streamfisher.planning.run_plan import RunPlan, strategy_row
 from streamfisher.planning.tracing import trace_model
 
 HERE = Path(__file__).parent
@@ -94,7 +94,7 @@ def models_table() -> str:
     ]
     for model in ("llama-2-7b", "llama-3-70b", "llama-3.1-405b", "mixtral-8x7b"):
         found = plan(model, NODE)
-        rows, held = found.ways[0].gradients, found.ways[1].gradients
+        rows, held = found.strategies[0].gradients, found.strategies[1].gradients
         lines.append(
             f"| {model} | {found.trace.n_params:,} | {format_bytes(found.trace.weight_bytes)} | {format_bytes(rows)} | "
             f"{format_bytes(held)} | {format_bytes(found.gram_bytes)} | {3 * SAMPLES * found.trace.forward_flops:.2g} |"
@@ -102,7 +102,7 @@ def models_table() -> str:
     return "\n".join(lines)
 
 
-def ways_table(models: tuple[str, ...], settings: tuple[Setting, ...]) -> str:
+def strategies_table(models: tuple[str, ...], settings: tuple[Setting, ...]) -> str:
     """Return every way of every model on every machine, and the commands."""
     lines = [
         "| model | machine | way | passes | written | disk at most | boundaries | weights | memory | time | fits |",
@@ -113,17 +113,17 @@ def ways_table(models: tuple[str, ...], settings: tuple[Setting, ...]) -> str:
         for setting in settings:
             found = plan(model, setting)
             commands.append("    " + command(model, setting))
-            for way in found.ways:
+            for way in found.strategies:
                 mark = "**" if way is found.chosen and way.fits else ""
-                name, *cells = way_row(way)
+                name, *cells = strategy_row(way)
                 lines.append(f"| {model} | {setting.title} | {mark}{name}{mark} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n\n" + "\n".join(commands)
 
 
 TABLES = {
     "models": models_table,
-    "node": lambda: ways_table(("llama-2-7b", "llama-3-70b", "mixtral-8x7b"), (NODE,)),
-    "machines": lambda: ways_table(("llama-2-7b", "llama-3-70b", "llama-3.1-405b"), (WORKSTATION, SINGLE, NODE)),
+    "node": lambda: strategies_table(("llama-2-7b", "llama-3-70b", "mixtral-8x7b"), (NODE,)),
+    "machines": lambda: strategies_table(("llama-2-7b", "llama-3-70b", "llama-3.1-405b"), (WORKSTATION, SINGLE, NODE)),
 }
 
 
