@@ -85,7 +85,7 @@ class GradientEngine(GradientPasses):
                 f"{', '.join(sorted(different)[:5]) or 'their order'}."
             )
         self.noise = report.tolerance / 10.0
-        self.use_groups([Group.from_dict(group) for group in report.groups], report.per_sample)
+        self.use_groups([Group.from_dict(group) for group in report.groups], report.per_sample, report.zero)
 
     def shapes(self, batch: Mapping[str, Any]) -> tuple[list[GradientShape], float]:
         """Return what each parameter's gradient is made of, and the bytes a backward pass takes for each padded token.

@@ -11,6 +11,7 @@ from typing import Any
 
 from streamfisher.gradients.batch_axis import find_layout
 from streamfisher.gradients.batch_rows import RowSink
+from streamfisher.gradients.uses import UseWatch
 
 GENERIC = {"generic": True, "generic_loop": False}  # rule name -> batched by vmap
 
@@ -21,6 +22,7 @@ class Pass:
 
     sink: RowSink
     lengths: dict[str, int]  # see layout.position_counts
+    watch: UseWatch | None = None  # of uses that no rule accounts for
     learning: bool = False  # the probe runs: layouts are tried and recorded, failures collected
     deferred: set[str] = field(default_factory=set)  # parameters that met a layout the probe never saw right
     failed: dict[str, str] = field(default_factory=dict)  # parameter -> reason, only while learning

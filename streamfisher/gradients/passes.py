@@ -32,6 +32,7 @@ from streamfisher.gradients.state import (
     without_parameter_hooks,
 )
 from streamfisher.gradients.tolerance import FLOOR, TOLERANCE
+from streamfisher.gradients.uses import UseWatch, nonzero
 from streamfisher.models.calling import batch_size
 from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.offload import working_device
@@ -97,6 +98,7 @@ class GradientPasses:
         self.noise = 0.0  # by how much plain autograd differs between a sample in a batch and alone
         self._groups: list[Group] | None = None
         self._per_sample: tuple[str, ...] = ()
+        self._unproved: frozenset[str] = frozenset()  # parameters whose gradient no probed sample showed
         self._undo: contextlib.ExitStack | None = None
 
     @property
@@ -152,9 +154,19 @@ class GradientPasses:
         if undo is not None:
             undo.close()
 
-    def use_groups(self, groups: Sequence[Group], per_sample: Mapping[str, str] | Sequence[str]) -> None:
-        """Serve parameters by `groups`, and those in `per_sample` by a pass per sample."""
+    def use_groups(
+        self,
+        groups: Sequence[Group],
+        per_sample: Mapping[str, str] | Sequence[str],
+        unproved: Collection[str] = (),
+    ) -> None:
+        """Serve parameters by `groups`, and those in `per_sample` by a pass per sample.
+
+        Parameters in `unproved` take a pass per sample in every batch where their gradient is not zero: rules agree on
+        zeros whether they are right or wrong.
+        """
         self._groups = list(groups)
+        self._unproved = frozenset(unproved)
         self._per_sample = tuple(name for name in self.parameters if name in per_sample)
         if self._undo is not None:
             self.capture.install(self._groups)
@@ -289,9 +301,23 @@ class GradientPasses:
         """Form the gradients of `names` in one pass; return losses, parameters not understood, and factors."""
         if self.loss.sequential or not names:
             return None, set(), {}
-        state = self._pass(batch, out, names, factored)
-        losses = self._backward(batch, state)
-        return losses, state.deferred, state.sink.factors
+        watch = UseWatch({name: self.tensors[name] for name in names}, self._unproved)
+        state = self._pass(batch, out, names, factored, watch=watch)
+        with watch.watching():
+            losses = self._backward(batch, state)
+        return losses, state.deferred | self._left_out_by_rules(batch, state, watch), state.sink.factors
+
+    def _left_out_by_rules(self, batch: Mapping[str, Any], state: Pass, watch: UseWatch) -> set[str]:
+        """Return parameters of which the rules did not give the whole gradient, or gave one that nothing proves."""
+        rows = state.sink.formed(self._unproved)
+        wrong = nonzero(rows) | nonzero(watch.grads)
+        # A sum of zero may be one of gradients that cancel, but not with other weights.
+        unclear = watch.grads.keys() - wrong - rows.keys()
+        if unclear and state.n_samples > 1:
+            weights = torch.arange(2, state.n_samples + 2).sqrt()
+            _, grads = self.plain.gradients(batch, {n: self.tensors[n] for n in sorted(unclear)}, weights=weights)
+            wrong |= nonzero({name: grad for name, grad in grads.items() if grad is not None})
+        return wrong
 
     def _prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {

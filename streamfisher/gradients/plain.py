@@ -33,7 +33,11 @@ class PlainAutograd:
         self.model, self.loss, self.capture, self.slots = model, loss, capture, slots
 
     def gradients(
-        self, batch: Mapping[str, Any], tensors: Mapping[str, Tensor], index: int | None = None
+        self,
+        batch: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        index: int | None = None,
+        weights: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Return the loss and its flat gradients.
 
@@ -41,13 +45,13 @@ class PlainAutograd:
             batch: a dict of batched tensors.
             tensors: the parameters to differentiate by.
             index: the sample whose loss to differentiate; None: the sum.
+            weights: (B,) of the losses in that sum; None: each counts once.
         """
         offloaded = {name: tensor for name, tensor in tensors.items() if tensor.is_meta}
         if offloaded:
-            return self._offloaded(batch, tensors, offloaded, index)
+            return self._offloaded(batch, tensors, offloaded, index, weights)
         with self._requiring(tensors.values()):
-            losses = self.loss(self.model, batch)
-            loss = losses.sum() if index is None else losses[index]
+            loss = _chosen(self.loss(self.model, batch), index, weights)
             grads = gradients_of(loss, list(tensors.values()))
         flat = {n: None if g is None else whole(g.detach()).reshape(-1) for n, g in zip(tensors, grads, strict=True)}
         return loss.detach(), flat
@@ -85,13 +89,13 @@ class PlainAutograd:
         tensors: Mapping[str, Tensor],
         offloaded: Mapping[str, Tensor],
         index: int | None,
+        weights: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """As `gradients`, for a model of which some weights are loaded for each call only."""
         places = {name: [slot.name for slot in self.slots if slot.parameter == name] or [name] for name in offloaded}
         here = {name: tensor for name, tensor in tensors.items() if name not in offloaded}
         with self._requiring(here.values()), used_leaves(self.model, places) as used:
-            losses = self.loss(self.model, batch)
-            loss = losses.sum() if index is None else losses[index]
+            loss = _chosen(self.loss(self.model, batch), index, weights)
             found = dict(zip(here, gradients_of(loss, list(here.values())), strict=True))
         for name, leaves in used.items():
             parts = [leaf.grad for leaf in leaves if leaf.grad is not None]
@@ -106,6 +110,12 @@ class PlainAutograd:
             reshard(self.model)  # what is still whole would not be told that it requires grad now
             yield
         reshard(self.model)
+
+
+def _chosen(losses: Tensor, index: int | None, weights: Tensor | None) -> Tensor:
+    if index is not None:
+        return losses[index]
+    return losses.sum() if weights is None else (losses * weights.to(losses)).sum()
 
 
 def gradients_of(loss: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:

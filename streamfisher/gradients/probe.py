@@ -99,6 +99,7 @@ def run_probe(engine: GradientPasses, batch: Mapping[str, Any], memory: int) -> 
                 reason=dropped.get(name, ""),
             )
         del rows  # before those of the next part are made
+    engine.use_groups(groups, dropped, [name for name, report in reports.items() if report.zero])
     captured = sum(info.numel for info in engine.parameters.values())
     left_out = sum(parameter.numel() for parameter in engine.left_out.values())
     return ProbeReport(

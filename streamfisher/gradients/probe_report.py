@@ -47,6 +47,11 @@ class ProbeReport:
         return tuple(name for name, p in self.parameters.items() if p.rule == "per_sample")
 
     @property
+    def zero(self) -> tuple[str, ...]:
+        """Parameters of which every probed sample has the gradient zero, so that no rule is proved."""
+        return tuple(name for name, p in self.parameters.items() if p.zero)
+
+    @property
     def fallbacks(self) -> dict[str, str]:
         """Return parameter -> reason for everything on the per-sample path."""
         return {name: self.parameters[name].reason for name in self.per_sample}
@@ -78,9 +83,11 @@ class ProbeReport:
         if self.per_sample:
             shown = ", ".join(self.per_sample[:4]) + (", ..." if len(self.per_sample) > 4 else "")
             lines.append(f"one pass per sample for {len(self.per_sample)} ({self.share_per_sample:.2%}): {shown}")
-        zero = [name for name, p in self.parameters.items() if p.zero]
-        if zero:
-            lines.append(f"zero gradient: {len(zero)} ({', '.join(zero[:4])}{', ...' if len(zero) > 4 else ''})")
+        if self.zero:
+            shown = ", ".join(self.zero[:4]) + (", ..." if len(self.zero) > 4 else "")
+            lines.append(
+                f"zero gradient: {len(self.zero)} ({shown}); should a later sample have one, it takes a pass of its own"
+            )
         left_out = {name: reason for name, reason in self.excluded.items() if reason != "frozen"}
         if left_out:
             shown = ", ".join(f"{name} ({reason})" for name, reason in list(left_out.items())[:4])
