@@ -81,7 +81,8 @@ class OpenSegment:
             if inside:
                 self.engine = stack.enter_context(make_engine(module, self.current, list(inside)))
                 self.engine.noise = report.tolerance / 10.0
-                self.engine.use_groups(groups, self.slow)
+                unproved = [own for own, name in inside.items() if name in report.zero]
+                self.engine.use_groups(groups, self.slow, unproved)
             else:
                 stack.enter_context(frozen(module))
             self.inside = {own: name for own, name in inside.items() if name in segment.parameters}
