@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from streamfisher.collection.padding import kept_apart, lengths_of
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import Unit, collate, make_units, sequence_length
 from streamfisher.data.samples import Samples, TokenSamples
@@ -31,6 +32,7 @@ class RunData:
     chunk_digests: list[str]  # SHA-256 of the contents of each unit
     n_sequences: int | None  # how many sequences the tokens come from; None unless the unit is the token
     fields: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (N,) float64: scalars that every sample has
+    apart: list[int] | None = None  # samples with different numbers never share a batch, see `padding`
 
     def sample_unit(self, config: SpectralConfig) -> str:
         """Return what N counts: 'sequence', 'token', or 'example' for samples that are no sequences."""
@@ -57,6 +59,7 @@ class RunData:
             batch_tokens or config.batch_tokens,
             loss=self.loss,
             label_seed=config.seed if config.labels == "model" else None,
+            apart=self.apart,
         )
 
     def data_manifest(self, config: SpectralConfig, description: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -126,14 +129,17 @@ def survey(
         if len(samples) < 2:
             raise DataError("the data holds 1 target token; a spectrum needs at least 2.")
     units = make_units(len(samples), config.chunk_size)
-    lengths, scalars = [], []
+    lengths, scalars, axes = [], [], []
     for index in range(len(samples)):
         sample = samples[index]
         lengths.append(sequence_length(sample) or 1)
+        axes.append(lengths_of(sample))
         _require_targets(chosen, sample, index)
         scalars.append({key: float(value) for key, value in sample.items() if value.ndim == 0})
     fields = {key: np.array([values[key] for values in scalars]) for key in _common_keys(scalars)}
-    return RunData(samples, chosen, lengths, [samples.digest(unit) for unit in units], n_sequences, fields)
+    digests = [samples.digest(unit) for unit in units]
+    apart = kept_apart(model, samples, axes, chosen, config)
+    return RunData(samples, chosen, lengths, digests, n_sequences, fields, apart)
 
 
 def _common_keys(scalars: list[dict[str, float]]) -> list[str]:

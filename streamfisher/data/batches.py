@@ -70,10 +70,27 @@ def make_batches(lengths: Sequence[int], batch_tokens: int) -> list[range]:
     return batches
 
 
-def batches_of(unit: Unit, lengths: Sequence[int], batch_tokens: int) -> list[BatchRef]:
-    """Return the batches of one unit, see `make_batches`; `lengths` is of all samples of the run."""
-    cut = make_batches(lengths[unit.start : unit.stop], batch_tokens)
-    return [BatchRef(unit.start + b.start, unit.start + b.stop, unit, index) for index, b in enumerate(cut)]
+def batches_of(
+    unit: Unit, lengths: Sequence[int], batch_tokens: int, apart: Sequence[int] | None = None
+) -> list[BatchRef]:
+    """Return the batches of one unit, see `make_batches`.
+
+    Args:
+        unit: to be cut.
+        lengths: tokens of all samples of the run.
+        batch_tokens: padded tokens of one batch.
+        apart: of all samples: those with different numbers never share a batch; `None`: any may.
+    """
+    runs = [(unit.start, unit.stop)]
+    if apart is not None:
+        starts = [n for n in range(unit.start, unit.stop) if n == unit.start or apart[n] != apart[n - 1]]
+        runs = list(zip(starts, [*starts[1:], unit.stop], strict=True))
+    cut = [
+        range(start + batch.start, start + batch.stop)
+        for start, stop in runs
+        for batch in make_batches(lengths[start:stop], batch_tokens)
+    ]
+    return [BatchRef(batch.start, batch.stop, unit, index) for index, batch in enumerate(cut)]
 
 
 def sequence_length(sample: Mapping[str, Tensor]) -> int | None:

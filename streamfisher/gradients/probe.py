@@ -58,7 +58,7 @@ def run_probe(engine: GradientPasses, batch: Mapping[str, Any], memory: int) -> 
         CaptureError: a parameter disagrees on every path, the per-sample one included.
     """
     samples = [sample_of(batch, i) for i in range(batch_size(batch))]
-    parts = _parts(engine, len(samples), memory)
+    parts = parts_within(engine, len(samples), memory)
     reference = _reference(engine, samples, parts)
     # A float64 model may compute its norms in float32: what plain autograd itself cannot repeat is no disagreement.
     engine.noise = _check_independence(engine, batch, samples, reference, parts)
@@ -115,7 +115,7 @@ def run_probe(engine: GradientPasses, batch: Mapping[str, Any], memory: int) -> 
     )
 
 
-def _parts(engine: GradientPasses, n_samples: int, memory: int) -> list[list[str]]:
+def parts_within(engine: GradientPasses, n_samples: int, memory: int) -> list[list[str]]:
     """Return the captured parameters in parts whose rows and references fit the memory, at least one each."""
     each = (2 * n_samples + 2) * torch.finfo(engine.row_dtype).bits // 8
     parts: list[list[str]] = [[]]
@@ -240,7 +240,7 @@ def _check_independence(
         loss, grads = engine.plain_gradients(batch, index=i, names=part)
         alone = reference.rows[i] if len(parts) == 1 else engine.plain_gradients(samples[i], names=part)[1]
         worst = max(
-            (_error(grads[n], alone[n], reference.norms[i], engine.floor) for n in part),
+            (gradient_error(grads[n], alone[n], reference.norms[i], engine.floor) for n in part),
             key=lambda pair: pair[0] if pair[1] else 0.0,
         )
         del grads, alone
@@ -282,7 +282,7 @@ def _called_modules(engine: GradientPasses, sample: Mapping[str, Any]) -> set[st
     return called
 
 
-def _error(row: Tensor | None, truth: Tensor | None, whole: float, floor: float) -> tuple[float, bool]:
+def gradient_error(row: Tensor | None, truth: Tensor | None, whole: float, floor: float) -> tuple[float, bool]:
     """Return the norm-relative error, and whether it is more than the rounding of the `whole` gradient's norm."""
     difference = distance(row, truth)
     if truth is None or row is None:
@@ -300,7 +300,7 @@ def _compare(
     """Return whether a parameter's rows agree, the worst error, and whether agreement is only up to noise."""
     agrees, worst, noise = True, 0.0, False
     for i, truth in enumerate(reference.rows):
-        error, significant = _error(rows[name][i], truth[name], reference.norms[i], engine.floor)
+        error, significant = gradient_error(rows[name][i], truth[name], reference.norms[i], engine.floor)
         if not error <= engine.tolerance:
             agrees = agrees and not significant
             noise = True

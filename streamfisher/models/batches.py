@@ -24,6 +24,7 @@ class ModelBatches(Mapping[BatchRef, dict[str, Tensor]]):
         batch_tokens: padded tokens of one batch.
         loss: of the run; it counts where labels are drawn.
         label_seed: of labels drawn from the model's own prediction; `None`: labels are those of the data.
+        apart: see `batches_of`.
     """
 
     def __init__(
@@ -36,9 +37,10 @@ class ModelBatches(Mapping[BatchRef, dict[str, Tensor]]):
         *,
         loss: PerSampleLoss,
         label_seed: int | None = None,
+        apart: Sequence[int] | None = None,
     ) -> None:
         self.model, self.samples, self.loss, self.label_seed = model, samples, loss, label_seed
-        self._of = {unit.index: batches_of(unit, lengths, batch_tokens) for unit in units}
+        self._of = {unit.index: batches_of(unit, lengths, batch_tokens, apart) for unit in units}
         self._known = {batch: batch for batches in self._of.values() for batch in batches}
 
     def __getitem__(self, batch: BatchRef) -> dict[str, Tensor]:

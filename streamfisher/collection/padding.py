@@ -1,0 +1,112 @@
+"""Whether padding that we add changes a sample: then samples of unequal length never share a batch.
+
+A model that gets no mask, or does not heed it, averages and attends over whatever fills a short sequence up; another
+chooses its positions by the longest of the batch. So where lengths differ, a few samples are taken together with one of
+another length and compared with themselves alone and unpadded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import psutil
+import torch
+from torch import nn
+
+from streamfisher.config import SpectralConfig
+from streamfisher.data.batches import collate
+from streamfisher.data.samples import Sample, Samples
+from streamfisher.errors import StreamfisherError
+from streamfisher.gradients import GradientEngine
+from streamfisher.gradients.probe import gradient_error, parts_within
+from streamfisher.gradients.tolerance import COUPLING
+from streamfisher.models.losses import PerSampleLoss
+from streamfisher.models.offload import to_model
+from streamfisher.models.sharding import is_sharded
+
+#: Padded and unpadded kernels add up in another order, which may be a little more than repeating the same one.
+_ROUNDING = 10.0
+
+Lengths = tuple[tuple[str, int], ...]
+
+
+def lengths_of(sample: Sample) -> Lengths:
+    """Return the first axis of every tensor of a sample: what `collate` pads where it differs."""
+    return tuple(sorted((key, value.shape[0]) for key, value in sample.items() if value.ndim))
+
+
+def unequal_pairs(lengths: Sequence[Lengths]) -> list[tuple[int, int]]:
+    """Return up to two pairs of samples of unequal length: the shortest with the longest, and the first two."""
+    totals = [sum(length for _, length in of_sample) for of_sample in lengths]
+    shortest, longest = totals.index(min(totals)), totals.index(max(totals))
+    other = next((number for number, length in enumerate(lengths) if length != lengths[0]), 0)
+    pairs = {tuple(sorted((shortest, longest))), (0, other)}
+    return [(i, j) for i, j in sorted(pairs) if lengths[i] != lengths[j]]
+
+
+def kept_apart(
+    model: nn.Module, samples: Samples, lengths: Sequence[Lengths], loss: PerSampleLoss, config: SpectralConfig
+) -> list[int] | None:
+    """Return a number for each sample such that those with different ones must not share a batch; `None`: any may.
+
+    Args:
+        model: on its device; it is left as it was.
+        samples: of the run.
+        lengths: of each sample, see `lengths_of`.
+        loss: of the run.
+        config: of the run.
+    """
+    pairs = unequal_pairs(lengths)
+    if not pairs:
+        return None
+    if loss.sequential:  # one sample at a time, so that nothing is lost
+        return numbered(lengths)
+    engine = GradientEngine(
+        model, loss, include=config.include, exclude=config.exclude, deterministic=config.use_deterministic
+    )
+    with engine:
+        for pair in pairs:
+            try:
+                if _differs(engine, [samples[number] for number in pair]):
+                    return numbered(lengths)
+            except (StreamfisherError, RuntimeError, ValueError, TypeError, IndexError, KeyError):
+                continue  # what ails these samples is said, with their names, when their turn comes
+    return None
+
+
+def numbered(lengths: Sequence[Lengths]) -> list[int]:
+    """Return the same number for samples of the same length."""
+    numbers: dict[Lengths, int] = {}
+    return [numbers.setdefault(length, len(numbers)) for length in lengths]
+
+
+def _differs(engine: GradientEngine, pair: Sequence[Sample]) -> bool:
+    """Return whether one of two samples has another loss or gradient in a batch with the other one than alone."""
+    together = to_model(collate(pair), engine.model)
+    limit = max(engine.tolerance, COUPLING)
+    offloaded = any(tensor.is_meta for tensor in engine.tensors.values())
+    memory = sys.maxsize if is_sharded(engine.model) else psutil.virtual_memory().available // 4
+    for i, sample in enumerate(pair):
+        alone = to_model(collate([sample]), engine.model)
+        if offloaded:  # each gradient reads the whole model once more
+            with torch.no_grad():
+                one, other = float(engine.loss(engine.model, alone)[0]), float(engine.loss(engine.model, together)[i])
+            if _gap(one, other) > limit:
+                return True
+            continue
+        for part in parts_within(engine, 1, memory):
+            loss, truth = engine.plain_gradients(alone, names=part, index=0)
+            other, grads = engine.plain_gradients(together, names=part, index=i)
+            if _gap(float(loss), float(other)) > limit:
+                return True
+            whole = sum(float(grad.double().norm()) ** 2 for grad in truth.values() if grad is not None) ** 0.5
+            floor = _ROUNDING * engine.floor
+            errors = [gradient_error(grads[name], truth[name], whole, floor) for name in part]
+            if any(error > limit and significant for error, significant in errors):
+                return True
+    return False
+
+
+def _gap(one: float, other: float) -> float:
+    return abs(one - other) / max(abs(one), 1e-3)
