@@ -29,7 +29,8 @@ from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import make_units
 from streamfisher.data.samples import Samples
 from streamfisher.errors import ConfigError, DataError
-from streamfisher.gradients.producer import Wave
+from streamfisher.gradients.producer import GradientProducer, Wave
+from streamfisher.planning.representation import choose_representation
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.subsets import draw_columns
 from streamfisher.results.spectrum import NORMALIZATION, Spectrum
@@ -121,7 +122,7 @@ def _in_memory(model: nn.Module, batch: Any, n_samples: int, config: SpectralCon
             manifest = make_manifest(model, producer, data, config, None, producer.probe())
             batches = data.batches(model, config)
             wave = Wave(0, tuple(producer.parameters), batches, tuple(batches))
-            sink = MemorySink(producer, make_units(len(data.samples), config.chunk_size))
+            sink = MemorySink(producer, make_units(len(data.samples), config.chunk_size), _factored(producer, config))
             producer.begin(wave)
             run_pass(
                 producer,
@@ -136,6 +137,15 @@ def _in_memory(model: nn.Module, batch: Any, n_samples: int, config: SpectralCon
             raise DataError(f"{n_valid} of {len(data.samples)} samples are valid; a spectrum needs at least 2.")
         facts = describe(manifest, config, n_stored=len(data.samples), n_targets=sink.n_targets, skipped=sink.skipped)
         return _solve(sink.source(), config, facts)
+
+
+def _factored(producer: GradientProducer, config: SpectralConfig) -> list[str]:
+    """Return the parameters whose factors are smaller than their rows."""
+    if config.representation == "dense" or config.max_params_per_block is not None:
+        return []
+    shapes, _ = producer.shapes()
+    chosen = choose_representation(shapes, config.representation, row_itemsize=producer.row_dtype.itemsize)
+    return [name for name, held in chosen.items() if held == "factors"]
 
 
 def _streamed(model: nn.Module, batch: Any, n_samples: int, config: SpectralConfig) -> Spectrum:
@@ -177,8 +187,7 @@ def _solve(rows: MemoryRows, config: SpectralConfig, facts: Mapping[str, Any]) -
     subsets = draw_columns(rows.parameters, group_blocks(assignment), config.max_params_per_block, config.seed)
     finished = grams.build_grams(rows, config, _keep, subsets=subsets)
     by_name = {parameter.name: parameter.gram for parameter in finished}
-    dtypes = {values.dtype for values in rows.rows.values()}
-    computed = torch.float32 if np.dtype("float32") in dtypes else torch.float64
+    computed = torch.float64 if rows.numpy_row_dtype == np.float64 else torch.float32
     problem = Eigenproblem(
         rows.parameters,
         assignment,

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import google_crc32c
 import numpy as np
@@ -79,14 +79,29 @@ class FactorSide:
             ) from error
 
 
+class FactorValues(Protocol):
+    """One factor of a batch, wherever it is."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the values; `None`: ids."""
+
+    @property
+    def width(self) -> int:
+        """The values per position, 1 for ids."""
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return columns `start` to `stop` of all positions, float32 or float64; or all ids, int64."""
+
+
 @dataclass(frozen=True)
 class FactorSegment:
     """One use of a parameter by consecutive samples: `g_i = sum_t L_it^T R_it` over each sample's own positions."""
 
     start: int  # first sample
     lengths: tuple[int, ...]  # T_i of each sample
-    left: FactorSide
-    right: FactorSide
+    left: FactorValues
+    right: FactorValues
 
     @property
     def offsets(self) -> np.ndarray:
@@ -288,15 +303,16 @@ class FactorStore:
         Raises:
             CorruptRunError: the marker is damaged.
         """
-        found = []
+        expected: list[tuple[FactorSide, int]] = []
         entries = self.markers.of_unit(unit, wave).get("factors", [])
         segments = iter(segments_of(self.folder(wave), name, unit.index, entries))
         for entry in entries:
             for pair in entry["pairs"][name]:
                 segment = next(segments)
                 for key, side in zip(pair, (segment.left, segment.right), strict=True):
-                    found.append((side, entry["sides"][key]["crc32c"]))
-        return found
+                    if isinstance(side, FactorSide):  # of a run on disk, they all are
+                        expected.append((side, entry["sides"][key]["crc32c"]))
+        return expected
 
     def forget(self, unit: Unit, wave: int) -> None:
         """Let go of what was read of a unit's marker, which is about to be another."""

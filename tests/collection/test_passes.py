@@ -11,6 +11,7 @@ from streamfisher.collection.producers import make_producer, model_producer
 from streamfisher.collection.survey import survey
 from streamfisher.data.batches import make_units
 from streamfisher.errors import DataError, LossError, NonFiniteError
+from streamfisher.gradients.norms import batch_norms
 from streamfisher.gradients.producer import Asked, BatchGradients, Wave
 from streamfisher.sinks.memory import MemorySink
 
@@ -39,6 +40,9 @@ class Recording:
 
     def __init__(self):
         self.buffer, self.units, self.dropped = torch.zeros(4, 2), {}, []
+
+    def norms(self, gradients, n_samples):
+        return batch_norms(gradients.rows, gradients.factors, n_samples)
 
     def asks(self, batch):
         return Asked({"p": self.buffer[batch.start - batch.unit.start : batch.stop - batch.unit.start]})
