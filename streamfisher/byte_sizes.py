@@ -5,6 +5,7 @@ from __future__ import annotations
 from streamfisher.errors import ConfigError
 
 _UNITS = {"": 1, "b": 1, "k": 1e3, "kb": 1e3, "kib": 2**10, "m": 1e6, "mb": 1e6, "mib": 2**20, "g": 1e9, "gb": 1e9}
+_UNITS |= {"gib": 2**30, "t": 1e12, "tb": 1e12, "tib": 2**40}
 
 
 def parse_bytes(value: int | str, field: str = "size") -> int:

@@ -13,13 +13,8 @@ import psutil
 import torch
 
 from streamfisher.byte_sizes import parse_bytes
-from streamfisher.cli.options import (
-    RunOptions,
-    add_analysis_options,
-    add_cluster_options,
-    add_collection_options,
-    read_run_options,
-)
+from streamfisher.cli.arguments import ANALYSIS, ELSEWHERE, add_collection_options, add_options
+from streamfisher.cli.options import RunOptions, read_run_options
 from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError, ConfigError, DataError, StreamfisherError
@@ -38,8 +33,7 @@ def add_plan_command(add: AddCommand) -> None:
     """Add `plan`, which takes the options of `run` and those that describe a machine."""
     plan = add("plan", _plan, "bytes, passes, memory and time of a run before it runs; needs no weights and no data")
     add_collection_options(plan)
-    add_analysis_options(plan)
-    add_cluster_options(plan)
+    add_options(plan, *ANALYSIS, *ELSEWHERE)
     machine = plan.add_argument_group("machine (default: this one, measured in a few seconds)")
     machine.add_argument("--flops", type=float, default=None, help="operations/s of passes and products, as 400e12")
     machine.add_argument("--solve-flops", type=float, default=None, help="operations/s of the float64 eigensolve")
