@@ -17,7 +17,7 @@ from streamfisher.errors import ConfigError
 
 _CENTER = {"no": (False,), "yes": (True,), "both": (False, True)}
 #: Fields of the config that a command takes several of, and the options that hold them.
-_SEVERAL = {"block_structure": "structures", "center_gradients": "centers"}
+SEVERAL = {"block_structure": "structures", "center_gradients": "centers"}
 Structure = str | dict[str, str]  # a dict: own patterns, pattern -> block
 
 
@@ -221,7 +221,7 @@ def read_run_options(arguments: argparse.Namespace, base: SpectralConfig | None 
 
 def _from_file(path: str) -> dict[str, Any]:
     """Return the options of a file by their fields; a file may name an option as the field or the command line does."""
-    fields = {name: name for name in SpectralConfig.names()} | _SEVERAL
+    fields = {name: name for name in SpectralConfig.names()} | SEVERAL
     fields |= {item.name or name: name for name, item in RUN_OPTIONS.items()}
     fields |= {item.name: name for name, item in OPTIONS.items() if item.name}
     values: Mapping[str, Any] = read_config_file(path)

@@ -27,7 +27,7 @@ class ResourceOptions(Section):
     rank_timeout: int = option(
         1800,
         whole(1),
-        "give up when no rank got on for so long",
+        "seconds after which a run in which no rank got on gives up",
         group="model and devices",
         metavar="SECONDS",
     )

@@ -24,10 +24,13 @@ class StorageOptions(Section):
     storage_mode: StorageMode = option(
         "full",
         one_of(*get_args(StorageMode)),
-        "of FisherSpectral: full: in memory; chunked: in memory, multiplied by chunks; streaming: through Zarr",
+        "where FisherSpectral holds rows: full: on the device; chunked: in host memory; streaming: through Zarr",
     )
     store_path: str | None = option(
-        None, optional(FOLDER), "of FisherSpectral, the folder where storage_mode is streaming", unset="a temporary one"
+        None,
+        optional(FOLDER),
+        "folder of FisherSpectral's rows, where storage_mode is streaming",
+        unset="a temporary one",
     )
     dtype_store: torch.dtype | None = option(
         None,
