@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from streamfisher.cli.arguments import add_analysis_options
+from streamfisher.cli.arguments import ANALYSIS, add_options
 from streamfisher.cli.options import read_run_options
 from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.cli.selection import add_selection_options, check_target, selection_options
@@ -23,7 +23,7 @@ def add_commands(add: AddCommand) -> None:
     eigenvectors.add_argument("--top", type=int, default=20, help="how many (default: %(default)s)")
     eigenvectors.add_argument("--out", default=None, metavar="FILE.safetensors", help="copy them into this file")
     eigenvectors.add_argument("--overwrite", action="store_true", help="replace those stored with other options")
-    add_analysis_options(eigenvectors)
+    add_options(eigenvectors, *ANALYSIS)
 
     density = add("density", _density, "how many eigenvalues of a block lie where, by stochastic Lanczos quadrature")
     density.add_argument("run", metavar="RUN.zarr", help="the folder of a run")
@@ -33,20 +33,20 @@ def add_commands(add: AddCommand) -> None:
     density.add_argument("--sigma", type=float, default=None, help="smoothing: decades, or eigenvalues (default: 0.1)")
     density.add_argument("--scale", default="log", metavar="log|linear", help="of the eigenvalues (default: log)")
     density.add_argument("--out", default=None, metavar="FILE.json", help="write grid, density and errors to this file")
-    add_analysis_options(density)
+    add_options(density, *ANALYSIS)
 
     compare = add("compare", _compare, "two or more runs side by side")
     compare.add_argument("runs", metavar="RUN.zarr", nargs="+", help="folders of runs, in order")
     compare.add_argument("--top", type=int, default=10, help="dimension of eigenspaces; 0: none (default: %(default)s)")
     compare.add_argument("--out", default=None, metavar="FILE", help="overlay the spectra in this .png, .svg or .pdf")
-    add_analysis_options(compare)
+    add_options(compare, *ANALYSIS)
     add_selection_options(compare)
 
     export = add("export", _export, "spectra and metrics in other programs' formats")
     export.add_argument("run", metavar="RUN.zarr", help="the folder of a run")
     export.add_argument("--to", required=True, metavar="|".join(FORMATS), help="the format")
     export.add_argument("--out", default=None, metavar="FILE", help="default: spectrum.SUFFIX in the working directory")
-    add_analysis_options(export)
+    add_options(export, *ANALYSIS)
     add_selection_options(export)
 
 

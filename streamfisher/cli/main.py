@@ -16,12 +16,12 @@ from typing import Any
 from streamfisher import __version__
 from streamfisher.cli.analyse import add_commands
 from streamfisher.cli.arguments import (
-    add_analysis_options,
-    add_cluster_options,
+    ANALYSIS,
+    ELSEWHERE,
     add_collection_options,
     add_common_options,
     add_deep_options,
-    add_product_options,
+    add_options,
 )
 from streamfisher.cli.collect import collect_command, demo_command, run_command
 from streamfisher.cli.options import read_run_options
@@ -102,8 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = _command(commands, "run", run_command, "collect, reduce, solve and report; the same line again resumes")
     add_collection_options(run)
-    add_analysis_options(run)
-    add_cluster_options(run)
+    add_options(run, *ANALYSIS, *ELSEWHERE)
     collect = _command(
         commands, "collect", collect_command, "per-sample gradients into a run; the same line again resumes"
     )
@@ -112,20 +111,18 @@ def build_parser() -> argparse.ArgumentParser:
     gram = _command(commands, "gram", _gram, "build the Gram matrices of a collected run")
     _add_run(gram)
     gram.add_argument("--rebuild", action="store_true", help="build all of them again from the stored rows")
-    add_product_options(gram)
-    add_cluster_options(gram)
+    add_options(gram, "reduction", *ELSEWHERE)
 
     spectrum = _command(commands, "spectrum", _spectrum, "solve a stored run, without the model")
     _add_run(spectrum)
-    add_analysis_options(spectrum)
-    add_cluster_options(spectrum)
+    add_options(spectrum, *ANALYSIS, *ELSEWHERE)
     add_selection_options(spectrum)
     spectrum.add_argument("--exact", action="store_true", help="refuse a run whose eigenvalues are estimates")
     spectrum.add_argument("--out", default=None, help="write the spectrum to this JSON file")
 
     report = _command(commands, "report", _report, "a page about a stored run, or a picture of its eigenvalues")
     _add_run(report)
-    add_analysis_options(report)
+    add_options(report, *ANALYSIS)
     add_selection_options(report)
     report.add_argument(
         "--out", default=None, help=".html, .png, .svg or .pdf (default: report.html and spectrum.png in the run)"
@@ -219,7 +216,7 @@ def _report(arguments: argparse.Namespace) -> int:
     for target in targets:
         check_target(target, (".html", ".png", ".svg", ".pdf"))
     chosen = selection_options(arguments, run.n_samples, run)
-    if arguments.block_structure is None and targets[-1].suffix.lower() == ".html":
+    if arguments.structures is None and targets[-1].suffix.lower() == ".html":
         options = dataclasses.replace(options, structures=("layer", "module", "none"))
     spectra = spectra_of(run, options, arguments, chosen)
     for target in targets:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamfisher.byte_sizes import parse_bytes
-from streamfisher.cli.arguments import add_analysis_options, add_cluster_options, add_collection_options
+from streamfisher.cli.arguments import ANALYSIS, ELSEWHERE, add_collection_options, add_options
 from streamfisher.cli.options import RunOptions, read_run_options
 from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.config import SpectralConfig
@@ -32,8 +32,7 @@ def add_plan_command(add: AddCommand) -> None:
     """Add `plan`, which takes the options of `run` and those that describe a machine."""
     plan = add("plan", _plan, "bytes, passes, memory and time of a run before it runs; needs no weights and no data")
     add_collection_options(plan)
-    add_analysis_options(plan)
-    add_cluster_options(plan)
+    add_options(plan, *ANALYSIS, *ELSEWHERE)
     machine = plan.add_argument_group("machine (default: this one, measured in a few seconds)")
     machine.add_argument("--flops", type=float, default=None, help="operations/s of passes and products, as 400e12")
     machine.add_argument("--solve-flops", type=float, default=None, help="operations/s of the float64 eigensolve")
@@ -115,7 +114,7 @@ def _samples(options: RunOptions, source: Any) -> tuple[list[int], dict[str, tor
     config = options.config
     if options.data:
         source = source or load_samples(
-            options.data, tokenize=options.encode(), field=options.field, max_length=config.max_length
+            options.data, tokenize=options.tokenizer(), field=options.field, max_length=config.max_length
         )
         samples = Samples(source, options.samples, config.max_length)
         lengths = [sequence_length(samples[index]) or 1 for index in range(len(samples))]

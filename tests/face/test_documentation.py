@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import options_page
 import pytest
 
 from streamfisher.cli.main import build_parser
@@ -39,3 +40,7 @@ def test_links_between_documents_lead_somewhere():
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_page_of_options_is_that_of_their_definitions():
+    assert options_page.page() == options_page.PAGE.read_text(), "python tests/options_page.py writes it anew"
