@@ -14,6 +14,7 @@ from streamfisher.errors import ConfigError
 StorageMode = Literal["full", "chunked", "streaming"]
 Codec = Literal["blosc-lz4", "zstd", "raw"]
 HeldAs = Literal["auto", "dense", "factors"]
+Hold = Literal["auto", "host", "disk"]
 
 
 @documented
@@ -31,6 +32,13 @@ class StorageOptions(Section):
         optional(FOLDER),
         "folder of FisherSpectral's rows, where storage_mode is streaming",
         unset="a temporary one",
+    )
+    hold: Hold = option(
+        "auto",
+        one_of(*get_args(Hold)),
+        "where gradients that nobody keeps are until they are reduced: host: in memory; disk: in the run; auto: in "
+        "memory, where it has room",
+        group="store",
     )
     dtype_store: torch.dtype | None = option(
         None,

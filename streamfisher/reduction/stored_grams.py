@@ -18,6 +18,7 @@ from streamfisher.reduction.subsets import ColumnSubset, draw_columns
 from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles
 from streamfisher.runtime import run_log as runlog
 from streamfisher.runtime.memory import give_back, working_memory
+from streamfisher.sinks.interface import GradientSource
 from streamfisher.solving.tiled_gram import TILE
 from streamfisher.store import RunStore
 
@@ -55,6 +56,54 @@ def build_stored_grams(
     built = grams.build_grams(store.rows, config, sink, keys=members, subsets=subsets, grown=grown, progress=progress)
     give_back()
     return dict(built)
+
+
+def build_held_grams(
+    store: RunStore, source: GradientSource, config: SpectralConfig, keys: Sequence[str], *, progress: bool = False
+) -> dict[str, np.ndarray]:
+    """Build Grams of gradients that are held in memory, and write them to a run, with their moments.
+
+    Args:
+        store: of the run.
+        source: the gradients of all its samples, of the parameters of `keys`.
+        config: precision, workers and memory budget.
+        keys: of the Grams.
+        progress: show a bar.
+
+    Returns:
+        Gram key -> its diagonal, (N,) float64.
+
+    Raises:
+        CorruptRunError: a gradient is not finite.
+        CapacityError: the reduction does not fit the memory budget.
+    """
+    sink = _HeldSink(store, grams.gram_settings(config), source)
+    members = {key: store.gram_members[key] for key in keys}
+    built = dict(grams.build_grams(source, config, sink, keys=members, progress=progress))
+    give_back()
+    return built
+
+
+@dataclass(frozen=True)
+class _HeldSink:
+    """Writes a finished Gram, the moment first: whatever belongs to a marker is there when it is written."""
+
+    store: RunStore
+    settings: Mapping[str, Any]
+    source: GradientSource
+
+    def __call__(self, finished: grams.ParameterGram) -> tuple[str, np.ndarray]:
+        key = finished.name
+        self.store.grams.write(key, finished.gram, finished.mean_products, self.settings)
+        runlog.event("gram", stage="grams", gram=key, samples=len(finished.gram))
+        if has_moment(self.store, key):
+            self.store.moments.write(key, moment_of(self.source, key, self.store.parameters[key]))
+        return key, finished.gram.diagonal().copy()
+
+
+def has_moment(store: RunStore, key: str) -> bool:
+    """Return whether a Gram is kept beside a second moment: of a single parameter, with fewer elements than samples."""
+    return store.gram_members[key] == [key] and store.parameters[key] < store.n_samples
 
 
 def _build_tiles(
@@ -156,6 +205,6 @@ class GramSink:
 
 def keep_moment(store: RunStore, key: str, subsampled: frozenset[str]) -> None:
     """Write the second moment of a parameter that has fewer elements than there are samples, and a Gram of its own."""
-    if store.gram_members[key] == [key] and key not in subsampled and store.parameters[key] < store.n_samples:
+    if has_moment(store, key) and key not in subsampled:
         valid = store.samples.per_sample("valid") == 1
         store.moments.write(key, moment_of(store.rows, key, store.parameters[key], valid))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from streamfisher.data.batches import BatchRef, Unit
 from streamfisher.gradients.factors import BatchFactors, on_host, pack
-from streamfisher.gradients.norms import squared_norms_of
+from streamfisher.gradients.norms import batch_norms, squared_norms_of
 from streamfisher.gradients.producer import Asked, BatchGradients, GradientProducer
 from streamfisher.sinks.interface import UnitFacts
 from streamfisher.sinks.unit_rows import UnitRows
@@ -94,7 +94,8 @@ class MemoryGradients(MemoryRows):
     ) -> None:
         super().__init__(rows)
         self.factors, self.shapes, self.n_samples = dict(factors), dict(shapes), n_samples
-        self.parameters = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+        widths = {name: values.shape[1] for name, values in rows.items()}
+        self.parameters = {name: int(np.prod(shape)) for name, shape in shapes.items()} | widths
         self.numpy_row_dtype = self.numpy_read_dtype = np.dtype("float64" if row_dtype == torch.float64 else "float32")
 
     def representation(self, name: str) -> str:
@@ -120,13 +121,28 @@ class MemorySink:
         producer: makes the buffers, where it forms rows.
         units: of all samples.
         factored: parameters that are held as factors.
+        parameters: whose gradients are taken; `None`: all that the producer captures.
+        columns: numbers of a row, where rows are projected.
+        every_norm: find the norms of factors too, which take about as long as their products.
     """
 
-    def __init__(self, producer: GradientProducer, units: Sequence[Unit], factored: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        producer: GradientProducer,
+        units: Sequence[Unit],
+        factored: Collection[str] = (),
+        *,
+        parameters: Sequence[str] | None = None,
+        columns: Mapping[str, int] | None = None,
+        every_norm: bool = False,
+    ) -> None:
         self.units = list(units)
         self.n_samples = self.units[-1].stop
-        self.dense = [name for name in producer.parameters if name not in factored]
-        self.factored = [name for name in producer.parameters if name in factored]
+        names = list(producer.parameters if parameters is None else parameters)
+        self.dense = [name for name in names if name not in factored]
+        self.factored = [name for name in names if name in factored]
+        self.columns, self.every_norm = dict(columns or {}), every_norm
+        self.facts: dict[int, UnitFacts] = {}  # of each unit, by its index
         self.skipped: dict[int, str] = {}
         self.n_targets = 0  # of the valid samples
         self._producer = producer
@@ -139,12 +155,16 @@ class MemorySink:
     def through_units(self) -> None:
         """Let rows be formed in buffers of one unit and copied from there, as they must be from a device."""
         height = max(len(unit) for unit in self.units)
-        self._arriving = UnitRows(lambda: self._producer.allocate(height, self.dense))
+        self._arriving = UnitRows(lambda: self._producer.allocate(height, self.dense, self._widths))
 
     @property
     def parameters(self) -> list[str]:
-        """All that the producer captures."""
+        """Those held as rows, then those held as factors."""
         return [*self.dense, *self.factored]
+
+    @property
+    def _widths(self) -> dict[str, int]:
+        return {name: width for name, width in self.columns.items() if name in self.dense}
 
     def todo(self) -> list[Unit]:
         """Return all units."""
@@ -155,11 +175,13 @@ class MemorySink:
         if self._arriving is not None:
             return Asked(self._arriving.of_batch(batch), self.factored)
         if self.dense and not self._rows:
-            self._rows = self._producer.allocate(self.n_samples, self.dense)
+            self._rows = self._producer.allocate(self.n_samples, self.dense, self._widths)
         return Asked({name: values[batch.start : batch.stop] for name, values in self._rows.items()}, self.factored)
 
     def norms(self, gradients: BatchGradients, n_samples: int) -> dict[str, np.ndarray]:
         """Return squared norms of the rows; of factors, which their Grams tell, only whether they are finite."""
+        if self.every_norm:
+            return batch_norms(gradients.rows, gradients.factors, n_samples)
         norms = squared_norms_of({name: values[:n_samples] for name, values in gradients.rows.items()})
         for name, pairs in gradients.factors.items():
             finite = torch.ones(n_samples, dtype=torch.bool)
@@ -176,6 +198,7 @@ class MemorySink:
 
     def unit(self, unit: Unit, facts: UnitFacts) -> int:
         """Take the rows of a unit to the host, where they are not there."""
+        self.facts[unit.index] = facts
         self.skipped |= facts.skipped
         self.n_targets += int(facts.n_targets.sum())
         if self._arriving is not None:
@@ -188,10 +211,15 @@ class MemorySink:
             side.nbytes for batch, packed in self._factors if batch.unit == unit for side in packed.tensors.values()
         )
 
-    def source(self) -> MemoryGradients:
-        """Return the gradients of the valid samples."""
-        valid = [number for number in range(self.n_samples) if number not in self.skipped]
-        rows = {name: values if not self.skipped else values[valid] for name, values in self._rows.items()}
+    def source(self, *, all_samples: bool = False) -> MemoryGradients:
+        """Return the gradients of the valid samples, or of all: those of skipped samples are zero then."""
+        skipped = set() if all_samples else set(self.skipped)
+        valid = [number for number in range(self.n_samples) if number not in skipped]
+        rows = {name: values[valid] if skipped else values for name, values in self._rows.items()}
+        if all_samples and self._arriving is None:
+            for number in self.skipped:
+                for values in rows.values():
+                    values[number].zero_()
         factors: dict[str, list[FactorSegment]] = {name: [] for name in self.factored}
         place = {number: index for index, number in enumerate(valid)}
         for batch, packed in sorted(self._factors, key=lambda pair: pair[0]):
@@ -204,6 +232,7 @@ class MemorySink:
                     lengths = tuple(packed.lengths[left][offset] for offset in kept)
                     start = place[batch.start + kept[0]]
                     factors[name].append(FactorSegment(start, lengths, sides[left], sides[right]))
-        shapes = {name: info.shape for name, info in self._producer.parameters.items()}
+        infos = self._producer.parameters
+        shapes = {name: infos[name].shape for name in self.parameters}
         arrays = {name: values.numpy() for name, values in rows.items()}
         return MemoryGradients(arrays, factors, shapes, len(valid), self._producer.row_dtype)

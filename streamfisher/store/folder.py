@@ -52,6 +52,7 @@ class RunFolder:
         self.gram_members: dict[str, list[str]] = self.manifest.gram_members  # Gram key -> parameters it sums over
         self.keep: list[str] = layout.get("keep", ["*"])  # patterns of parameters whose gradients stay
         self.batch_tokens: int = layout.get("batch_tokens", self.manifest.config["batch_tokens"])
+        self.hold: str = layout.get("hold", "disk")  # where gradients are until they are reduced
         self.fsync = False  # flush the filesystem before each marker
         self.arrays: dict[str, zarr.Array] = {}
 
