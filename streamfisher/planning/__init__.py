@@ -1,1 +1,22 @@
 """What a run takes, before anything runs: shapes without weights, operations, bytes, and the ways to do it."""
+
+from streamfisher.planning.model_trace import ModelTrace
+from streamfisher.planning.plan import plan_run
+from streamfisher.planning.rates import Rates, measure
+from streamfisher.planning.run_plan import RunPlan, way_row
+from streamfisher.planning.shortfalls import Machine
+from streamfisher.planning.tracing import trace_model
+
+__all__ = [
+    # What a model computes
+    "trace_model",
+    "ModelTrace",
+    # What there is to work with
+    "Machine",
+    "Rates",
+    "measure",
+    # What a run takes
+    "plan_run",
+    "RunPlan",
+    "way_row",
+]
