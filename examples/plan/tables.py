@@ -18,7 +18,7 @@ import torch
 from streamfisher import SpectralConfig
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.models import build_skeleton
-from streamfisher.planning import Machine, ModelTrace, Rates, RunPlan, plan_run, trace_model, way_row
+from streamfisher.planning import Machine, ModelTrace, Rates, RunPlan, plan_run, strategy_row, trace_model
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "planning.md"
@@ -90,7 +90,7 @@ def models_table() -> str:
     ]
     for model in ("llama-2-7b", "llama-3-70b", "llama-3.1-405b", "mixtral-8x7b"):
         found = plan(model, NODE)
-        rows, held = found.ways[0].gradients, found.ways[1].gradients
+        rows, held = found.strategies[0].gradients, found.strategies[1].gradients
         lines.append(
             f"| {model} | {found.trace.n_params:,} | {format_bytes(found.trace.weight_bytes)} | {format_bytes(rows)} | "
             f"{format_bytes(held)} | {format_bytes(found.gram_bytes)} | {3 * SAMPLES * found.trace.forward_flops:.2g} |"
@@ -98,7 +98,7 @@ def models_table() -> str:
     return "\n".join(lines)
 
 
-def ways_table(models: tuple[str, ...], settings: tuple[Setting, ...]) -> str:
+def strategies_table(models: tuple[str, ...], settings: tuple[Setting, ...]) -> str:
     """Return every way of every model on every machine, and the commands."""
     lines = [
         "| model | machine | way | passes | written | disk at most | boundaries | weights | memory | time | fits |",
@@ -109,17 +109,17 @@ def ways_table(models: tuple[str, ...], settings: tuple[Setting, ...]) -> str:
         for setting in settings:
             found = plan(model, setting)
             commands.append("    " + command(model, setting))
-            for way in found.ways:
+            for way in found.strategies:
                 mark = "**" if way is found.chosen and way.fits else ""
-                name, *cells = way_row(way)
+                name, *cells = strategy_row(way)
                 lines.append(f"| {model} | {setting.title} | {mark}{name}{mark} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n\n" + "\n".join(commands)
 
 
 TABLES = {
     "models": models_table,
-    "node": lambda: ways_table(("llama-2-7b", "llama-3-70b", "mixtral-8x7b"), (NODE,)),
-    "machines": lambda: ways_table(("llama-2-7b", "llama-3-70b", "llama-3.1-405b"), (WORKSTATION, SINGLE, NODE)),
+    "node": lambda: strategies_table(("llama-2-7b", "llama-3-70b", "mixtral-8x7b"), (NODE,)),
+    "machines": lambda: strategies_table(("llama-2-7b", "llama-3-70b", "llama-3.1-405b"), (WORKSTATION, SINGLE, NODE)),
 }
 
 

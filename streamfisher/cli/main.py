@@ -29,7 +29,7 @@ from streamfisher.cli.output import analyse, print_info, spectra_of
 from streamfisher.cli.plan import add_plan_command
 from streamfisher.cli.selection import add_selection_options, check_target, selection_options
 from streamfisher.cli.verify import verify_command
-from streamfisher.errors import CapacityError, ConfigError, RunError, StreamfisherError, no_memory
+from streamfisher.errors import CapacityError, ConfigError, RunError, StreamfisherError, first_line, no_memory
 from streamfisher.runtime.dask_pool import dask_client
 from streamfisher.runtime.signals import die_with_launcher, stopping_at_once
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug or not no_memory(error):
             raise
         print(
-            f"streamfisher: error: no memory is left ({str(error).splitlines()[0] if str(error) else 'MemoryError'}). "
+            f"streamfisher: error: no memory is left ({first_line(error)}). "
             "What is finished is kept. Take a smaller --chunk-size, --batch-tokens or --memory-budget, or one rank "
             "less on this host; --debug shows where.",
             file=sys.stderr,
@@ -175,7 +175,7 @@ def _gram(arguments: argparse.Namespace) -> int:
         if arguments.rebuild:
             return _print_rebuilt(run.rebuild_grams(config, progress=not arguments.quiet), arguments)
         built = run.build_grams(config, progress=not arguments.quiet)
-    print(f"{len(built)} Gram matrices built, {len(run.parameters) - len(built)} were there already.")
+    print(f"{len(built)} Gram matrices built, {len(run.store.gram_members) - len(built)} were there already.")
     return 0
 
 

@@ -84,7 +84,7 @@ def print_info(run: Any, arguments: argparse.Namespace) -> None:
     print(f"{facts['path']}: {state}, {facts['samples_done']} of {facts['n_samples']} {facts['data']['sample_unit']}s")
     size = f"{facts['total_params']:,} parameters in {facts['n_parameters']} tensors"
     print(f"  model       {facts['model']['class']}, {size}")
-    print(f"  Grams       {facts['grams_done']} of {facts['n_parameters']}")
+    print(f"  Grams       {facts['grams_done']} of {facts['n_grams']}")
     print(f"  on disk     {format_bytes(facts['bytes_on_disk'])}, rows in {facts['layout']['dtype_store']}")
     described = facts["data"]["description"]
     print(f"  data        {described['data'] if isinstance(described, dict) else described or 'not described'}")

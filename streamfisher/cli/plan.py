@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
 from streamfisher.byte_sizes import parse_bytes
@@ -73,20 +72,21 @@ def plan_of(options: RunOptions, machine_options: argparse.Namespace, folder: Pa
         DataError: neither data nor the number and length of samples are given.
     """
     from streamfisher.models.skeleton import build_skeleton
-    from streamfisher.planning.plan import Machine, plan_run
+    from streamfisher.planning.machine import this_machine
+    from streamfisher.planning.plan import plan_run
 
     arguments, config = machine_options, options.config
     model = build_skeleton(options.model, dtype=config.dtype_model, trust_remote_code=options.trust_remote_code)
     lengths, batch = _samples(options, source)
     trace = _trace(model, batch, lengths, config)
-    disk = config.disk_budget
-    memory = config.memory_budget
-    machine = Machine(
-        memory=int(memory) if memory is not None else psutil.virtual_memory().available // 2,
-        disk=int(disk) if disk is not None else psutil.disk_usage(str(folder)).free,
-        devices=arguments.devices,
-        device_memory=parse_bytes(arguments.device_memory, "--device-memory") if arguments.device_memory else None,
-    )
+    device_memory = parse_bytes(arguments.device_memory, "--device-memory") if arguments.device_memory else None
+    machine = this_machine(config, folder, devices=arguments.devices, device_memory=device_memory)
+    if any((arguments.flops, arguments.solve_flops, arguments.disk, arguments.devices)):  # another: budgets as stated
+        machine = dataclasses.replace(
+            machine,
+            memory=machine.memory if config.memory_budget is None else parse_bytes(config.memory_budget),
+            disk=machine.disk if config.disk_budget is None else parse_bytes(config.disk_budget),
+        )
     structures = len(options.structures) * len(options.centers)
     plan = partial(plan_run, trace, lengths, config, machine=machine, structures=structures)
     if source is not None:

@@ -28,6 +28,7 @@ from streamfisher.models.sharding import is_sharded, reshard
 from streamfisher.models.weights import Resident
 from streamfisher.planning.run_layout import boundary_room
 from streamfisher.runtime.determinism import deterministic
+from streamfisher.runtime.disk import disk_limit
 from streamfisher.runtime.memory import local_ranks, of_one_rank
 from streamfisher.runtime.ranks import Ranks, start_ranks
 from streamfisher.runtime.run_log import RunLog
@@ -100,5 +101,5 @@ def collect_gradients(
             if config.store_centered:
                 collection.collect_mean()
             tokens = padded_total(data.lengths, store.units, store.batch_tokens)
-            producer.keep_between_waves(boundary_room(config, path), tokens, path / "stream")
+            producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens, path / "stream")
             collection.collect_waves()

@@ -22,7 +22,8 @@ from streamfisher.gradients.producer import GradientProducer
 from streamfisher.gradients.projection import projected
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.models.sharding import is_sharded
-from streamfisher.planning.run_layout import Provisions, boundary_room, provide
+from streamfisher.planning.run_layout import RunLayout, boundary_room, plan_layout
+from streamfisher.runtime.disk import disk_limit
 from streamfisher.runtime.memory import give_back
 from streamfisher.store import Manifest, model_manifest, versions
 from streamfisher.store.layout import check_free, chunk_columns
@@ -34,7 +35,7 @@ class PreparedRun:
 
     streamed: bool  # layers are streamed; else waves are passes over the whole model
     report: ProbeReport
-    plan: Provisions
+    plan: RunLayout
 
     def layout(self) -> dict[str, Any]:
         """Return the part of the manifest's layout that says so, as plain JSON values."""
@@ -81,7 +82,7 @@ def prepare(
     check_free(path)
     config = beside_weights(producer, config)
     report, shapes, activations = probe(model, producer, config.memory_budget)
-    plan = provide(
+    plan = plan_layout(
         projected(shapes, config.project),
         data.lengths,
         config,
@@ -92,7 +93,7 @@ def prepare(
     )
     units = make_units(len(data.samples), config.chunk_size)
     tokens = padded_total(data.lengths, units, plan.batch_tokens)
-    producer.keep_between_waves(boundary_room(config, path), tokens)
+    producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens)
     return PreparedRun(streamed, report, plan)
 
 

@@ -18,13 +18,11 @@ from streamfisher.gradients.projection import Projection
 from streamfisher.models.offload import to_model
 from streamfisher.models.sharding import is_sharded
 from streamfisher.models.weights import Resident
+from streamfisher.planning.machine import Machine, this_machine
 from streamfisher.planning.plan import streams
 from streamfisher.planning.rates import UNKNOWN
-from streamfisher.planning.shortfalls import Machine
-from streamfisher.planning.strategies import WayPlanner
+from streamfisher.planning.strategies import StrategyPlanner
 from streamfisher.planning.tracing import captured_names, trace_model
-from streamfisher.runtime.disk import disk_limit
-from streamfisher.runtime.memory import working_memory
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.store import RunStore
 from streamfisher.stream.layer_stream import LayerStream
@@ -164,17 +162,12 @@ def planned_to_stream(model: nn.Module, data: RunData, config: SpectralConfig, p
     mean = sum(data.lengths) / len(data.lengths)
     if round(mean) != round(trace.tokens):
         trace = trace.scaled(mean)
-    planner = WayPlanner(trace, data.lengths, config, machine_of(model, config, path), UNKNOWN)
+    planner = StrategyPlanner(trace, data.lengths, config, machine_of(model, config, path), UNKNOWN)
     return streams(config.stream, planner.stored("waves", config.representation, budgets=True), planner.streamed())
 
 
 def machine_of(model: nn.Module, config: SpectralConfig, path: Path) -> Machine:
     """Return what a run has to work with once its model is loaded."""
     devices = {tensor.device for tensor in model.parameters() if tensor.device.type == "cuda"}
-    return Machine(
-        memory=working_memory(config.memory_budget),
-        disk=disk_limit(config, path),
-        devices=len(devices),
-        device_memory=min((torch.cuda.get_device_properties(d).total_memory for d in devices), default=None),
-        loaded=True,
-    )
+    memory = min((torch.cuda.get_device_properties(d).total_memory for d in devices), default=None)
+    return this_machine(config, path, devices=len(devices), device_memory=memory, loaded=True)

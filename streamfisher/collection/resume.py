@@ -17,7 +17,7 @@ from streamfisher.data.batches import make_units
 from streamfisher.errors import RunMismatchError
 from streamfisher.gradients.producer import GradientProducer
 from streamfisher.models.sharding import is_sharded
-from streamfisher.planning.run_layout import Provisions
+from streamfisher.planning.run_layout import RunLayout
 from streamfisher.runtime.disk import check_disk
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.store import Manifest, RunLock, RunStore, grow_run, resume_differences, units_left
@@ -72,7 +72,7 @@ def create_or_resume(
     RunStore.create(path, dataclasses.replace(manifest, probe=new.report.to_dict(), layout=layout))
 
 
-def _announced(plan: Provisions) -> str:
+def _announced(plan: RunLayout) -> str:
     parts = ", ".join(format_bytes(wave.disk) for wave in plan.waves)
     return (
         f"{len(plan.waves)} waves: each is a pass over the data that captures some of the parameters, is reduced "

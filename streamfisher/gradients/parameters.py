@@ -43,7 +43,9 @@ class Selection:
     slots: tuple[Slot, ...]  # every place of every captured parameter
 
 
-def select_parameters(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Selection:
+def select_parameters(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = (), *, need_values: bool = True
+) -> Selection:
     """Choose the trainable parameters whose names match `include` (all, if empty) and no pattern of `exclude`.
 
     A tied parameter appears once, under the first of its names; a pattern that matches any of its names counts.
@@ -52,6 +54,7 @@ def select_parameters(model: nn.Module, include: Sequence[str] = (), exclude: Se
         model: the model whose `requires_grad` flags say what is trainable.
         include: glob patterns (`*`, `?`, `[...]`) of full parameter names.
         exclude: glob patterns, applied after `include`.
+        need_values: refuse parameters without values; a plan needs none.
 
     Raises:
         ModelError: a parameter has no values (meta device), a trainable one is complex, nothing is trainable, a
@@ -73,7 +76,7 @@ def select_parameters(model: nn.Module, include: Sequence[str] = (), exclude: Se
         key = identity(model, name, parameter)
         if names[key][0] != name:
             continue  # an offloaded tied parameter, which is another object at each of its places
-        if not has_values(model, name, parameter):
+        if need_values and not has_values(model, name, parameter):
             raise ModelError(f"Parameter {name!r} is on the meta device and has no values. Load the weights first.")
         if not parameter.dtype.is_floating_point and not parameter.dtype.is_complex:
             excluded[name] = f"holds integers ({parameter.dtype}), which have no gradient"

@@ -8,23 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.planning.model_trace import BlockCost
-from streamfisher.reduction.factor_gram import slab_memory
+from streamfisher.reduction.factor_gram import FLOAT64_COST, Kernel, cheapest_kernel, kernel_operations, slab_memory
 from streamfisher.reduction.slabs import sums_bytes
 from streamfisher.store.layout import chunk_columns
-
-#: Pairwise products are formed in float64, which costs twice as much as the float32 products of slabs.
-_PAIRWISE_COST = 2.0
 
 
 @dataclass(frozen=True)
 class ProductCost:
     """The Gram of one parameter, by the cheapest kernel, in operations that count as float32 ones."""
 
-    kernel: Literal["slabs", "pairwise", "tokens"]
+    kernel: Kernel
     forming: float  # operations that make rows of factors
     product: float  # operations of the symmetric product
 
@@ -70,7 +66,7 @@ def norm_flops(shapes: Collection[GradientShape], held: Mapping[str, str]) -> fl
     return total
 
 
-def product_cost(shape: GradientShape, held: str, n_samples: int) -> ProductCost:
+def product_cost(shape: GradientShape, held: str, n_samples: int, single: bool = True) -> ProductCost:
     """Return what the Gram of a parameter costs.
 
     Rows: `N^2 P`, a symmetric product. Of factors, rows are formed first (slabs, `2 N T P`), or all positions are
@@ -82,11 +78,15 @@ def product_cost(shape: GradientShape, held: str, n_samples: int) -> ProductCost
         return ProductCost("slabs", 0.0, rows)
     positions = n_samples * sum(shape.positions)
     width = shape.pairs[0][1].width
-    if all(left.width == 1 for left, _ in shape.pairs):
+    by_token = all(left.width == 1 for left, _ in shape.pairs)
+    matrix = (shape.numel // width, width)
+    kernel = cheapest_kernel(positions, matrix, n_samples, by_token=by_token, single=single)
+    if kernel == "tokens":
         return ProductCost("tokens", 0.0, positions * n_samples * width)
-    slabs = ProductCost("slabs", 2.0 * positions * shape.numel, rows)
-    pairwise = ProductCost("pairwise", 0.0, _PAIRWISE_COST * positions**2 * (shape.numel / width + width))
-    return min(slabs, pairwise, key=lambda cost: cost.total)
+    if kernel == "slabs":
+        return ProductCost("slabs", 2.0 * positions * shape.numel, rows)
+    _, pairwise = kernel_operations(positions, matrix, n_samples)
+    return ProductCost("pairwise", 0.0, FLOAT64_COST * pairwise)
 
 
 def reduction_bytes(

@@ -8,18 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from streamfisher.config import SpectralConfig, Stream, dtype_name
+from streamfisher.planning.machine import Machine
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
 from streamfisher.planning.run_plan import RunPlan
-from streamfisher.planning.shortfalls import Machine
-from streamfisher.planning.strategies import WayPlanner
-from streamfisher.planning.strategy import Way
+from streamfisher.planning.strategies import StrategyPlanner
+from streamfisher.planning.strategy import Strategy
 
 #: With 'auto', waves that fit are taken as long as they cost no more than so many times the operations of streamed
 #: layers, which trace the model first, have a wave for each layer, and read and write boundaries.
 WORTH = 1.25
-
-__all__ = ["Machine", "RunPlan", "plan_run"]
 
 
 def plan_run(
@@ -41,14 +39,14 @@ def plan_run(
         rates: of that machine.
         structures: how many block structures are solved.
     """
-    planner = WayPlanner(trace, lengths, config, machine, rates, structures)
-    ways = [
+    planner = StrategyPlanner(trace, lengths, config, machine, rates, structures)
+    strategies = [
         planner.stored("dense, one pass", "dense", budgets=False),
         planner.stored("one pass", config.representation, budgets=False),
         planner.stored("waves", config.representation, budgets=True),
         planner.streamed(),
     ]
-    chosen = ways[3] if streams(config.stream, ways[2], ways[3]) else ways[2]
+    chosen = strategies[3] if streams(config.stream, strategies[2], strategies[3]) else strategies[2]
     return RunPlan(
         trace=trace,
         n_samples=len(lengths),
@@ -58,7 +56,7 @@ def plan_run(
         machine=machine,
         rates=rates,
         blocks=planner.block_bytes(),
-        ways=tuple(ways),
+        strategies=tuple(strategies),
         chosen=chosen,
         least=planner.least(),
         settings={
@@ -73,7 +71,7 @@ def plan_run(
     )
 
 
-def streams(asked: Stream, waves: Way, layers: Way) -> bool:
+def streams(asked: Stream, waves: Strategy, layers: Strategy) -> bool:
     """Return whether layers are streamed: as asked, or with 'auto' where they fit and waves do not, or cost more."""
     if asked != "auto":
         return asked == "layers"

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from streamfisher.config import Codec
-from streamfisher.errors import StreamfisherError
+from streamfisher.errors import StreamfisherError, first_line
 from streamfisher.gradients.factors import FactorPair, pack
 from streamfisher.gradients.norms import norm
 from streamfisher.planning.model_trace import LayerCall
@@ -209,7 +209,7 @@ def _pass_rate(layer: LayerCall | None) -> tuple[float, str]:
         try:
             return _layer_rate(layer), f"forward and backward of {layer.name}"
         except (RuntimeError, TypeError, ValueError, IndexError, StreamfisherError) as error:
-            reason = f"{layer.name} cannot be called alone: {str(error).splitlines()[0][:80]}"
+            reason = f"{layer.name} cannot be called alone: {first_line(error)[:80]}"
     else:
         reason = "no layer of a size to be measured"
     dtype = layer.dtype if layer is not None else torch.float32

@@ -12,7 +12,7 @@ import torch
 from streamfisher.blocks.gram_keys import gram_keys
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig
-from streamfisher.data.batches import make_batches, make_units
+from streamfisher.data.batches import batches_of, make_units
 from streamfisher.errors import CapacityError, ConfigError
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.planning.representation import choose_representation, sample_bytes
@@ -30,7 +30,7 @@ _LEAST_TOKENS = 512
 
 
 @dataclass(frozen=True)
-class Provisions:
+class RunLayout:
     """How a run is laid out; everything here is stored with it and does not change when it is resumed."""
 
     representation: dict[str, str]  # parameter -> 'dense' or 'factors'
@@ -57,7 +57,7 @@ class Provisions:
         return self.gram_bytes + (sum(wave.disk for wave in self.waves) if self.keep else largest)
 
 
-def provide(
+def plan_layout(
     shapes: Sequence[GradientShape],
     lengths: Sequence[int],
     config: SpectralConfig,
@@ -66,7 +66,7 @@ def provide(
     row_dtype: torch.dtype,
     activations: float = 0.0,
     segments: Sequence[Sequence[str]] | None = None,
-) -> Provisions:
+) -> RunLayout:
     """Decide how a new run is laid out, within its budgets.
 
     Args:
@@ -90,25 +90,27 @@ def provide(
     )
     memory = working_memory(config.memory_budget)
     _, factors = sample_bytes(shapes, chosen, 1)
-    batch_tokens = _fit_batches(config, lengths, activations, factors, memory)
+    batch_tokens = fit_batches(config, lengths, activations, factors, memory)
     sizes = WaveSizes(
         shapes,
         chosen,
         n_samples=n_samples,
         unit_rows=min(config.chunk_size, n_samples),
-        batch_samples=_samples_of_a_batch(lengths, config.chunk_size, batch_tokens),
+        batch_samples=max(samples_of_batches(lengths, config.chunk_size, batch_tokens)),
         row_itemsize=row_itemsize,
         stored_itemsize=stored_itemsize,
     )
     names = [shape.name for shape in shapes]
     n_grams = len(gram_keys(names, config.gram_per))
     gram_bytes = 8 * n_samples**2 * n_grams
-    means = 8 * sum(shape.columns for shape in shapes) * (len(make_units(n_samples, config.chunk_size)) + 1)
-    limits = WaveLimits(
-        disk=disk_limit(config, path) - gram_bytes - (means if config.store_centered else 0),
-        memory=int(memory - (activations * batch_tokens if config.memory_budget else 0)),
-        disk_why=_why(config.disk_budget, "--disk-budget", "what is free on the disk"),
-        memory_why=_why(config.memory_budget, "--memory-budget", "what is free"),
+    limits = wave_limits(
+        shapes,
+        n_samples,
+        config,
+        disk=disk_limit(config, path),
+        memory=memory,
+        gram_bytes=gram_bytes,
+        activations=activations * batch_tokens if config.memory_budget else 0.0,
     )
     if limits.disk <= 0:
         raise CapacityError(
@@ -129,12 +131,40 @@ def provide(
             ". Leave it out (--center gives the covariance of uncentered gradients too), or give more disk and memory."
         )
     cut = [list(wave.parameters) for wave in waves]
-    return Provisions(dict(chosen), waves, gram_keys(names, config.gram_per, cut), list(keep), batch_tokens, gram_bytes)
+    return RunLayout(dict(chosen), waves, gram_keys(names, config.gram_per, cut), list(keep), batch_tokens, gram_bytes)
 
 
-def _fit_batches(
-    config: SpectralConfig, lengths: Sequence[int], activations: float, factors: float, memory: int
-) -> int:
+def wave_limits(
+    shapes: Sequence[GradientShape],
+    n_samples: int,
+    config: SpectralConfig,
+    *,
+    disk: float,
+    memory: float,
+    gram_bytes: float,
+    activations: float,
+) -> WaveLimits:
+    """Return what one wave may take.
+
+    Args:
+        shapes: of all parameters.
+        n_samples: N.
+        config: whether rows are stored centered, and which budgets were stated.
+        disk: bytes that the run may take.
+        memory: bytes that one rank may take.
+        gram_bytes: of all Grams.
+        activations: bytes of host memory that the largest batch takes beside its gradients.
+    """
+    means = 8 * sum(shape.columns for shape in shapes) * (len(make_units(n_samples, config.chunk_size)) + 1)
+    return WaveLimits(
+        disk=int(disk - gram_bytes - (means if config.store_centered else 0)),
+        memory=int(memory - activations),
+        disk_why=_why(config.disk_budget, "--disk-budget", "what is free on the disk"),
+        memory_why=_why(config.memory_budget, "--memory-budget", "what is free"),
+    )
+
+
+def fit_batches(config: SpectralConfig, lengths: Sequence[int], activations: float, factors: float, memory: int) -> int:
     """Return how many padded tokens a backward pass may take: the config's, or fewer where the budget asks for it.
 
     Smaller batches come before more waves: down to `_LEAST_TOKENS` they cost little, and a wave costs a pass.
@@ -154,15 +184,15 @@ def _fit_batches(
     return min(config.batch_tokens, max(fits, longest))
 
 
-def _samples_of_a_batch(lengths: Sequence[int], chunk_size: int, batch_tokens: int) -> float:
-    """Return the samples of the largest batch."""
+def samples_of_batches(lengths: Sequence[int], chunk_size: int, batch_tokens: int) -> list[int]:
+    """Return the samples of each batch of a run."""
     units = make_units(len(lengths), chunk_size)
-    return max(len(batch) for unit in units for batch in make_batches(lengths[unit.start : unit.stop], batch_tokens))
+    return [len(batch) for unit in units for batch in batches_of(unit, lengths, batch_tokens)]
 
 
-def boundary_room(config: SpectralConfig, path: Path) -> int:
-    """Return the bytes on the disk that the boundaries of streamed layers may take."""
-    return int(BOUNDARY_SHARE * disk_limit(config, path))
+def boundary_room(limit: float) -> int:
+    """Return the bytes that the boundaries of streamed layers may take of a disk of which a run may take so much."""
+    return int(BOUNDARY_SHARE * limit)
 
 
 def _why(value: Any, option: str, otherwise: str) -> str:

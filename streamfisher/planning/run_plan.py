@@ -10,7 +10,7 @@ from streamfisher.byte_sizes import format_bytes
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import UNKNOWN, Rates
 from streamfisher.planning.shortfalls import Machine, round_up
-from streamfisher.planning.strategy import BlockBytes, Stage, Way
+from streamfisher.planning.strategy import BlockBytes, Stage, Strategy
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class RunPlan:
     machine: Machine
     rates: Rates
     blocks: tuple[BlockBytes, ...]
-    ways: tuple[Way, ...]
-    chosen: Way
+    strategies: tuple[Strategy, ...]
+    chosen: Strategy
     least: Mapping[str, float]  # the smallest disk and memory budgets, in bytes, with which waves would do
     settings: Mapping[str, Any]  # of the config, as far as they decide
 
@@ -54,7 +54,7 @@ class RunPlan:
             "machine": vars(self.machine),
             "rates": vars(self.rates),
             "blocks": [vars(block) for block in self.blocks],
-            "ways": [way.to_dict() for way in self.ways],
+            "ways": [way.to_dict() for way in self.strategies],
             "chosen": self.chosen.name,
             "fits": self.chosen.fits,
             "problems": self.problems(),
@@ -75,7 +75,7 @@ def plan_table(plan: RunPlan) -> str:
         f"Grams: {plan.n_grams} of {format_bytes(8.0 * plan.n_samples**2)}, {format_bytes(plan.gram_bytes)} in all. "
         "Sizes are uncompressed.",
         "",
-        *ways_table(plan),
+        *strategies_table(plan),
         "",
         f"Taken: {taken(plan.chosen)}",
         *_columns([("stage", "operations", "read", "written", "memory", "time"), *map(_stage_row, plan.chosen.stages)]),
@@ -87,19 +87,19 @@ def plan_table(plan: RunPlan) -> str:
         lines.append("It does not fit:")
         lines += [f"  - {problem}" for problem in plan.problems()]
         disk, memory = (round_up(plan.least[what]) for what in ("disk", "memory"))
-        if plan.ways[-1].fits:
-            lines.append(f"--stream layers would fit, in {format_seconds(plan.ways[-1].seconds)}.")
+        if plan.strategies[-1].fits:
+            lines.append(f"--stream layers would fit, in {format_seconds(plan.strategies[-1].seconds)}.")
         lines.append(f"The least with which waves would do: --disk-budget {disk} --memory-budget {memory}.")
     return "\n".join(lines)
 
 
-def ways_table(plan: RunPlan) -> list[str]:
+def strategies_table(plan: RunPlan) -> list[str]:
     """Return the ways of a run side by side."""
     head = ("way", "passes", "written", "disk at most", "boundaries", "weights", "memory", "time", "fits")
-    return _columns([head, *(way_row(way) for way in plan.ways)])
+    return _columns([head, *(strategy_row(way) for way in plan.strategies)])
 
 
-def way_row(way: Way) -> tuple[str, ...]:
+def strategy_row(way: Strategy) -> tuple[str, ...]:
     """Return one way as cells of text."""
     name = f"{way.name} ({way.waves})" if way.name == "waves" else way.name
     boundaries = "" if not way.boundaries else format_bytes(way.boundaries)
@@ -148,7 +148,7 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds / 86400.0:.3g} days"
 
 
-def taken(way: Way) -> str:
+def taken(way: Strategy) -> str:
     """Return a way in words, with the number of its waves."""
     if way.name != "waves":
         return way.name

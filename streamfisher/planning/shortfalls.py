@@ -6,17 +6,8 @@ from dataclasses import dataclass
 
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What there is to work with; `None` means that it sets no limit."""
-
-    memory: int | None = None  # bytes of the host, beside the model where it is in host memory
-    disk: int | None = None  # bytes for the run
-    devices: int = 0  # accelerators; 0: the model runs on the CPU
-    device_memory: int | None = None  # bytes of each
-    loaded: bool = False  # the whole model is there already, beside `memory`
+from streamfisher.planning.machine import Machine
+from streamfisher.solving.tiled_solve import dense_bytes
 
 
 @dataclass(frozen=True)
@@ -40,11 +31,11 @@ class Shortfalls:
                 f"budget is {format_bytes(self.machine.memory)}; give --memory-budget {round_up(least)}, or take "
                 "fewer samples."
             )
-        solve = 24.0 * self.n_samples**2
+        solve = float(dense_bytes(self.n_samples, self.n_samples))
         if solve > self.machine.memory:
             problems.append(
                 f"solving a Gram of {self.n_samples} samples needs {format_bytes(solve)} of memory and the budget is "
-                f"{format_bytes(self.machine.memory)}; take at most {int((self.machine.memory / 24) ** 0.5)} samples."
+                f"{format_bytes(self.machine.memory)}; take at most {most_samples(self.machine.memory)} samples."
             )
         return problems
 
@@ -101,6 +92,11 @@ class Shortfalls:
             f"{format_bytes(weights + activations)} and a device has {format_bytes(limit)}: lower --batch-tokens "
             f"{self.config.batch_tokens}, or take devices with more memory."
         ]
+
+
+def most_samples(memory: float) -> int:
+    """Return the largest number of samples whose Gram is solved in so many bytes."""
+    return int((memory / dense_bytes(1, 1)) ** 0.5)
 
 
 def or_any(limit: int | None) -> float:

@@ -16,10 +16,11 @@ import torch
 from streamfisher.blocks.gram_keys import gram_keys
 from streamfisher.blocks.structures import assign_blocks
 from streamfisher.config import SpectralConfig
-from streamfisher.data.batches import make_batches, make_units
+from streamfisher.data.batches import make_units
 from streamfisher.errors import CapacityError
 from streamfisher.gradients.probe import PROBE_SAMPLES
 from streamfisher.gradients.projection import projected
+from streamfisher.gradients.shapes import GradientShape
 from streamfisher.planning.costs import (
     eigensolve_flops,
     forming_flops,
@@ -30,15 +31,17 @@ from streamfisher.planning.costs import (
     reduction_bytes,
     streamed_flops,
 )
+from streamfisher.planning.machine import Machine
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
 from streamfisher.planning.representation import Representation, choose_representation, sample_bytes
-from streamfisher.planning.run_layout import BOUNDARY_SHARE
-from streamfisher.planning.shortfalls import Machine, Shortfalls, or_any
-from streamfisher.planning.strategy import BlockBytes, Stage, Way
-from streamfisher.planning.waves import WaveLimits, WaveSizes, cut_waves
+from streamfisher.planning.run_layout import boundary_room, fit_batches, samples_of_batches, wave_limits
+from streamfisher.planning.shortfalls import Shortfalls, or_any
+from streamfisher.planning.strategy import BlockBytes, Stage, Strategy
+from streamfisher.planning.waves import WaveSizes, cut_waves
 from streamfisher.reduction.gram import WIDE
 from streamfisher.reduction.slabs import DECODING_BYTES, least_bytes
+from streamfisher.solving.tiled_solve import dense_bytes
 from streamfisher.store.kept import is_kept
 from streamfisher.store.layout import chunk_columns
 
@@ -55,7 +58,7 @@ _OF_A_GRAM = 3
 _FLOAT64 = 2.0
 
 
-class WayPlanner:
+class StrategyPlanner:
     """The numbers that all ways share."""
 
     def __init__(
@@ -86,21 +89,19 @@ class WayPlanner:
         self.host_per_token = self.per_token if on_host else 0.0
         self.batch_tokens = self._batch_tokens()
         self.shortfalls = Shortfalls(machine, config, self.n, self.gram_bytes, trace.weight_bytes)
-        self.batches = [
-            len(batch)
-            for unit in self.units
-            for batch in make_batches(self.lengths[unit.start : unit.stop], self.batch_tokens)
-        ]
+        self.batches = samples_of_batches(self.lengths, config.chunk_size, self.batch_tokens)
 
     def _batch_tokens(self) -> int:
-        """Return the padded tokens of one backward pass: as set, or as many as memory allows, at least one sample."""
-        limit = self.machine.memory if self.machine.devices == 0 else self.machine.device_memory
-        longest = max(self.lengths)
-        if limit is None or self.per_token <= 0:
-            return self.config.batch_tokens
-        free = _SHARE * limit
-        if self.machine.devices:
-            free = max(limit * self.machine.devices - self.trace.weight_bytes, 0) * _SHARE / self.machine.devices
+        """Return the padded tokens of one backward pass: by the run's own rule, and on devices as many as fit."""
+        machine, longest = self.machine, max(self.lengths)
+        if machine.devices == 0 or machine.device_memory is None or self.per_token <= 0:
+            _, factors = sample_bytes(self.rows, self.held(self.config.representation), 1)
+            try:
+                memory = int(or_any(machine.memory))
+                return fit_batches(self.config, self.lengths, self.host_per_token, factors, memory)
+            except CapacityError:  # which the shortfalls of memory say in their own words
+                return longest
+        free = max(machine.device_memory * machine.devices - self.trace.weight_bytes, 0) * _SHARE / machine.devices
         return max(longest, min(self.config.batch_tokens, int(free / self.per_token)))
 
     @property
@@ -146,7 +147,7 @@ class WayPlanner:
             found.append(BlockBytes(key, sum(shape.numel for shape in shapes), n * rows, n * factors, n * stored))
         return tuple(found)
 
-    def stored(self, name: str, representation: str, *, budgets: bool) -> Way:
+    def stored(self, name: str, representation: str, *, budgets: bool) -> Strategy:
         """Return a way that keeps gradients on disk: at once, or in waves where budgets are to be met."""
         chosen = self.held(representation)
         sizes = self.sizes(chosen)
@@ -155,9 +156,14 @@ class WayPlanner:
         cut = [sizes.of(names)]
         hopeless = False
         if budgets:
-            limits = WaveLimits(
-                disk=int(or_any(self.machine.disk) - self.gram_bytes),
-                memory=int(or_any(self.machine.memory) - self.host_per_token * self.padded),
+            limits = wave_limits(
+                self.rows,
+                self.n,
+                self.config,
+                disk=or_any(self.machine.disk),
+                memory=or_any(self.machine.memory),
+                gram_bytes=self.gram_bytes,
+                activations=self.host_per_token * self.padded,
             )
             try:
                 cut = cut_waves(sizes, limits, self.config.keep_gradients or ())
@@ -174,7 +180,7 @@ class WayPlanner:
         passes = sum(pass_flops(self.trace.blocks, wave) for wave in waves)
         flops = passes + forming_flops(self.trace.shapes, chosen, "dense")
         collect = self._collect(flops, total, memory, chosen, len(waves))
-        return Way(
+        return Strategy(
             name=name,
             waves=len(waves),
             passes=passes / plain_flops(self.trace.blocks),
@@ -186,7 +192,7 @@ class WayPlanner:
             representation=chosen,
         )
 
-    def streamed(self) -> Way:
+    def streamed(self) -> Strategy:
         """Return the way that replays one layer at a time."""
         chosen = self.held(self.config.representation)
         sizes = self.sizes(chosen)
@@ -198,7 +204,7 @@ class WayPlanner:
         if not edges:
             problems.append(f"{self.trace.name} is not a stack of layers that call one another: use waves.")
         every, boundaries = self._boundaries(edges)
-        room = BOUNDARY_SHARE * or_any(self.machine.disk)
+        room = boundary_room(or_any(self.machine.disk))
         problems += self.shortfalls.of_boundaries(boundaries, room)
         resident = self._resident_weights()
         read = resident < self.trace.weight_bytes  # layer by layer
@@ -222,7 +228,7 @@ class WayPlanner:
             memory,
             collect.seconds + boundaries / self.rates.write + (boundaries + loads) / self.rates.read,
         )
-        return Way(
+        return Strategy(
             name="stream layers",
             waves=len(segments),
             passes=passes / plain_flops(self.trace.blocks),
@@ -240,7 +246,7 @@ class WayPlanner:
         """Return which boundaries are kept in the run's folder, and their bytes with the gradient that goes down."""
         if not edges:
             return 1, 0.0
-        room = BOUNDARY_SHARE * or_any(self.machine.disk)
+        room = boundary_room(or_any(self.machine.disk))
 
         def size(every: int) -> float:
             return self.n * (sum(edges[::every]) + max(edges))
@@ -295,11 +301,11 @@ class WayPlanner:
 
     def _reduce(self, size: float, chosen: Mapping[str, Representation]) -> Stage:
         """Return the stage that forms rows of factors where needed, and multiplies."""
-        costs = [product_cost(shape, chosen[shape.name], self.n) for shape in self.trace.shapes]
+        costs = [product_cost(shape, chosen[shape.name], self.n, self._single(shape)) for shape in self.trace.shapes]
         forming = sum(cost.forming for cost in costs)
-        wide = self.config.dtype_gram != torch.float64  # else the rate is that of float64 products already
+        narrow = self.config.dtype_gram != torch.float64  # else the rate is that of float64 products already
         products = sum(
-            cost.product * (_FLOAT64 if wide and shape.numel < WIDE and cost.kernel == "slabs" else 1.0)
+            cost.product * (_FLOAT64 if narrow and not self._single(shape) and cost.kernel == "slabs" else 1.0)
             for shape, cost in zip(self.trace.shapes, costs, strict=True)
         )
         chunks, arrays = self._pieces(chosen)
@@ -307,6 +313,10 @@ class WayPlanner:
         seconds += (chunks + arrays) * self.rates.chunk_seconds + _OF_A_GRAM * self.n_grams * self.rates.array_seconds
         seconds += self.gram_bytes / self.rates.write
         return Stage("reduce", forming + products, size, self.gram_bytes, self._reduction_memory(chosen), seconds)
+
+    def _single(self, shape: GradientShape) -> bool:
+        """Return whether the products of a parameter's rows are formed in float32."""
+        return self.config.dtype_gram != torch.float64 and self.row_itemsize == 4 and shape.numel >= WIDE
 
     def least(self) -> dict[str, float]:
         """Return the smallest budgets with which the run could be done in waves: one parameter in each, if need be."""
@@ -317,7 +327,7 @@ class WayPlanner:
         memory = self.host_per_token * self.padded + max(one.memory for one in alone)
         return {
             "disk": disk + self.gram_bytes + self._sample_bytes(),
-            "memory": max(memory, self._least_reduction(), 24.0 * self.n**2),
+            "memory": max(memory, self._least_reduction(), float(dense_bytes(self.n, self.n))),
         }
 
     def _least_reduction(self) -> float:
@@ -337,7 +347,9 @@ class WayPlanner:
         blocks = len(set(assign_blocks(self.shapes, self.config.block_structure).values())) * self.structures
         flops = blocks * eigensolve_flops(self.n)
         seconds = flops / self.rates.solve + self.structures * self.gram_bytes / self.rates.read
-        return Stage("solve", flops, self.structures * self.gram_bytes, 0.0, 3.0 * 8.0 * self.n**2, seconds)
+        return Stage(
+            "solve", flops, self.structures * self.gram_bytes, 0.0, float(dense_bytes(self.n, self.n)), seconds
+        )
 
     def _sample_bytes(self) -> float:
         """Return the bytes of what is kept of each sample: loss, targets, validity, a norm for each parameter."""

@@ -20,7 +20,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Way:
+class Strategy:
     """One way to do a run."""
 
     name: str

@@ -7,7 +7,6 @@ from a config alone is traced like one that is loaded, and nothing is computed i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -16,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from streamfisher.errors import ConfigError, ModelError
+from streamfisher.errors import ModelError, first_line
+from streamfisher.gradients.parameters import select_parameters
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.models.calling import call_model, is_encoder_decoder
 from streamfisher.planning.forward_watch import ForwardWatch
@@ -27,21 +27,9 @@ def captured_names(model: nn.Module, include: Sequence[str] = (), exclude: Seque
     """Return the parameters that a run would capture; values are not needed.
 
     Raises:
-        ConfigError: a pattern matches nothing, or nothing is left.
+        ModelError: a pattern matches nothing, or nothing is left.
     """
-    names = [name for name, tensor in model.named_parameters() if tensor.requires_grad]
-    for pattern in (*include, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"the pattern {pattern!r} matches no trainable parameter; the first are {names[:3]}.")
-    chosen = [
-        name
-        for name in names
-        if (not include or any(fnmatchcase(name, pattern) for pattern in include))
-        and not any(fnmatchcase(name, pattern) for pattern in exclude)
-    ]
-    if not chosen:
-        raise ConfigError("no trainable parameter is left to capture; see --include and --exclude.")
-    return chosen
+    return list(select_parameters(model, include, exclude, need_values=False).tensors)
 
 
 def trace_shapes(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) -> list[GradientShape]:
@@ -84,7 +72,7 @@ def trace_model(
             del output
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(
-            f"{type(model).__name__} cannot be planned from its shapes alone: {str(error).splitlines()[0]}. Its "
+            f"{type(model).__name__} cannot be planned from its shapes alone: {first_line(error)}. Its "
             "forward looks at values, or needs other inputs; give samples of your DATA after MODEL."
         ) from error
     shapes = watch.shapes(causal)

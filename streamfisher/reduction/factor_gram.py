@@ -35,7 +35,7 @@ _SLAB_PANELS = 16
 #: Positions of one tile of the pairwise form.
 _TILE = 1024
 #: float64 products against float32 ones.
-_FLOAT64_COST = 2.0
+FLOAT64_COST = 2.0
 
 
 def choose_kernel(segments: Sequence[FactorSegment], shape: tuple[int, int], n_samples: int, *, single: bool) -> Kernel:
@@ -47,11 +47,27 @@ def choose_kernel(segments: Sequence[FactorSegment], shape: tuple[int, int], n_s
         n_samples: N.
         single: slabs would be multiplied in float32.
     """
-    if segments and all(segment.left.dtype is None for segment in segments):
-        return "tokens"
+    by_token = bool(segments) and all(segment.left.dtype is None for segment in segments)
     positions = sum(sum(segment.lengths) for segment in segments)
+    return cheapest_kernel(positions, shape, n_samples, by_token=by_token, single=single)
+
+
+def cheapest_kernel(
+    positions: float, shape: tuple[int, int], n_samples: int, *, by_token: bool, single: bool
+) -> Kernel:
+    """Return the way that takes the fewest operations, see `choose_kernel`: what plans and runs both ask.
+
+    Args:
+        positions: of all samples and uses.
+        shape: (m, n), of a gradient.
+        n_samples: N.
+        by_token: every left factor is one-hot.
+        single: slabs would be multiplied in float32.
+    """
+    if by_token:
+        return "tokens"
     slabs, pairwise = kernel_operations(positions, shape, n_samples)
-    return "pairwise" if pairwise * (_FLOAT64_COST if single else 1.0) < slabs else "slabs"
+    return "pairwise" if pairwise * (FLOAT64_COST if single else 1.0) < slabs else "slabs"
 
 
 def kernel_operations(positions: float, shape: tuple[int, int], n_samples: int) -> tuple[float, float]:

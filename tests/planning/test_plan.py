@@ -189,7 +189,7 @@ def test_operations_of_norms_are_those_that_are_done(positions):
 
 def test_a_7b_model_on_one_node_fits_in_one_wave_of_factors_and_not_as_rows():
     plan = planned("llama-2-7b", disk=3 * 10**12)
-    dense, once, waves, streamed = plan.ways
+    dense, once, waves, streamed = plan.strategies
     assert dense.gradients == pytest.approx(4 * 1024 * 6_738_415_616)
     assert once.gradients == pytest.approx(1024 * 511 * 4.2e6, rel=0.03)  # 4.2 MB for each token
     assert not dense.fits
@@ -209,7 +209,9 @@ def test_less_disk_takes_more_waves_and_more_passes_and_never_more_than_the_budg
 
 def test_a_model_larger_than_the_device_streams_its_layers():
     plan = planned("llama-3-70b", devices=1)
-    assert "do not fit 1 device" in plan.ways[2].problems[0] and "--stream layers" in plan.ways[2].problems[0]
+    assert (
+        "do not fit 1 device" in plan.strategies[2].problems[0] and "--stream layers" in plan.strategies[2].problems[0]
+    )
     assert plan.chosen.name == "stream layers" and plan.chosen.fits
     sizes = {block.name: block.weight_bytes for block in plan.trace.blocks}
     around = sum(size for name, size in sizes.items() if not name.startswith("layer_"))
@@ -221,7 +223,7 @@ def test_a_model_larger_than_the_device_streams_its_layers():
 def test_auto_streams_layers_where_waves_cost_clearly_more_operations():
     for disk, waves, taken in ((3000, 1, "waves"), (1500, 2, "waves"), (1000, 3, "stream layers")):
         plan = planned("llama-2-7b", disk=disk * 10**9)
-        ordinary, layers = plan.ways[2:]
+        ordinary, layers = plan.strategies[2:]
         assert ordinary.fits and layers.fits and ordinary.waves == waves
         assert plan.chosen.name == taken
         assert (ordinary.passes > WORTH * layers.passes) == (taken == "stream layers")
@@ -336,7 +338,7 @@ def test_the_command_prints_a_table_or_json(capsys):
         (["--samples", "64", "--max-length", "64", "--devices", "2"], "say how much memory each has"),
         (["--samples", "64", "--max-length", "64", "--disk", "fast"], "--disk='fast' is not a size"),
         (["--samples", "64", "--max-length", "64", "--flops", "-1"], "--flops -1 must be a number of operations"),
-        (["--samples", "64", "--max-length", "64", "--include", "nothing.*"], "'nothing.*' matches no trainable"),
+        (["--samples", "64", "--max-length", "64", "--include", "nothing.*"], "'nothing.*' matches no parameter"),
     ],
 )
 def test_bad_input_to_plan_is_refused_with_a_sentence(arguments, message, capsys):

@@ -43,7 +43,7 @@ def test_what_ended_a_run_is_in_its_log_with_its_message(tmp_path):
     last = read_log(tmp_path / "run.zarr")[0][-1]
     assert (last["event"], last["error"]) == ("failed", "NonFiniteError")
     assert "sample 5: the loss is nan" in last["message"]
-    assert any(where.startswith("unit_rows.py") for where in last["where"])
+    assert any(where.startswith("passes.py") for where in last["where"])
 
 
 def test_warnings_are_logged_and_still_shown(tmp_path):

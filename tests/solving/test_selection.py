@@ -75,7 +75,9 @@ def test_equal_weights_change_nothing(run):
 def test_tokens_divide_by_the_target_tokens(run, center, monkeypatch):
     targets = np.random.default_rng(1).integers(1, 9, N)
     original = run.store.samples.per_sample
-    monkeypatch.setattr(run.store, "per_sample", lambda what: targets if what == "n_targets" else original(what))
+    monkeypatch.setattr(
+        run.store.samples, "per_sample", lambda what: targets if what == "n_targets" else original(what)
+    )
     weights = np.linspace(0.5, 2, N)
     found = run.spectrum("none", center, normalization="tokens", weights=weights)
     agree(found.global_.eigenvalues, dense(rows(run), weights, center, denominator=weights @ targets))

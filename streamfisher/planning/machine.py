@@ -1,0 +1,47 @@
+"""What there is to work with: the limits of memory and disk that a plan and a run share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from streamfisher.config import SpectralConfig
+from streamfisher.runtime.disk import disk_limit
+from streamfisher.runtime.memory import of_one_rank, working_memory
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to work with; `None` means that it sets no limit."""
+
+    memory: int | None = None  # bytes of the host, beside the model where it is in host memory
+    disk: int | None = None  # bytes for the run
+    devices: int = 0  # accelerators; 0: the model runs on the CPU
+    device_memory: int | None = None  # bytes of each
+    loaded: bool = False  # the whole model is there already, beside `memory`
+
+
+def this_machine(
+    config: SpectralConfig,
+    path: Path,
+    *,
+    devices: int = 0,
+    device_memory: int | None = None,
+    loaded: bool = False,
+) -> Machine:
+    """Return what one rank of a run has here: its budgets, at most what is free, or what is free with a margin.
+
+    Args:
+        config: the budgets, as they were stated for the host.
+        path: of the run, for what is free on its disk.
+        devices: accelerators.
+        device_memory: bytes of each.
+        loaded: the whole model is there already.
+    """
+    return Machine(
+        memory=working_memory(of_one_rank(config).memory_budget),
+        disk=disk_limit(config, path),
+        devices=devices,
+        device_memory=device_memory,
+        loaded=loaded,
+    )
