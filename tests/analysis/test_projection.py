@@ -18,7 +18,7 @@ import streamfisher as sf
 from streamfisher.errors import ConfigError, CorruptRunError, RunError, RunMismatchError
 from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.projection import Projection, projected_shape, signs
-from streamfisher.models.losses import resolve_loss
+from streamfisher.models import resolve_loss
 
 SEEDS = 300
 

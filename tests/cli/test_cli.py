@@ -14,7 +14,7 @@ from command_line import arrays, cli, contents
 from streamfisher import SpectralConfig, open_run
 from streamfisher.cli import collect
 from streamfisher.cli.main import build_parser
-from streamfisher.reduction.gram import gram_settings
+from streamfisher.reduction import gram_settings
 
 MODEL, DATA = "tiny_models:causal", "tiny_models:sequences"
 TEXT = "for line in lines:\n    total += line\n" * 3
@@ -121,7 +121,7 @@ def test_run_takes(kind, tmp_path, capsys):
 
 
 def test_text_folder_is_read_in_the_order_of_its_paths(tmp_path):
-    from streamfisher.data.loading import load_samples
+    from streamfisher import load_samples
 
     folder, _ = text_folder(tmp_path)
     samples = load_samples(str(folder), max_length=100)

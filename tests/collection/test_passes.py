@@ -6,14 +6,13 @@ import torch
 from tiny_models import TinyCausal, sequences
 
 from streamfisher import SpectralConfig
-from streamfisher.collection.passes import run_pass
-from streamfisher.collection.producers import make_producer, model_producer
+from streamfisher.collection import make_producer, model_producer, run_pass
 from streamfisher.collection.survey import survey
-from streamfisher.data.batches import make_units
+from streamfisher.data import make_units
 from streamfisher.errors import DataError, LossError, NonFiniteError
+from streamfisher.gradients import Asked, BatchGradients, Wave
 from streamfisher.gradients.norms import batch_norms
-from streamfisher.gradients.producer import Asked, BatchGradients, Wave
-from streamfisher.sinks.memory import MemorySink
+from streamfisher.sinks import MemorySink
 
 
 class Counting:
@@ -143,7 +142,7 @@ def test_a_stream_refuses_what_it_was_not_prepared_for():
     from stream.stream_models import model_and_batches
 
     from streamfisher.errors import CaptureError
-    from streamfisher.gradients.producer import GradientProducer
+    from streamfisher.gradients import GradientProducer
 
     model, batches, _ = model_and_batches("Llama", 10, 10)
     config = SpectralConfig(chunk_size=4)

@@ -11,12 +11,12 @@ from llama_runs import GRAMS, budget, collected
 from rank_processes import bytes_of, command, finished, launch, wait_for
 
 import streamfisher as sf
+from streamfisher import verify
 from streamfisher.collection import wave_reduction as reduction
 from streamfisher.errors import CapacityError, ConfigError, RunError, RunMismatchError
-from streamfisher.gradients.shapes import Factor, GradientShape
+from streamfisher.gradients import Factor, GradientShape
 from streamfisher.planning.waves import WaveLimits, WaveSizes, cut_waves
 from streamfisher.store import KeptGradients, RunStore
-from streamfisher.verification.verify import verify
 
 
 @pytest.fixture(scope="module", params=["dense", "factors"])

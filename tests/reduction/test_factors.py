@@ -9,11 +9,10 @@ from factored_models import MODELS, convolution, images, llama, sequences
 from torch import nn
 
 import streamfisher as sf
-from streamfisher.blocks.structures import assign_blocks, group_blocks
+from streamfisher import verify
+from streamfisher.blocks import assign_blocks, group_blocks
 from streamfisher.errors import ConfigError, CorruptRunError
-from streamfisher.reduction import factor_gram
-from streamfisher.reduction.products import NumpySum, TorchSum
-from streamfisher.verification.verify import verify
+from streamfisher.reduction import NumpySum, TorchSum, factor_gram
 
 
 def collected(path, model, samples, **options):

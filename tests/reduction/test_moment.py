@@ -8,9 +8,9 @@ import tiny_runs
 
 import streamfisher as sf
 from streamfisher.errors import CorruptRunError
-from streamfisher.reduction.moment import moment_of
-from streamfisher.runtime.durable import read_json, write_json
-from streamfisher.sinks.memory import MemoryRows
+from streamfisher.reduction import moment_of
+from streamfisher.runtime import read_json, write_json
+from streamfisher.sinks import MemoryRows
 from streamfisher.store.layout import node_name
 
 N = 24  # of the parameters, three have 15, 10, 5 and 2 elements

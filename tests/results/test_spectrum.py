@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from streamfisher import SpectralConfig
+from streamfisher.results import noise_floor
 from streamfisher.results import spectrum as spectra
-from streamfisher.results.noise import noise_floor
-from streamfisher.solving.centering import uncenter
-from streamfisher.solving.solve import Eigenproblem, RowPrecision, solve_blocks
+from streamfisher.solving import Eigenproblem, RowPrecision, solve_blocks, uncenter
 
 PRECISION = RowPrecision(torch.float64, 2.0**-53)
 

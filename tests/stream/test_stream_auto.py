@@ -9,10 +9,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import streamfisher as sf
-from streamfisher.collection import producers
-from streamfisher.collection.producers import runs_in_waves
+from streamfisher.collection import producers, runs_in_waves
 from streamfisher.errors import CapacityError
-from streamfisher.stream.producer import StreamProducer
+from streamfisher.stream import StreamProducer
 
 
 def deep_llama(layers=12):

@@ -12,9 +12,9 @@ from llama_runs import budget, collected
 from tiny_runs import make_run
 
 import streamfisher as sf
+from streamfisher import verify
 from streamfisher.errors import ConfigError, RunMismatchError
 from streamfisher.store import UnitRecord
-from streamfisher.verification.verify import verify
 
 
 def regression(n=24):

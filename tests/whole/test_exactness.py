@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import streamfisher as sf
-from streamfisher.blocks.structures import STRUCTURES, assign_blocks, group_blocks
+from streamfisher.blocks import STRUCTURES, assign_blocks, group_blocks
 from streamfisher.demo import demo_samples, load_demo_model
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}

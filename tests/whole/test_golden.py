@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import streamfisher as sf
-from streamfisher.verification.verify import verify
+from streamfisher import verify
 
 #: What is deleted is not rebuilt, and what is centered cannot grow.
 REBUILT = ("dense", "factors", "centered", "version-1")
