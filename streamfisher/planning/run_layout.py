@@ -129,7 +129,7 @@ def plan_layout(
     if keep is None:
         whole = sizes.of(names)
         keep = ("*",) if whole.disk <= limits.disk and whole.memory <= limits.memory else ()
-    waves, hold = _cut(sizes, limits, keep, config, segments)
+    waves, hold = cut_and_hold(sizes, limits, keep, config, segments)
     if len(waves) > 1 and config.store_centered:
         raise ConfigError(
             f"store_centered=True takes one pass over all parameters, and within the budgets the run takes {len(waves)}"
@@ -141,7 +141,7 @@ def plan_layout(
     )
 
 
-def _cut(
+def cut_and_hold(
     sizes: WaveSizes,
     limits: WaveLimits,
     keep: Sequence[str],

@@ -35,10 +35,10 @@ from streamfisher.planning.machine import Machine
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
 from streamfisher.planning.representation import Representation, choose_representation, sample_bytes
-from streamfisher.planning.run_layout import boundary_room, fit_batches, samples_of_batches, wave_limits
+from streamfisher.planning.run_layout import boundary_room, cut_and_hold, fit_batches, samples_of_batches, wave_limits
 from streamfisher.planning.shortfalls import Shortfalls, or_any
 from streamfisher.planning.strategy import BlockBytes, Stage, Strategy
-from streamfisher.planning.waves import WaveSizes, cut_waves
+from streamfisher.planning.waves import WaveSizes
 from streamfisher.reduction.gram import WIDE
 from streamfisher.reduction.slabs import DECODING_BYTES, least_bytes
 from streamfisher.solving.tiled_solve import dense_bytes
@@ -153,7 +153,7 @@ class StrategyPlanner:
         sizes = self.sizes(chosen)
         problems = self.shortfalls.of_reduction(self._least_reduction()) + self.shortfalls.of_weights()
         names = list(self.shapes)
-        cut = [sizes.of(names)]
+        cut, hold = [sizes.of(names)], "disk"
         hopeless = False
         if budgets:
             limits = wave_limits(
@@ -165,31 +165,38 @@ class StrategyPlanner:
                 gram_bytes=self.gram_bytes,
                 activations=self.host_per_token * self.padded,
             )
+            whole = sizes.of(names)
+            keep = self.config.keep_gradients
+            if keep is None:
+                keep = ("*",) if whole.disk <= limits.disk and whole.memory <= limits.memory else ()
             try:
-                cut = cut_waves(sizes, limits, self.config.keep_gradients or ())
+                cut, hold = cut_and_hold(sizes, limits, keep, self.config, None)
             except CapacityError as error:
                 problems.append(str(error))
                 hopeless = True
         waves = [list(wave.parameters) for wave in cut]
-        keep = "*" in (self.config.keep_gradients or ())
+        kept = "*" in (self.config.keep_gradients or ())
         total = sum(wave.disk for wave in cut)
-        disk = self.gram_bytes + (total if keep else max(wave.disk for wave in cut)) + self._sample_bytes()
-        memory = self.host_per_token * self.padded + max(wave.memory for wave in cut)
+        largest = max(wave.disk for wave in cut)
+        held = largest if hold == "host" else 0
+        disk = self.gram_bytes + (0 if held else total if kept else largest) + self._sample_bytes()
+        memory = self.host_per_token * self.padded + max(wave.memory for wave in cut) + held
         if not hopeless:  # else the numbers are those of a single wave, which nobody would try
             problems += self.shortfalls.of_disk(disk, self.stored_itemsize) + self.shortfalls.of_memory(memory)
         passes = sum(pass_flops(self.trace.blocks, wave) for wave in waves)
         flops = passes + forming_flops(self.trace.shapes, chosen, "dense")
-        collect = self._collect(flops, total, memory, chosen, len(waves))
+        collect = self._collect(flops, 0 if held else total, memory, chosen, len(waves), stored=not held)
         return Strategy(
             name=name,
             waves=len(waves),
             passes=passes / plain_flops(self.trace.blocks),
-            gradients=float(total),
+            gradients=0.0 if held else float(total),
             disk=disk,
             weights=float(self.trace.weight_bytes),
-            stages=(collect, self._reduce(total, chosen), self._solve()),
+            stages=(collect, self._reduce(0 if held else total, chosen, stored=not held), self._solve()),
             problems=tuple(dict.fromkeys(problems)),
             representation=chosen,
+            hold=hold,
         )
 
     def streamed(self) -> Strategy:
@@ -269,7 +276,14 @@ class StrategyPlanner:
         return float(sum(block.weight_bytes for block in blocks if not block.is_layer) + sum(layers[-2:]))
 
     def _collect(
-        self, flops: float, size: float, memory: float, chosen: Mapping[str, Representation], waves: int
+        self,
+        flops: float,
+        size: float,
+        memory: float,
+        chosen: Mapping[str, Representation],
+        waves: int,
+        *,
+        stored: bool = True,
     ) -> Stage:
         """Return the stage that takes gradients and writes them; `flops` of one sample, `size` in bytes."""
         guards = 0  # samples of the batches that the guard compares, in all waves
@@ -277,8 +291,8 @@ class StrategyPlanner:
             guards = waves * -(-len(self.units) // self.config.guard_every) * self.batches[0]
         plain = plain_flops(self.trace.blocks) * (guards + PROBE_SAMPLES * _PROBE_PASSES)
         total = self.n * flops + plain
-        chunks, arrays = self._pieces(chosen)
-        norms = (self.n + guards / waves) * norm_flops(self.trace.shapes, chosen)
+        chunks, arrays = self._pieces(chosen) if stored else (0, 0)
+        norms = ((self.n if stored else 0) + guards / waves) * norm_flops(self.trace.shapes, chosen)
         sums = guards / waves * forming_flops(self.trace.shapes, chosen, "factors")
         dense = sum(shape.numel for shape in self.rows if chosen[shape.name] == "dense")
         compared = PROBE_SAMPLES * _PROBE_COMPARISONS * self.trace.n_params + guards / waves * dense
@@ -299,7 +313,7 @@ class StrategyPlanner:
                 keys |= {side.key for pair in shape.pairs for side in pair}
         return chunks, len(self.batches) * len(keys) + sum(held == "dense" for held in chosen.values())
 
-    def _reduce(self, size: float, chosen: Mapping[str, Representation]) -> Stage:
+    def _reduce(self, size: float, chosen: Mapping[str, Representation], *, stored: bool = True) -> Stage:
         """Return the stage that forms rows of factors where needed, and multiplies."""
         costs = [product_cost(shape, chosen[shape.name], self.n, self._single(shape)) for shape in self.trace.shapes]
         forming = sum(cost.forming for cost in costs)
@@ -308,7 +322,7 @@ class StrategyPlanner:
             cost.product * (_FLOAT64 if narrow and not self._single(shape) and cost.kernel == "slabs" else 1.0)
             for shape, cost in zip(self.trace.shapes, costs, strict=True)
         )
-        chunks, arrays = self._pieces(chosen)
+        chunks, arrays = self._pieces(chosen) if stored else (0, 0)
         seconds = forming / self.rates.forming + products / self.rates.products + size / self.rates.read
         seconds += (chunks + arrays) * self.rates.chunk_seconds + _OF_A_GRAM * self.n_grams * self.rates.array_seconds
         seconds += self.gram_bytes / self.rates.write

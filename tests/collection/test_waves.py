@@ -150,7 +150,13 @@ def test_a_sample_skipped_in_one_wave_counts_in_none(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).double()
     data = {"input": torch.randn(9, 3, dtype=torch.float64), "labels": torch.randn(9, 2, dtype=torch.float64)}
     data["input"][4] = torch.tensor([1e200, 1e200, 1e200])  # overflows in the lower layer's gradient only
-    options = {"on_nonfinite": "skip", "chunk_size": 4, "dtype_compute": "float64", "loss": "regression"}
+    options = {
+        "hold": "disk",
+        "on_nonfinite": "skip",
+        "chunk_size": 4,
+        "dtype_compute": "float64",
+        "loss": "regression",
+    }
     with torch.no_grad():
         model[0].weight *= 1e-200
     one, waves = (
@@ -227,7 +233,7 @@ def test_waves_are_as_few_as_fit_in_the_order_of_the_model():
 
 
 #: Of the Grams of 30 samples and 4 parameters, and of half of their rows.
-TIGHT = ["--disk-budget", str(8 * 30**2 * 4 + 2000)]
+TIGHT = ["--hold", "disk", "--disk-budget", str(8 * 30**2 * 4 + 2000)]
 
 
 @pytest.mark.slow

@@ -74,7 +74,7 @@ FLAT = [
         "gram_device",
         "n_workers",
     ),
-    *("memory_budget", "disk_budget", "stream", "rank_timeout", "fsync", "use_deterministic"),
+    *("memory_budget", "disk_budget", "stream", "rank_timeout", "fsync", "use_deterministic", "hold"),
 ]
 OTHER = SpectralConfig(
     chunk_size=8, dtype_model="bfloat16", codec="zstd", gram_per="layer", solver="dense", memory_budget="2GB"

@@ -223,7 +223,7 @@ def test_rows_of_other_norms_are_refused(tmp_path, by_tiles, monkeypatch):
 
 
 def test_coarser_grams_and_waves_are_built_by_tiles_too(tmp_path, by_tiles):
-    run = tiny_runs.make_run(tmp_path / "run.zarr", N, gram_per="all", keep_gradients="none")
+    run = tiny_runs.make_run(tmp_path / "run.zarr", N, gram_per="all", keep_gradients="none", hold="disk")
     kept = tiny_runs.make_run(tmp_path / "kept.zarr", N)
     assert list(run.store.gram_members) == ["all"] and (run.path / "done" / "tiles-all").is_dir()
     assert all(run.store.kept.is_deleted(name) for name in run.parameters)

@@ -29,7 +29,7 @@ def ids(n=8, tokens=32):
 
 def config(**options):
     defaults = {"chunk_size": 4, "batch_tokens": 64, "device": "cpu", "n_workers": 1, "use_deterministic": True}
-    return sf.SpectralConfig(**defaults | {"stream": "auto", "representation": "dense"} | options)
+    return sf.SpectralConfig(**defaults | {"stream": "auto", "representation": "dense", "hold": "disk"} | options)
 
 
 def eigenvalues(run):
