@@ -97,8 +97,8 @@ def check_free(path: Path) -> None:
             raise RunError(f"{path} exists and is not a streamfisher run (it holds {names}); name another folder.")
         if not (path / "manifest.json").is_file() and any((path / "done").glob("*.json")):
             raise CorruptRunError(
-                f"{path} is a run that has lost its manifest.json. `streamfisher verify --repair {path}` restores it; or delete "
-                "the folder."
+                f"{path} is a run that has lost its manifest.json. `streamfisher verify --repair {path}` restores it; "
+                "or delete the folder."
             )
 
 

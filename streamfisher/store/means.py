@@ -113,8 +113,8 @@ class MeanStore:
             raise unreadable(error, f"{self.run}: the mean of {name} cannot be read: {error}.") from error
         if expected not in (None, _number(found)):
             raise CorruptRunError(
-                f"{self.run}: the mean of {name} is not what was written; `streamfisher verify --repair` lets the next `run` "
-                "add it up again."
+                f"{self.run}: the mean of {name} is not what was written; `streamfisher verify --repair` lets the next "
+                "`run` add it up again."
             )
 
     def mean(self, name: str, start: int, stop: int) -> np.ndarray | None:

@@ -105,7 +105,7 @@ class SampleStore:
         if not right:
             raise CorruptRunError(
                 f"{self.run}: samples/{what} of samples {unit.start} to {unit.stop - 1} are not what was written. "
-                "`streamfisher verify` finds what is affected; after `verify --repair` the next `run` computes it again."
+                "`streamfisher verify` finds what is affected; after `verify --repair` the next `run` computes it anew."
             )
 
     def _done_in_waves(self) -> list[set[int]]:

@@ -119,7 +119,7 @@ def unfinished(run: StoredRun) -> str | None:
 
 
 def only_by_a_new_pass(run: StoredRun) -> list[str]:
-    """Return the Gram keys that neither are there nor can be built from what is stored: their gradients were deleted."""
+    """Return the Gram keys that are not there and whose gradients were deleted, so that they cannot be built."""
     store = run.store
     return [
         key
