@@ -35,6 +35,7 @@ from streamfisher.runtime.signals import die_with_launcher, stopping_at_once
 
 _EPILOG = """exit codes: 0 done; 2 wrong input or settings; 3 a loss or gradient is not finite;
 4 something stored is damaged; 5 no room on disk or in memory; 6 another rank failed, died or was given other work;
+7 `verify` found a run intact and not finished;
 130 SIGINT, 143 SIGTERM, 138 SIGUSR1: stopped, with what was in flight written; the same command goes on there"""
 
 
@@ -138,9 +139,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verify = _command(commands, "verify", verify_command, "read everything and compare checksums")
     _add_run(verify)
-    verify.add_argument(
-        "--dry-run", action="store_true", help="only say what is damaged; otherwise the next `run` computes it again"
+    repair = verify.add_mutually_exclusive_group()
+    repair.add_argument(
+        "--repair",
+        action="store_true",
+        help="remove the markers of what is damaged, so that the next `run` computes it again, with model and data",
     )
+    repair.add_argument("--dry-run", action="store_true", help="only say what is damaged: what happens anyway")
     add_deep_options(verify)
     return parser
 

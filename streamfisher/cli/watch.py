@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from streamfisher.errors import RunError
+from streamfisher.runtime.own_files import require_own
 from streamfisher.runtime.run_log import read_log
 from streamfisher.store import RunStore, stage_of
 
@@ -64,6 +65,8 @@ def _state(path: Path) -> tuple[str, bool]:
     if not (path / "manifest.json").is_file():
         if path.is_file():
             raise RunError(f"{path} is a file, not a run.")
+        if path.is_dir():
+            require_own(path, path / "manifest.json")  # which may be there, and no file
         return f"{path}: not there yet", False
     store = RunStore(path)
     parts = []

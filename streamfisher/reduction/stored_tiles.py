@@ -6,7 +6,6 @@ tile, instead of a checksum of the whole, which nobody could compute without hol
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import zarr
 from streamfisher.errors import CorruptRunError
 from streamfisher.reduction.tiles import FinishedTile, Tile
 from streamfisher.runtime.durable import read_json, write_json, write_marker
+from streamfisher.runtime.own_files import remove_tree
 from streamfisher.solving.tiled_gram import TILE
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK
@@ -57,7 +57,7 @@ class StoredTiles:
         before = _read(folder / "identity.json")
         array = self.store.path / "gram" / node_name(key)
         if {name: before.get(name) for name in identity} != identity or not (array / "zarr.json").is_file():
-            shutil.rmtree(folder, ignore_errors=True)  # markers first: none may speak of an array that is gone
+            remove_tree(self.store.path, folder)  # markers first: none may speak of an array that is gone
             folder.mkdir(parents=True)
             self.store.grams.create(key, min(CHUNK, self.size), self.settings)
         # A last unit of rows that was not full has been computed again.

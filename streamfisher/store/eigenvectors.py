@@ -133,7 +133,7 @@ def _readable(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
         return read()
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         raise unreadable(
-            error, f"{path} cannot be read ({error}); `streamfisher verify` clears it, to be made again."
+            error, f"{path} cannot be read ({error}); `streamfisher verify --repair` clears it, to be made again."
         ) from error
 
 
@@ -166,14 +166,16 @@ def open_eigenvectors(run: str | Path, block: str, *, center: bool = False) -> E
     identity, finished = read_json(marks / "identity.json"), read_json(marks / "finished.json")
     require_inside(run, path)
     if finished.get("files") not in (None, chunk_digest(path)):
-        raise CorruptRunError(f"{path} is not what was written; `streamfisher verify` clears it, to be made again.")
+        raise CorruptRunError(
+            f"{path} is not what was written; `streamfisher verify --repair` clears it, to be made again."
+        )
     try:
         return _opened(run, path, block, center, identity, finished)
     except (ValueError, KeyError, TypeError, OSError) as error:
         if isinstance(error, StreamfisherError):
             raise
         raise unreadable(
-            error, f"{path} is damaged ({error}); `streamfisher verify` clears it, to be made again."
+            error, f"{path} is damaged ({error}); `streamfisher verify --repair` clears it, to be made again."
         ) from error
 
 

@@ -7,7 +7,6 @@ Which tensors make up which parameter, and how many positions each sample has, i
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from streamfisher.config import Codec, dtype_name, parse_dtype
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError
 from streamfisher.gradients.factors import BatchFactors
+from streamfisher.runtime.own_files import remove_tree, require_own
 from streamfisher.store import codecs
 from streamfisher.store.arrays import values_of
 from streamfisher.store.folder import RunFolder
@@ -213,7 +213,7 @@ def checksum_of(side: FactorSide) -> int:
 def delete_factors(folder: Path, keys: Iterable[str]) -> None:
     """Delete tensors of a wave, those that are not there included."""
     for key in keys:
-        shutil.rmtree(folder / node_name(key), ignore_errors=True)
+        remove_tree(folder.parent.parent, folder / node_name(key))
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
@@ -276,6 +276,7 @@ class FactorStore:
     def write(self, unit: Unit, batch: int, start: int, packed: BatchFactors, wave: int = 0) -> dict[str, Any]:
         """Write the factors of one batch of a unit; return what belongs into the unit's record."""
         folder = self.folder(wave)
+        require_own(self.run.path, folder)
         return write_factors(folder, unit.index, batch, start, packed, self.run.manifest.layout["codec"])
 
     def segments(self, name: str) -> list[FactorSegment]:

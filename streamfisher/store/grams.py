@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import zarr
 
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.runtime.durable import read_json, write_marker
+from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK, create_array, values_of, write_array
 from streamfisher.store.folder import RunFolder
@@ -110,7 +110,7 @@ class GramStore:
         """Remove the marker of a Gram, and of what is kept beside it, so that it is built again."""
         for kind in ("gram", "moment"):
             (self.run.path / "done" / f"{kind}-{node_name(key)}.json").unlink(missing_ok=True)
-        shutil.rmtree(self.tile_folder(key), ignore_errors=True)
+        remove_tree(self.run.path, self.tile_folder(key))
 
     def check(self, key: str) -> None:
         """Read a Gram, by tiles where it was written so, and compare checksums.

@@ -73,7 +73,7 @@ class SampleStore:
             raise unreadable(
                 error,
                 f"{self.run}: samples/{what} cannot be read: {error}. `streamfisher verify` finds which samples are "
-                "affected, and the next `run` computes them again.",
+                "affected; after `verify --repair` the next `run` computes them again.",
             ) from error
         done = self._done_in_waves()
         for unit in self.run.units:
@@ -105,7 +105,7 @@ class SampleStore:
         if not right:
             raise CorruptRunError(
                 f"{self.run}: samples/{what} of samples {unit.start} to {unit.stop - 1} are not what was written. "
-                "`streamfisher verify` finds what is affected, and the next `run` computes it again."
+                "`streamfisher verify` finds what is affected; after `verify --repair` the next `run` computes it anew."
             )
 
     def _done_in_waves(self) -> list[set[int]]:

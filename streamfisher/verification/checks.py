@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from streamfisher.analysis.run import StoredRun
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.durable import read_json
+from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import codecs, stage_of
 from streamfisher.store.factors import checksum_of
 from streamfisher.store.integrity import chunk_digest
@@ -30,7 +30,7 @@ class Check(Protocol):
         """Return what is wrong."""
 
     def repair(self) -> None:
-        """Remove or restore what `find` found, so that the next `run` makes it again; the run is locked."""
+        """Remove or restore what `find` came upon, so that the next `run` makes it again; the run is locked."""
 
 
 class MetadataCheck:
@@ -70,8 +70,9 @@ class UnitCheck:
         return problems
 
     def repair(self) -> None:
-        """Forget these units, and the Grams that were made of them."""
-        forget_units(self.run, self._damaged)
+        """Forget these units; Grams that were made of them before they were damaged stay, if they are whole."""
+        for unit, wave in self._damaged:
+            self.run.store.forget_unit(unit, wave)
 
 
 def forget_units(run: StoredRun, units: Iterable[tuple[Unit, int]]) -> None:
@@ -169,7 +170,7 @@ class FieldCheck:
     def repair(self) -> None:
         """Remove them; the next `run` writes them from the data."""
         for folder in self._damaged:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(self.run.path, folder)
 
 
 class EigenvectorCheck:
@@ -192,8 +193,8 @@ class EigenvectorCheck:
     def repair(self) -> None:
         """Remove them, markers included."""
         for folder in self._damaged:
-            shutil.rmtree(self.run.path / "done" / "eigenvectors" / folder, ignore_errors=True)
-            shutil.rmtree(self.run.path / "eigenvectors" / folder, ignore_errors=True)
+            remove_tree(self.run.path, self.run.path / "done" / "eigenvectors" / folder)
+            remove_tree(self.run.path, self.run.path / "eigenvectors" / folder)
 
 
 class ResultCheck:

@@ -333,11 +333,17 @@ def test_damage_is_found_named_and_repaired_by_the_next_run(what, harm, copied, 
     before = contents(copied)
     again = ("run", MODEL, DATA, "--out", copied, "--quiet", "--chunk-size", 4, "--blocks", "layer,none")
     harm(copied / name)
-    assert cli("verify", copied, "--dry-run", "--quiet") == 4
+    harmed = contents(copied)
     assert cli("verify", copied, "--quiet") == 4
     output = capsys.readouterr().out
-    for part in says:
+    for part in (*says, "Nothing was changed.", "--repair"):
         assert part in output
+    assert contents(copied) == harmed
+    assert cli("verify", copied, "--repair", "--quiet") == 4
+    assert "Repaired" in capsys.readouterr().out
+    whole_grams = {name for name in harmed if name.startswith("done/gram-")}
+    kept = {name for name in whole_grams if "gram" not in what.lower() or "head.weight" not in name}
+    assert kept <= contents(copied).keys()  # sound Grams stay
     assert cli(*again) == 0
     assert arrays(copied) == arrays_of(before)
     assert contents(copied)["spectrum.json"] == before["spectrum.json"]
@@ -345,20 +351,23 @@ def test_damage_is_found_named_and_repaired_by_the_next_run(what, harm, copied, 
 
 
 @pytest.mark.parametrize("name", ["rows-000001", "gram-head.weight"])
-def test_what_has_no_marker_is_done_again(name, copied):
+def test_what_has_no_marker_is_done_again(name, copied, capsys):
     before = contents(copied)
     delete(copied / "done" / f"{name}.json")
-    assert cli("verify", copied, "--quiet") == 0
+    assert cli("verify", copied, "--quiet") == (7 if "rows" in name else 0)
+    assert ("4 of 6 samples are finished." in capsys.readouterr().out) == ("rows" in name)
     assert cli("run", MODEL, DATA, "--out", copied, "--quiet", "--chunk-size", 4, "--blocks", "layer,none") == 0
     assert arrays(copied) == arrays_of(before)
     assert contents(copied)["spectrum.json"] == before["spectrum.json"]
 
 
-def test_verify_dry_run_changes_nothing(copied):
+def test_verify_changes_nothing_unless_asked_to_repair(copied):
     flip(copied / "gradients/head.weight/c/1/0")
     before = contents(copied)
-    assert cli("verify", copied, "--dry-run", "--quiet") == 4
-    assert contents(copied) == before
+    for options in ((), ("--dry-run",)):
+        assert cli("verify", copied, *options, "--quiet") == 4
+        assert contents(copied) == before
+    assert cli("verify", copied, "--dry-run", "--repair") == 2
 
 
 def test_verify_json_names_parameter_and_samples(copied, capsys):
@@ -508,7 +517,7 @@ OPTIONS = {
     "compare": ["--top", "--out", "RUN.zarr"],
     "export": ["--to", "--out", "RUN.zarr"],
     "info": ["--watch", "RUN.zarr"],
-    "verify": ["--dry-run", "--deep", "RUN.zarr"],
+    "verify": ["--repair", "--deep", "RUN.zarr"],
     "plan": ["--samples", "--max-length", "--flops", "--disk", "--devices", "--memory-budget", "--disk-budget"],
     "demo": ["--out", "--samples"],
 }

@@ -200,7 +200,7 @@ def test_altered_factors_are_found_named_and_computed_again(tmp_path):
         run.store.grams.forget(name)
     with pytest.raises(CorruptRunError, match="cannot be read"):
         sf.open_run(run.path).spectrum("none")
-    problems = verify(sf.open_run(run.path))
+    problems = verify(sf.open_run(run.path), repair=True)
     assert [(p.what, p.parameter, p.first_sample) for p in problems] == [
         ("factors", "model.layers.0.mlp.up_proj.weight", segment_start(run, 1))
     ]

@@ -204,7 +204,7 @@ def test_a_damaged_or_hostile_run_never_gives_anything_but_our_errors(whole, tmp
             write_json(path, content)
         else:
             path.write_text(json.dumps(content))
-        for ask in (_read, lambda at: verify(open_run(at), repair=False)):
+        for ask in (_read, lambda at: verify(open_run(at))):
             try:
                 refused += bool(ask(run))  # `verify` returns what it found
             except StreamfisherError:
