@@ -19,6 +19,7 @@ from streamfisher.gradients.probe import PROBE_SAMPLES
 from streamfisher.models.batches import ModelBatches
 from streamfisher.models.losses import PerSampleLoss, resolve_loss
 from streamfisher.models.offload import to_model
+from streamfisher.models.own_loss import reproducing
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ def survey(
     select_parameters(model, config.include, config.exclude)  # a model that cannot be captured is not run first
     first = collate([samples[index] for index in range(min(PROBE_SAMPLES, len(samples)))])
     try:
-        chosen = resolve_loss(model, to_model(first, model), loss if loss is not None else config.loss)
+        on_device = to_model(first, model)
+        chosen = resolve_loss(model, on_device, loss if loss is not None else config.loss)
+        chosen = reproducing(model, on_device, chosen)
     except StreamfisherError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
