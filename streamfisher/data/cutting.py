@@ -10,20 +10,10 @@ from streamfisher.data.batches import sequence_length
 from streamfisher.errors import DataError
 
 _ALONG = frozenset(
-    [
-        "input_ids",
-        "labels",
-        "attention_mask",
-        "token_type_ids",
-        "position_ids",
-        "inputs_embeds",
-        "special_tokens_mask",
-        "loss_mask",
-        "langs",
-        "segment_ids",
-        "sequence_ids",
-        "global_attention_mask",
-    ]
+    (
+        *("input_ids", "labels", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds", "langs"),
+        *("special_tokens_mask", "loss_mask", "segment_ids", "sequence_ids", "global_attention_mask"),
+    )
 )
 #: Starts of the names of what belongs to something else than the text: a memory, a picture, a sound, the other side.
 _ELSEWHERE = ("encoder_", "decoder_", "cross_attn_", "pixel_", "image_", "video_", "audio_", "input_features")

@@ -193,7 +193,8 @@ def _as_source(source: Any) -> SampleSource:
 
 def _tensor(value: Any, key: str, index: int) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        value = value.detach().cpu()
+        return value.clone() if value.is_inference() else value  # autograd can save none of inference mode
     try:
         return torch.as_tensor(np.asarray(value))
     except (TypeError, ValueError) as error:
