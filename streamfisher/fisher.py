@@ -34,6 +34,7 @@ from streamfisher.planning.representation import choose_representation
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.subsets import draw_columns
 from streamfisher.results.spectrum import NORMALIZATION, Spectrum
+from streamfisher.runtime.caller_state import modes_of_its_own
 from streamfisher.runtime.determinism import deterministic
 from streamfisher.sinks.memory import MemoryRows, MemorySink
 from streamfisher.solving.solve import Eigenproblem, RowPrecision, solve_blocks
@@ -112,6 +113,7 @@ class FisherSpectral:
         return _in_memory(model, batch, size, config).to_dict()
 
 
+@modes_of_its_own()
 def _in_memory(model: nn.Module, batch: Any, n_samples: int, config: SpectralConfig) -> Spectrum:
     """Hold all rows in memory: on the model's device ('full'), or on the host, a chunk at a time ('chunked')."""
     if config.storage_mode == "full":

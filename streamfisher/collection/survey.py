@@ -15,10 +15,12 @@ from streamfisher.data.batches import Unit, collate, make_units, sequence_length
 from streamfisher.data.samples import Samples, TokenSamples
 from streamfisher.errors import ConfigError, DataError, LossError, ModelError, StreamfisherError
 from streamfisher.gradients import select_parameters
+from streamfisher.gradients.modes import check_modes
 from streamfisher.gradients.probe import PROBE_SAMPLES
 from streamfisher.models.batches import ModelBatches
 from streamfisher.models.losses import PerSampleLoss, resolve_loss
 from streamfisher.models.offload import to_model
+from streamfisher.models.own_loss import reproducing
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,12 @@ def survey(
     if len(samples) < 2 and config.sample_unit != "token":
         raise DataError(f"{len(samples)} sample was given; a spectrum needs at least 2.")
     select_parameters(model, config.include, config.exclude)  # a model that cannot be captured is not run first
+    check_modes(model)
     first = collate([samples[index] for index in range(min(PROBE_SAMPLES, len(samples)))])
     try:
-        chosen = resolve_loss(model, to_model(first, model), loss if loss is not None else config.loss)
+        on_device = to_model(first, model)
+        chosen = resolve_loss(model, on_device, loss if loss is not None else config.loss)
+        chosen = reproducing(model, on_device, chosen)
     except StreamfisherError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:

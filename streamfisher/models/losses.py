@@ -29,7 +29,7 @@ from streamfisher.models.calling import (
 )
 from streamfisher.models.sharding import class_of
 
-_REDUCTION = {
+REDUCTIONS = {
     "causal": "sum over target tokens of cross-entropy, targets shifted by one",
     "token": "sum over target tokens of cross-entropy, targets aligned with the logits",
     "classification": "cross-entropy of the sample's class",
@@ -179,9 +179,9 @@ def resolve_loss(
     if loss is not None:
         if loss not in get_args(LossName):
             raise LossError(f"loss={loss!r} is unknown; choose one of {', '.join(get_args(LossName))} or a callable.")
-        return PerSampleLoss(loss, _REDUCTION[loss], "named by the user", labels_to_model=seq2seq and loss == "token")
+        return PerSampleLoss(loss, REDUCTIONS[loss], "named by the user", labels_to_model=seq2seq and loss == "token")
     name, reason = _choose(model, batch, seq2seq)
-    return PerSampleLoss(name, _REDUCTION[name], reason, labels_to_model=seq2seq and name == "token")
+    return PerSampleLoss(name, REDUCTIONS[name], reason, labels_to_model=seq2seq and name == "token")
 
 
 def _choose(model: nn.Module, batch: Mapping[str, Any], seq2seq: bool) -> tuple[str, str]:
@@ -209,6 +209,13 @@ def _choose(model: nn.Module, batch: Mapping[str, Any], seq2seq: bool) -> tuple[
             )
         labels = inputs
     if labels.is_floating_point():
+        per_sample = logits.numel() // logits.shape[0]
+        if per_sample == 1 and labels.numel() > 1 and bool(((labels == 0) | (labels == 1)).all()):
+            raise LossError(
+                f"{class_name} has one output per sample and the first labels are only 0.0 and 1.0: that may be a "
+                "classification by one logit or a regression. Give loss='regression', or for one logit a "
+                "loss(model, batch) -> (B,) of binary_cross_entropy_with_logits(..., reduction='none')."
+            )
         return "regression", "float labels"
     if logits.dim() == 2 and labels.numel() == labels.shape[0]:
         return "classification", "one class per sample"
