@@ -140,7 +140,9 @@ def test_run_takes_arrays_for_a_model_of_vectors(tmp_path, capsys):
 
 def test_model_and_data_in_the_current_folder_are_found(tmp_path):
     program = "import torch\ndef model(): return torch.nn.Linear(2, 1)\n"
-    program += "def data():\n    for n in range(4): yield {'x': torch.arange(2.) + n, 'labels': torch.zeros(1)}\n"
+    program += (
+        "def data():\n    for n in range(4): yield {'x': torch.arange(2.) + n, 'labels': torch.full((1,), 0.5)}\n"
+    )
     write(tmp_path / "my_own_program.py", program)
     path = list(sys.path)
     assert cli("run", "my_own_program:model", "my_own_program:data", "--out", "run.zarr", "--quiet") == 0
@@ -434,6 +436,7 @@ EVERY_OPTION = {
     "project": 500,
     "stream": "none",
     "fsync": True,
+    "hold": "disk",
     "keep_gradients": ["norm.*"],
     "gram_per": "layer",
     "codec": "zstd",
