@@ -17,8 +17,10 @@ from streamfisher.cli.options import RunOptions, read_run_options
 from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError, ConfigError, DataError, StreamfisherError
+from streamfisher.planning.machine import Machine, this_machine
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import UNKNOWN, Rates, measure
+from streamfisher.runtime.memory import of_one_rank
 
 if TYPE_CHECKING:
     from streamfisher.planning.run_plan import RunPlan
@@ -71,21 +73,13 @@ def plan_of(options: RunOptions, machine_options: argparse.Namespace, folder: Pa
         DataError: neither data nor the number and length of samples are given.
     """
     from streamfisher.models.skeleton import build_skeleton
-    from streamfisher.planning.machine import this_machine
     from streamfisher.planning.plan import plan_run
 
     arguments, config = machine_options, options.config
     model = build_skeleton(options.model, dtype=config.dtype_model, trust_remote_code=options.trust_remote_code)
     lengths, batch = _samples(options, source)
     trace = _trace(model, batch, lengths, config)
-    device_memory = parse_bytes(arguments.device_memory, "--device-memory") if arguments.device_memory else None
-    machine = this_machine(config, folder, devices=arguments.devices, device_memory=device_memory)
-    if any((arguments.flops, arguments.solve_flops, arguments.disk, arguments.devices)):  # another: budgets as stated
-        machine = dataclasses.replace(
-            machine,
-            memory=machine.memory if config.memory_budget is None else parse_bytes(config.memory_budget),
-            disk=machine.disk if config.disk_budget is None else parse_bytes(config.disk_budget),
-        )
+    config, machine = _machine(arguments, config, folder)
     structures = len(options.structures) * len(options.centers)
     plan = partial(plan_run, trace, lengths, config, machine=machine, structures=structures)
     if source is not None:
@@ -93,6 +87,22 @@ def plan_of(options: RunOptions, machine_options: argparse.Namespace, folder: Pa
         if sum(stage.flops for stage in short.chosen.stages) < _WORTH_MEASURING:
             return short
     return plan(rates=_rates(arguments, config, trace, lengths, folder))
+
+
+def _machine(arguments: argparse.Namespace, config: SpectralConfig, folder: Path) -> tuple[SpectralConfig, Machine]:
+    """Return what there is to work with: one rank's part of this machine, or another machine as it is described.
+
+    The config is returned with the budgets of that machine.
+    """
+    device_memory = parse_bytes(arguments.device_memory, "--device-memory") if arguments.device_memory else None
+    here = partial(this_machine, path=folder, devices=arguments.devices, device_memory=device_memory)
+    if not any((arguments.flops, arguments.solve_flops, arguments.disk, arguments.devices)):
+        config = of_one_rank(config)
+        return config, here(config)
+    machine = here(config)
+    if config.disk_budget is not None:  # whatever is free here
+        machine = dataclasses.replace(machine, disk=parse_bytes(config.disk_budget))
+    return config, machine
 
 
 def announce_plan(options: RunOptions, source: Any) -> None:

@@ -1,5 +1,7 @@
 """What a plan and a run both decide, they decide by the same functions."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from factored_models import llama, sequences
 from torch import nn
 
 import streamfisher as sf
+from streamfisher.collection.producers import machine_of
 from streamfisher.errors import ModelError, StreamError, StreamfisherError, first_line
 from streamfisher.gradients import select_parameters
 from streamfisher.planning.costs import product_cost
@@ -40,10 +43,32 @@ def test_a_plan_needs_no_values_of_what_it_selects():
 def test_the_limits_of_a_plan_are_those_of_the_run(tmp_path, monkeypatch, ranks):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
     stated = sf.SpectralConfig(memory_budget="1GB", disk_budget="1PB")
-    machine = this_machine(stated, tmp_path)
+    machine = this_machine(of_one_rank(stated), tmp_path)
     assert machine.memory == working_memory(of_one_rank(stated).memory_budget) == 10**9 // ranks
     # Other processes write to the disk meanwhile; a budget beyond what is free is capped, with the margin.
     assert machine.disk == pytest.approx(disk_limit(stated, tmp_path), abs=1 << 30) and machine.disk < 10**15
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_a_budget_is_shared_among_the_ranks_of_a_host_once(tmp_path, monkeypatch, capsys, ranks):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    config = of_one_rank(sf.SpectralConfig(memory_budget="1GB"))  # as a run has it when it chooses
+    assert machine_of(llama(), config, tmp_path).memory == 10**9 // ranks
+    line = (
+        "plan",
+        "tiny_models:causal",
+        "tiny_models:sequences",
+        "--memory-budget",
+        "1GB",
+        "--out",
+        tmp_path,
+        "--json",
+    )
+    assert cli(*line) == 0
+    assert json.loads(capsys.readouterr().out)["machine"]["memory"] == 10**9 // ranks
+    assert cli(*line, "--flops", "1e12", "--disk-budget", "1PB") == 0  # another machine, as it is described
+    machine = json.loads(capsys.readouterr().out)["machine"]
+    assert (machine["memory"], machine["disk"]) == (10**9, 10**15)
 
 
 @pytest.mark.parametrize("n", [2, 8, 64])
