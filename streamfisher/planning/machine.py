@@ -21,6 +21,11 @@ class Machine:
     loaded: bool = False  # the whole model is there already, beside `memory`
 
 
+def or_any(limit: int | None) -> float:
+    """Return a limit, or one that nothing reaches."""
+    return float(limit) if limit is not None else 2.0**62
+
+
 def this_machine(
     config: SpectralConfig,
     path: Path,

@@ -21,7 +21,7 @@ from streamfisher.runtime.disk import disk_limit
 from streamfisher.runtime.memory import working_memory, world_size
 
 #: Of a memory budget, at most these shares are for the activations of a batch, and for them and its factors.
-_ACTIVATION_SHARE = 0.5
+ACTIVATION_SHARE = 0.5
 _BATCH_SHARE = 0.8
 #: Of the disk, at most this share is for the boundaries of streamed layers.
 BOUNDARY_SHARE = 0.25
@@ -75,13 +75,52 @@ def plan_layout(
     activations: float = 0.0,
     segments: Sequence[Sequence[str]] | None = None,
 ) -> RunLayout:
-    """Decide how a new run is laid out, within its budgets.
+    """Decide how a new run is laid out within its budgets and what is free here: `layout_within`, which says the rest.
 
     Args:
         shapes: of all parameters, in the model's order.
         lengths: tokens of each sample.
         config: budgets, and everything about how gradients are held.
         path: of the run, for what is free on its disk.
+        row_dtype: in which rows are computed.
+        activations: bytes in host memory that a backward pass takes for each padded token.
+        segments: parameters that share no wave with those of another segment.
+
+    Raises:
+        CapacityError: something does not fit.
+        ConfigError: settings exclude one another.
+    """
+    return layout_within(
+        shapes,
+        lengths,
+        config,
+        disk=disk_limit(config, path),
+        memory=working_memory(config.memory_budget),
+        row_dtype=row_dtype,
+        activations=activations,
+        segments=segments,
+    )
+
+
+def layout_within(
+    shapes: Sequence[GradientShape],
+    lengths: Sequence[int],
+    config: SpectralConfig,
+    *,
+    disk: int,
+    memory: int,
+    row_dtype: torch.dtype,
+    activations: float = 0.0,
+    segments: Sequence[Sequence[str]] | None = None,
+) -> RunLayout:
+    """Decide how a run is laid out within limits, of this machine or of another: what plans and runs both ask.
+
+    Args:
+        shapes: of all parameters, in the model's order.
+        lengths: tokens of each sample.
+        config: everything about how gradients are held, and which budgets were stated.
+        disk: bytes that the run may take.
+        memory: bytes that one rank may take.
         row_dtype: in which rows are computed.
         activations: bytes in host memory that a backward pass takes for each padded token.
         segments: parameters that share no wave with those of another segment, in this order; `None`: any may.
@@ -96,7 +135,6 @@ def plan_layout(
     chosen = choose_representation(
         shapes, config.representation, row_itemsize=stored_itemsize, centered=config.store_centered
     )
-    memory = working_memory(config.memory_budget)
     _, factors = sample_bytes(shapes, chosen, 1)
     batch_tokens = fit_batches(config, lengths, activations, factors, memory)
     sizes = WaveSizes(
@@ -111,11 +149,11 @@ def plan_layout(
     names = [shape.name for shape in shapes]
     n_grams = len(gram_keys(names, config.gram_per))
     gram_bytes = 8 * n_samples**2 * n_grams
-    limits = wave_limits(
+    limits = _wave_limits(
         shapes,
         n_samples,
         config,
-        disk=disk_limit(config, path),
+        disk=disk,
         memory=memory,
         gram_bytes=gram_bytes,
         activations=activations * batch_tokens if config.memory_budget else 0.0,
@@ -123,13 +161,13 @@ def plan_layout(
     if limits.disk <= 0:
         raise CapacityError(
             f"{n_grams} Grams of {n_samples} samples take {format_bytes(gram_bytes)} and {limits.disk_why} is "
-            f"{format_bytes(disk_limit(config, path))}. Take fewer samples, or keep fewer Grams with --gram-per layer."
+            f"{format_bytes(disk)}. Take fewer samples, or keep fewer Grams with --gram-per layer."
         )
     keep = config.keep_gradients
     if keep is None:
         whole = sizes.of(names)
         keep = ("*",) if whole.disk <= limits.disk and whole.memory <= limits.memory else ()
-    waves, hold = cut_and_hold(sizes, limits, keep, config, segments)
+    waves, hold = _cut_and_hold(sizes, limits, keep, config, segments)
     if len(waves) > 1 and config.store_centered:
         raise ConfigError(
             f"store_centered=True takes one pass over all parameters, and within the budgets the run takes {len(waves)}"
@@ -141,7 +179,7 @@ def plan_layout(
     )
 
 
-def cut_and_hold(
+def _cut_and_hold(
     sizes: WaveSizes,
     limits: WaveLimits,
     keep: Sequence[str],
@@ -195,7 +233,7 @@ def held_on_disk_for(config: SpectralConfig, keep: Sequence[str]) -> str | None:
     return None
 
 
-def wave_limits(
+def _wave_limits(
     shapes: Sequence[GradientShape],
     n_samples: int,
     config: SpectralConfig,
@@ -233,15 +271,15 @@ def fit_batches(config: SpectralConfig, lengths: Sequence[int], activations: flo
     longest = max(lengths)
     if config.memory_budget is None or activations <= 0:
         return config.batch_tokens
-    if activations * longest > _ACTIVATION_SHARE * memory:
-        needed = int(longest * activations / _ACTIVATION_SHARE)
+    if activations * longest > ACTIVATION_SHARE * memory:
+        needed = int(longest * activations / ACTIVATION_SHARE)
         raise CapacityError(
             f"one sample of {longest} tokens needs about {format_bytes(longest * activations)} for its activations and "
-            f"--memory-budget {format_bytes(memory)} leaves {format_bytes(_ACTIVATION_SHARE * memory)} for them. Give "
+            f"--memory-budget {format_bytes(memory)} leaves {format_bytes(ACTIVATION_SHARE * memory)} for them. Give "
             f"at least {format_bytes(needed)}, or cut the samples with --max-length."
         )
     each = activations + FACTOR_COPIES * factors * len(lengths) / sum(lengths)
-    fits = min(int(_ACTIVATION_SHARE * memory / activations), max(int(_BATCH_SHARE * memory / each), _LEAST_TOKENS))
+    fits = min(int(ACTIVATION_SHARE * memory / activations), max(int(_BATCH_SHARE * memory / each), _LEAST_TOKENS))
     return min(config.batch_tokens, max(fits, longest))
 
 

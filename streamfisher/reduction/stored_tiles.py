@@ -132,14 +132,14 @@ class StoredTiles:
         same = same and marker.get("columns") == [tile.columns.start, tile.columns.stop]
         return same and max(tile.rows.stop, tile.columns.stop) <= known
 
-    def _check_norms(self, key: str, tile: Tile, found: np.ndarray) -> None:
+    def _check_norms(self, key: str, tile: Tile, squares: np.ndarray) -> None:
         names = self.keys[key]
         if self.subsampled & set(names):
             return
         order = list(self.store.parameters)
         columns = [order.index(name) for name in names]
         expected = self.store.samples.per_sample("squared_norm")[tile.rows][:, columns].sum(axis=1)
-        wrong = tile.rows.start + np.flatnonzero(np.abs(found - expected) > self.store.rows.norm_tolerance * expected)
+        wrong = tile.rows.start + np.flatnonzero(np.abs(squares - expected) > self.store.rows.norm_tolerance * expected)
         if len(wrong):
             raise CorruptRunError(
                 f"{self.store.path}: the stored rows of {key} do not have the norms they were collected with "

@@ -27,7 +27,16 @@ def fits_dense(n_stored: int, n: int, config: SpectralConfig) -> bool:
     Raises:
         CapacityError: they cannot, and `solver='dense'` was asked for.
     """
-    needed, budget = dense_bytes(n_stored, n), working_memory(config.memory_budget)
+    return solves_dense(n_stored, n, config, working_memory(config.memory_budget))
+
+
+def solves_dense(n_stored: int, n: int, config: SpectralConfig, budget: int) -> bool:
+    """Return whether the Grams of a block are solved in so many bytes: what plans and runs both ask.
+
+    Raises:
+        CapacityError: they cannot be, and `solver='dense'` was asked for.
+    """
+    needed = dense_bytes(n_stored, n)
     if needed > budget and config.solver == "dense":
         raise CapacityError(
             f"a dense solve of {n} samples needs {format_bytes(needed)} and the memory budget is "
