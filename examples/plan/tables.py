@@ -70,7 +70,7 @@ def plan(model: str, setting: Setting) -> RunPlan:
     return plan_run(
         _trace(model),
         [TOKENS] * SAMPLES,
-        SpectralConfig(stream="auto"),
+        SpectralConfig(stream="auto", n_workers=1),
         machine=setting.machine(),
         rates=setting.rates(),
     )
@@ -78,7 +78,7 @@ def plan(model: str, setting: Setting) -> RunPlan:
 
 def command(model: str, setting: Setting) -> str:
     """Return the command that prints the plan."""
-    data = f"--samples {SAMPLES} --max-length {TOKENS} --stream auto"
+    data = f"--samples {SAMPLES} --max-length {TOKENS} --stream auto --workers 1"
     return f"streamfisher plan examples/plan/{model} {data} {setting.options()}"
 
 
