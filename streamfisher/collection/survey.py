@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import Unit, collate, make_units, sequence_length
-from streamfisher.data.samples import Samples, TokenSamples
+from streamfisher.data.samples import Samples, TokenSamples, add_contents, check_unchanged, sample_digest
 from streamfisher.errors import ConfigError, DataError, LossError, ModelError, StreamfisherError
 from streamfisher.gradients import select_parameters
 from streamfisher.gradients.modes import check_modes
@@ -32,6 +32,7 @@ class RunData:
     lengths: list[int]  # tokens of each sample; 1 where it is no sequence
     chunk_digests: list[str]  # SHA-256 of the contents of each unit
     n_sequences: int | None  # how many sequences the tokens come from; None unless the unit is the token
+    sample_digests: list[bytes]  # of the contents of each sample, compared whenever it is read again
     fields: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (N,) float64: scalars that every sample has
 
     def sample_unit(self, config: SpectralConfig) -> str:
@@ -59,6 +60,7 @@ class RunData:
             batch_tokens or config.batch_tokens,
             loss=self.loss,
             label_seed=config.seed if config.labels == "model" else None,
+            digests=self.sample_digests,
         )
 
     def data_manifest(self, config: SpectralConfig, description: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -131,14 +133,26 @@ def survey(
         if len(samples) < 2:
             raise DataError("the data holds 1 target token; a spectrum needs at least 2.")
     units = make_units(len(samples), config.chunk_size)
-    lengths, scalars = [], []
+    lengths, scalars, digests = [], [], []
     for index in range(len(samples)):
         sample = samples[index]
         lengths.append(sequence_length(sample) or 1)
+        digests.append(sample_digest(sample))
         _require_targets(chosen, sample, index)
         scalars.append({key: float(value) for key, value in sample.items() if value.ndim == 0})
     fields = {key: np.array([values[key] for values in scalars]) for key in _common_keys(scalars)}
-    return RunData(samples, chosen, lengths, [samples.digest(unit) for unit in units], n_sequences, fields)
+    chunk_digests = [_read_again(samples, unit, digests) for unit in units]
+    return RunData(samples, chosen, lengths, chunk_digests, n_sequences, digests, fields)
+
+
+def _read_again(samples: Samples, unit: Unit, digests: Sequence[bytes]) -> str:
+    """Return the digest of a unit, read for the second time; its samples must be what they were."""
+    whole = hashlib.sha256()
+    for index in range(unit.start, unit.stop):
+        sample = samples[index]
+        check_unchanged(index, sample, digests[index])
+        add_contents(whole, sample)
+    return whole.hexdigest()
 
 
 def _common_keys(scalars: list[dict[str, float]]) -> list[str]:

@@ -82,10 +82,35 @@ class Samples:
         """Return the SHA-256 of the contents of the samples of `unit`: keys, dtypes, shapes and bytes."""
         digest = hashlib.sha256()
         for index in range(unit.start, unit.stop):
-            for key, value in sorted(self[index].items()):
-                digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
-                digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            add_contents(digest, self[index])
         return digest.hexdigest()
+
+
+def add_contents(digest: hashlib._Hash, sample: Mapping[str, Tensor]) -> None:
+    """Feed a digest with the contents of a sample: keys, dtypes, shapes and bytes."""
+    for key, value in sorted(sample.items()):
+        digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def sample_digest(sample: Mapping[str, Tensor]) -> bytes:
+    """Return a digest of the contents of one sample, short and for comparing within one process only."""
+    digest = hashlib.sha256()
+    add_contents(digest, sample)
+    return digest.digest()[:16]
+
+
+def check_unchanged(index: int, sample: Mapping[str, Tensor], digest: bytes) -> None:
+    """Refuse a sample that is not what it was when it was first read.
+
+    Raises:
+        DataError: it is another one now.
+    """
+    if sample_digest(sample) != digest:
+        raise DataError(
+            f"sample {index} is another one each time it is read: the data changes at random or while the run goes on. "
+            "Every pass must see the same samples; switch augmentation off, or draw it once and keep it."
+        )
 
 
 class TokenSamples:
