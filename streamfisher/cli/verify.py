@@ -62,8 +62,8 @@ def _what_now(run: Any, arguments: argparse.Namespace) -> str:
     if lost:
         names = printable(", ".join(lost[:3])) + (", ..." if len(lost) > 3 else "")
         text += (
-            f" The gradients of {len(lost)} Grams were deleted after they were reduced ({names}): only a new pass of their waves over all samples, with the model and "
-            "the data, brings these back."
+            f" The gradients of {len(lost)} Grams were deleted after they were reduced ({names}): only a new "
+            "pass of their waves over all samples, with the model and the data, brings these back."
         )
     return text
 
