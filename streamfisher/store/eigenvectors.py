@@ -62,7 +62,7 @@ class Eigenvectors:
 
     def projections(self) -> np.ndarray:
         """Return `<g_i, v_j>` of every stored (uncentered) gradient, (N, k) float64; NaN for skipped samples."""
-        return _readable(self.path, lambda: values_of(open_array(self.path / "projections")))
+        return _readable(self.path, lambda: values_of(open_array(self.path / "projections", complete=True)))
 
     def project(self, gradients: Mapping[str, Tensor | np.ndarray]) -> np.ndarray:
         """Return `<g_i, v_j>` of new gradients, (m, k) float64.
@@ -125,7 +125,7 @@ class Eigenvectors:
         return _readable(self.path, lambda: values_of(self._zarr(name), which))
 
     def _zarr(self, name: str) -> zarr.Array:
-        return open_array(self.path / "vectors" / node_name(name))
+        return open_array(self.path / "vectors" / node_name(name), complete=True)
 
 
 def _readable(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
@@ -197,7 +197,7 @@ def _opened(
         path=path,
         block=block,
         centered=center,
-        eigenvalues=values_of(open_array(path / "eigenvalues")),
+        eigenvalues=values_of(open_array(path / "eigenvalues", complete=True)),
         shapes=shapes,
         orthonormality_error=finished["orthonormality_error"],
     )

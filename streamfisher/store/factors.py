@@ -68,7 +68,7 @@ class FactorSide:
             CorruptRunError: a chunk is missing or fails its checksum, or the array is of another shape.
         """
         try:
-            array = open_array(self.path)
+            array = open_array(self.path, complete=True)
             if array.shape != self.shape:
                 raise CorruptRunError(f"{self.path} has the shape {array.shape} where {self.shape} was written.")
             return values_of(array, np.s_[:, start:stop]) if len(self.shape) > 1 else values_of(array)

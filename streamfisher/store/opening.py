@@ -46,15 +46,23 @@ class RunFiles(LocalStore):
         root: folder of the array or group.
         read_only: nothing is written.
         chunk: bytes of a decoded chunk, and the codec that packs it; `None` for a group.
+        complete: a chunk that is missing is damage, and does not read as the fill value.
     """
 
-    def __init__(self, root: Path | str, *, read_only: bool = False, chunk: tuple[int, str] | None = None) -> None:
+    def __init__(
+        self,
+        root: Path | str,
+        *,
+        read_only: bool = False,
+        chunk: tuple[int, str] | None = None,
+        complete: bool = False,
+    ) -> None:
         super().__init__(root, read_only=read_only)
-        self.chunk = chunk
+        self.chunk, self.complete = chunk, complete
 
     def with_read_only(self, read_only: bool = False) -> RunFiles:
         """Return the same files, to be read only or not."""
-        return type(self)(self.root, read_only=read_only, chunk=self.chunk)
+        return type(self)(self.root, read_only=read_only, chunk=self.chunk, complete=self.complete)
 
     def get_sync(
         self, key: str, *, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
@@ -78,8 +86,10 @@ class RunFiles(LocalStore):
         try:
             content = read_own(path, self._largest(key))
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            if self.complete and key.startswith("c/"):
+                raise CorruptRunError(f"{path} is missing.") from None
             return None
-        if self.chunk is not None and path.name != "zarr.json":
+        if self.chunk is not None and key.startswith("c/"):
             size, codec = self.chunk
             if unpacked_size(content, codec) != size:
                 raise CorruptRunError(f"{path} is not a chunk of {size:,} bytes, as those of its array are.")
@@ -92,8 +102,13 @@ class RunFiles(LocalStore):
         return size + size // 64 + 1024  # packing may lengthen what cannot be packed
 
 
-def open_array(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Array:
+def open_array(path: Path, mode: Literal["r", "r+"] = "r", *, complete: bool = False) -> zarr.Array:
     """Open an array of a run, once its metadata are known to be of a form that a run has.
+
+    Args:
+        path: of its folder.
+        mode: to read, or to write too.
+        complete: it was written whole, so that its chunks bear out its shape, and none may be missing.
 
     Raises:
         CorruptRunError: they are not, or the array's `zarr.json` is no regular file, or too large.
@@ -101,12 +116,26 @@ def open_array(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Array:
     """
     metadata = read_own(path / "zarr.json", LARGEST_JSON)
     try:
-        chunk = _chunk_of(json.loads(metadata))
+        content = json.loads(metadata)
+        chunk = _chunk_of(content)
+        last = _last_chunk(content)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise CorruptRunError(
             f"{path} is not an array as runs have them ({error}). `streamfisher verify --repair` restores its metadata."
         ) from error
-    return zarr.open_array(RunFiles(path, read_only=mode == "r", chunk=chunk), mode=mode)
+    if complete and last is not None and not (path / last).is_file():
+        raise CorruptRunError(f"{path / last} is missing.")
+    return zarr.open_array(
+        RunFiles(path, read_only=mode == "r", chunk=chunk, complete=complete), mode=mode, zarr_format=3
+    )
+
+
+def _last_chunk(metadata: Any) -> str | None:
+    """Return the last chunk of an array, as a path below its folder; `None` where it has none."""
+    chunks = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    if not all(metadata["shape"]):
+        return None
+    return "/".join(["c", *(str((size - 1) // chunk) for size, chunk in zip(metadata["shape"], chunks, strict=True))])
 
 
 def _chunk_of(metadata: Any) -> tuple[int, str]:
@@ -124,7 +153,11 @@ def _chunk_of(metadata: Any) -> tuple[int, str]:
         raise ValueError("its chunks are not laid out regularly")
     shape, chunks = metadata["shape"], grid["configuration"]["chunk_shape"]
     sizes = [*shape, *chunks]
-    if len(shape) != len(chunks) or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in sizes):
+    if (
+        len(shape) != len(chunks)
+        or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in sizes)
+        or 0 in chunks
+    ):
         raise ValueError(f"its shape is {str(shape)[:60]}, in chunks of {str(chunks)[:60]}")
     size = itemsize * math.prod(chunks)
     if size > LARGEST_CHUNK:

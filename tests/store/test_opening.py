@@ -126,7 +126,7 @@ def test_a_chunk_that_would_unpack_to_more_is_not_unpacked(case, run):
     where, content = BOMBS[case]
     chunk = next(path for path in (run / where / "c").rglob("*") if path.is_file())
     chunk.write_bytes(sealed(content))
-    with pytest.raises((CorruptRunError, ValueError, RuntimeError), match="is not a chunk of|more than any run"):
+    with pytest.raises((CorruptRunError, ValueError, RuntimeError), match=r"is not a chunk of|more than any run"):
         open_array(run / where)[...]
     with pytest.raises(CorruptRunError):
         open_run(run).spectrum("parameter", config=open_run(run).config.replace(dtype_gram="float64"))
@@ -163,3 +163,23 @@ def test_every_chunk_that_is_written_says_its_size(codec, dtype, size, tmp_path)
             name = {"raw": "crc32c", "zstd": "zstd"}.get(codec, "blosc")
             assert unpacked_size(content, name) == stored.nbytes
         np.testing.assert_array_equal(open_array(tmp_path / "a")[...], values)
+
+
+def test_a_shape_that_no_chunks_bear_out_is_refused(tmp_path):
+    run = make_run(tmp_path / "run.zarr", representation="factors")
+    run.eigenvectors("global", 2, block_structure="none")
+    side = next(
+        path.parent for path in sorted((run.path / "factors").rglob("zarr.json")) if (path.parent / "c").is_dir()
+    )
+    eigenvalues = run.path / "eigenvectors/global/eigenvalues"
+    for folder in (side, eigenvalues):
+        path = folder / "zarr.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"shape": [2**36, *content["shape"][1:]]}))
+        with pytest.raises(CorruptRunError, match="is missing"):
+            open_array(folder, complete=True)
+    content["shape"] = [2**20 + 1]
+    path.write_text(json.dumps(content))
+    (eigenvalues / "c" / str(2**20 // content["chunk_grid"]["configuration"]["chunk_shape"][0])).write_bytes(b"")
+    with pytest.raises((CorruptRunError, RuntimeError), match=r"is missing|is not a chunk of"):
+        open_array(eigenvalues, complete=True)[...]
