@@ -8,8 +8,10 @@ each chunk must be of the size that its array's chunks have, by its file and by 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -118,24 +120,23 @@ def open_array(path: Path, mode: Literal["r", "r+"] = "r", *, complete: bool = F
     try:
         content = json.loads(metadata)
         chunk = _chunk_of(content)
-        last = _last_chunk(content)
+        chunks = content["chunk_grid"]["configuration"]["chunk_shape"]
+        count = math.prod(-(-size // chunk) for size, chunk in zip(content["shape"], chunks, strict=True))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise CorruptRunError(
             f"{path} is not an array as runs have them ({error}). `streamfisher verify --repair` restores its metadata."
         ) from error
-    if complete and last is not None and not (path / last).is_file():
-        raise CorruptRunError(f"{path / last} is missing.")
+    if complete and _files(path / "c", count) < count:
+        raise CorruptRunError(f"{path} lacks some of its {count:,} chunks.")
     return zarr.open_array(
         RunFiles(path, read_only=mode == "r", chunk=chunk, complete=complete), mode=mode, zarr_format=3
     )
 
 
-def _last_chunk(metadata: Any) -> str | None:
-    """Return the last chunk of an array, as a path below its folder; `None` where it has none."""
-    chunks = metadata["chunk_grid"]["configuration"]["chunk_shape"]
-    if not all(metadata["shape"]):
-        return None
-    return "/".join(["c", *(str((size - 1) // chunk) for size, chunk in zip(metadata["shape"], chunks, strict=True))])
+def _files(folder: Path, most: int) -> int:
+    """Return how many files lie below a folder, counting no further than `most`."""
+    files = (None for _, _, names in os.walk(folder) for _ in names)
+    return sum(1 for _ in itertools.islice(files, min(most, 1 << 62)))
 
 
 def _chunk_of(metadata: Any) -> tuple[int, str]:

@@ -176,10 +176,9 @@ def test_a_shape_that_no_chunks_bear_out_is_refused(tmp_path):
         path = folder / "zarr.json"
         content = json.loads(path.read_text())
         path.write_text(json.dumps(content | {"shape": [2**36, *content["shape"][1:]]}))
-        with pytest.raises(CorruptRunError, match="is missing"):
+        with pytest.raises(CorruptRunError, match="lacks some of its"):
             open_array(folder, complete=True)
-    content["shape"] = [2**20 + 1]
-    path.write_text(json.dumps(content))
-    (eigenvalues / "c" / str(2**20 // content["chunk_grid"]["configuration"]["chunk_shape"][0])).write_bytes(b"")
-    with pytest.raises((CorruptRunError, RuntimeError), match=r"is missing|is not a chunk of"):
+    path.write_text(json.dumps(content | {"shape": [2]}))
+    (eigenvalues / "c" / "0").rename(eigenvalues / "c" / "7")  # as many files, and not the one
+    with pytest.raises((CorruptRunError, RuntimeError), match="is missing"):
         open_array(eigenvalues, complete=True)[...]
