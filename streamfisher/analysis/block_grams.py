@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from streamfisher.analysis.partial_run import PartialGrams
+from streamfisher.analysis.unstored_grams import UnstoredGrams
 from streamfisher.blocks.structures import group_blocks
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig
@@ -159,7 +160,7 @@ class BlockGrams:
         )
 
 
-def stored_gram(source: GramStore | PartialGrams, name: str, center: bool) -> np.ndarray:
+def stored_gram(source: GramStore | PartialGrams | UnstoredGrams, name: str, center: bool) -> np.ndarray:
     """Return the Gram of all rows, (N, N); where rows are stored centered, with the mean put back unless `center`."""
     gram, mean_products = source.read(name)
     if mean_products is not None and not center:

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import zarr
 from tqdm import tqdm
 
 from streamfisher.analysis.block_grams import BlockGrams
@@ -30,6 +29,7 @@ from streamfisher.store import RunLock, RunStore, codecs
 from streamfisher.store.eigenvectors import Eigenvectors, folder_name, open_eigenvectors
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 
 _SLAB_BYTES = 64 << 20
 
@@ -88,9 +88,7 @@ class _Job:
         return read_json(self.marks / f"{what}.json")
 
     def array(self, name: str) -> np.ndarray:
-        stored = self.group[name]
-        assert isinstance(stored, zarr.Array), f"{self.folder / name} is a group"
-        return np.asarray(stored[...])
+        return np.asarray(open_array(self.folder / name)[...])
 
     def put(self, name: str, values: np.ndarray, dimensions: Sequence[str]) -> None:
         array = self.group.create_array(

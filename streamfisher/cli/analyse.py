@@ -11,6 +11,7 @@ from streamfisher.cli.options import read_run_options
 from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.cli.selection import add_selection_options, check_target, selection_options
 from streamfisher.errors import ConfigError
+from streamfisher.runtime.printable import printable
 
 FORMATS = ("csv", "json", "npz", "parquet", "safetensors")
 
@@ -72,7 +73,8 @@ def _eigenvectors(arguments: argparse.Namespace) -> int:
         print(json.dumps(found.to_dict()))
         return 0
     values = ", ".join(f"{value:.4g}" for value in found.eigenvalues[:5])
-    print(f"{len(found)} eigenvectors of {found.block}, orthonormal to {found.orthonormality_error:.1e}: {found.path}")
+    error = found.orthonormality_error
+    print(f"{len(found)} eigenvectors of {printable(found.block)}, orthonormal to {error:.1e}: {found.path}")
     print(f"  eigenvalues {values}{', ...' if len(found) > 5 else ''}")
     if arguments.out:
         print(f"  copied to {arguments.out}")
@@ -102,7 +104,8 @@ def _density(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(found.to_dict())
         return 0
-    print(f"{found.n_eigenvalues} eigenvalues of {found.block}, {found.n_vectors} vectors, {found.n_steps} steps:")
+    block = printable(found.block)
+    print(f"{found.n_eigenvalues} eigenvalues of {block}, {found.n_vectors} vectors, {found.n_steps} steps:")
     errors = zip(found.counts, found.count_errors, found.count_quadrature_errors, strict=True)
     for low, high, (count, error, of_steps) in zip(found.edges, found.edges[1:], errors, strict=False):
         print(f"  {low:9.2e} to {high:9.2e}  {count:10.1f} +- {error:.1f} (vectors), {of_steps:.1f} (steps)")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from streamfisher.cli.selection import add_selection_options, check_target, sele
 from streamfisher.cli.verify import verify_command
 from streamfisher.errors import CapacityError, ConfigError, RunError, StreamfisherError, first_line, no_memory
 from streamfisher.runtime.dask_pool import dask_client
+from streamfisher.runtime.printable import printable, printable_message
 from streamfisher.runtime.signals import die_with_launcher, stopping_at_once
 
 _EPILOG = """exit codes: 0 done; 2 wrong input or settings; 3 a loss or gradient is not finite;
@@ -52,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*not recognized as a component of a Zarr hierarchy.*")
     die_with_launcher()
     try:
-        with stopping_at_once():
+        with stopping_at_once(), _printable_warnings():
             return arguments.command(arguments)
     except StreamfisherError as error:
         if arguments.debug:
             raise
-        print(f"streamfisher: error: {error}", file=sys.stderr)
+        print(f"streamfisher: error: {printable_message(error)}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has left, as in `streamfisher info RUN | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -65,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if arguments.debug:
             raise
-        print(f"streamfisher: error: {error}. What is finished is kept; --debug shows where.", file=sys.stderr)
+        print(
+            f"streamfisher: error: {printable(error)}. What is finished is kept; --debug shows where.", file=sys.stderr
+        )
         return (
             CapacityError.exit_code
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
@@ -84,6 +88,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("streamfisher: interrupted. The same command goes on where it stopped.", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _printable_warnings() -> Iterator[None]:
+    """Print warnings, which may quote what a run says, so that nothing in them acts on the terminal."""
+    plain = warnings.formatwarning
+
+    def shown(message: Warning | str, *more: Any) -> str:
+        return plain(printable_message(message), *more)
+
+    warnings.formatwarning = shown  # type: ignore[assignment]  # takes whatever more there is
+    try:
+        yield
+    finally:
+        warnings.formatwarning = plain
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -190,9 +209,8 @@ def _print_rebuilt(differences: dict[str, float | None], arguments: argparse.Nam
     print(f"{len(differences)} Gram matrices built again from the stored rows.")
     if known:
         worst = max(known, key=known.__getitem__)
-        print(
-            f"{len(known)} were there before; they agree to {known[worst]:.1e} (relative, Frobenius; worst: {worst})."
-        )
+        how = f"{known[worst]:.1e} (relative, Frobenius; worst: {printable(worst)})"
+        print(f"{len(known)} were there before; they agree to {how}.")
     if len(known) < len(differences):
         print(f"{len(differences) - len(known)} were missing or could not be read.")
     return 0

@@ -11,6 +11,7 @@ from typing import Any
 
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.cli.options import RunOptions
+from streamfisher.runtime.printable import printable
 
 #: Makes the parser of one command: (name, function, description) -> parser.
 AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
@@ -81,18 +82,19 @@ def print_info(run: Any, arguments: argparse.Namespace) -> None:
         print(json.dumps(facts))
         return
     state = "complete" if facts["complete"] else "not finished"
-    print(f"{facts['path']}: {state}, {facts['samples_done']} of {facts['n_samples']} {facts['data']['sample_unit']}s")
-    size = f"{facts['total_params']:,} parameters in {facts['n_parameters']} tensors"
-    print(f"  model       {facts['model']['class']}, {size}")
-    print(f"  Grams       {facts['grams_done']} of {facts['n_grams']}")
-    print(f"  on disk     {format_bytes(facts['bytes_on_disk'])}, rows in {facts['layout']['dtype_store']}")
     described = facts["data"]["description"]
-    print(f"  data        {described['data'] if isinstance(described, dict) else described or 'not described'}")
-    print(f"  loss        {facts['loss']['loss']}: {facts['loss']['loss_reduction']}")
-    for name, reason in facts["excluded"].items():
-        print(f"  excluded    {name}: {reason}")
-    for sample, reason in facts["skipped"].items():
-        print(f"  skipped     sample {sample}: {reason}")
+    size = f"{facts['total_params']:,} parameters in {facts['n_parameters']} tensors"
+    lines = [
+        f"{facts['path']}: {state}, {facts['samples_done']} of {facts['n_samples']} {facts['data']['sample_unit']}s",
+        f"  model       {facts['model']['class']}, {size}",
+        f"  Grams       {facts['grams_done']} of {facts['n_grams']}",
+        f"  on disk     {format_bytes(facts['bytes_on_disk'])}, rows in {facts['layout']['dtype_store']}",
+        f"  data        {described['data'] if isinstance(described, dict) else described or 'not described'}",
+        f"  loss        {facts['loss']['loss']}: {facts['loss']['loss_reduction']}",
+        *(f"  excluded    {name}: {reason}" for name, reason in facts["excluded"].items()),
+        *(f"  skipped     sample {sample}: {reason}" for sample, reason in facts["skipped"].items()),
+    ]
+    print("\n".join(map(printable, lines)))
     from streamfisher.gradients import ProbeReport
 
     print(ProbeReport.from_dict(facts["probe"]).summary())

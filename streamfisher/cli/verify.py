@@ -9,6 +9,7 @@ from typing import Any
 
 from streamfisher.cli.collect import _loaded
 from streamfisher.cli.options import read_deep_options
+from streamfisher.runtime.printable import printable
 
 #: Exit code for a run that is intact and not finished.
 UNFINISHED = 7
@@ -33,7 +34,7 @@ def verify_command(arguments: argparse.Namespace) -> int:
         print(json.dumps([vars(problem) for problem in problems]))
     else:
         for problem in problems:
-            print(problem)
+            print(printable(problem))
         if problems:
             print(_what_now(run, arguments))
         elif state is None:
@@ -59,10 +60,10 @@ def _what_now(run: Any, arguments: argparse.Namespace) -> str:
     state, lost = unfinished(run), only_by_a_new_pass(run)
     text = f"Repaired{f': {state}' if state else ''}. The command that made the run computes again what is missing."
     if lost:
+        names = printable(", ".join(lost[:3])) + (", ..." if len(lost) > 3 else "")
         text += (
-            f" The gradients of {len(lost)} Grams were deleted after they were reduced ({', '.join(lost[:3])}"
-            f"{', ...' if len(lost) > 3 else ''}): only a new pass of their waves over all samples, with the model and "
-            "the data, brings these back."
+            f" The gradients of {len(lost)} Grams were deleted after they were reduced ({names}): only a new "
+            "pass of their waves over all samples, with the model and the data, brings these back."
         )
     return text
 

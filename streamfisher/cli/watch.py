@@ -9,6 +9,7 @@ from typing import Any
 
 from streamfisher.errors import RunError
 from streamfisher.runtime.own_files import require_own
+from streamfisher.runtime.printable import printable
 from streamfisher.runtime.run_log import read_log
 from streamfisher.store import RunStore, stage_of
 
@@ -45,7 +46,7 @@ def follow(
         for line in lines:
             text = _words(line)
             if text:
-                show(text)
+                show(printable(text))
         state, complete = _state(path)
         if state != before or lines:
             heard, silent = clock(), False

@@ -106,6 +106,23 @@ def has_moment(store: RunStore, key: str) -> bool:
     return store.gram_members[key] == [key] and store.parameters[key] < store.n_samples
 
 
+def build_unstored_grams(
+    store: RunStore, config: SpectralConfig, keys: Sequence[str], *, progress: bool = False
+) -> list[grams.ParameterGram]:
+    """Build some Grams of a run in memory, checked as those that are stored; nothing is written.
+
+    Raises:
+        StreamfisherError: as `build_stored_grams`.
+    """
+    blocks = group_blocks(assign_blocks(store.parameters, config.block_structure))
+    subsets = draw_columns(store.parameters, blocks, config.max_params_per_block, config.seed)
+    members = {key: store.gram_members[key] for key in keys}
+    sink = _CheckedGram(store, frozenset(subsets))
+    built = grams.build_grams(store.rows, config, sink, keys=members, subsets=subsets, progress=progress)
+    give_back()
+    return built
+
+
 def _build_tiles(
     store: RunStore,
     config: SpectralConfig,
@@ -171,19 +188,7 @@ class GramSink:
             CorruptRunError: its diagonal is not what was seen while collecting.
         """
         name = finished.name
-        members = self.store.gram_members[name]
-        if not self.subsampled.intersection(members):
-            columns = [list(self.store.parameters).index(member) for member in members]
-            expected = self.store.samples.per_sample("squared_norm")[:, columns].sum(axis=1)
-            found = finished.gram.diagonal()
-            tolerance = self.store.rows.norm_tolerance
-            wrong = np.flatnonzero(np.abs(found - expected) > tolerance * expected)
-            if len(wrong):
-                raise CorruptRunError(
-                    f"{self.store.path}: the stored rows of {name} do not have the norms they were collected with "
-                    f"(samples {', '.join(map(str, wrong[:8]))}{' and more' if len(wrong) > 8 else ''}). "
-                    "`streamfisher verify` tells which chunks are affected."
-                )
+        check_norms(self.store, finished, self.subsampled)
         difference = self._difference(finished) if self.compare else None
         self.store.grams.write(name, finished.gram, finished.mean_products, self.settings)
         runlog.event("gram", stage="grams", gram=name, samples=len(finished.gram))
@@ -201,6 +206,38 @@ class GramSink:
         norm = float(np.linalg.norm(finished.gram))
         distance = float(np.linalg.norm(finished.gram - old))
         return distance / norm if norm else distance
+
+
+@dataclass(frozen=True)
+class _CheckedGram:
+    """Checks a finished Gram and hands it back; picklable for Dask workers."""
+
+    store: RunStore
+    subsampled: frozenset[str]
+
+    def __call__(self, finished: grams.ParameterGram) -> grams.ParameterGram:
+        check_norms(self.store, finished, self.subsampled)
+        return finished
+
+
+def check_norms(store: RunStore, finished: grams.ParameterGram, subsampled: frozenset[str]) -> None:
+    """Refuse a Gram whose diagonal is not what was seen while collecting; one of drawn columns has another.
+
+    Raises:
+        CorruptRunError: it names the samples.
+    """
+    members = store.gram_members[finished.name]
+    if subsampled.intersection(members):
+        return
+    columns = [list(store.parameters).index(member) for member in members]
+    expected = store.samples.per_sample("squared_norm")[:, columns].sum(axis=1)
+    wrong = np.flatnonzero(np.abs(finished.gram.diagonal() - expected) > store.rows.norm_tolerance * expected)
+    if len(wrong):
+        raise CorruptRunError(
+            f"{store.path}: the stored rows of {finished.name} do not have the norms they were collected with "
+            f"(samples {', '.join(map(str, wrong[:8]))}{' and more' if len(wrong) > 8 else ''}). "
+            "`streamfisher verify` tells which chunks are affected."
+        )
 
 
 def keep_moment(store: RunStore, key: str, subsampled: frozenset[str]) -> None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 from streamfisher.errors import CorruptRunError
 from streamfisher.reduction.tiles import FinishedTile, Tile
@@ -21,6 +20,7 @@ from streamfisher.solving.tiled_gram import TILE
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 from streamfisher.store.run_store import RunStore
 
 
@@ -71,7 +71,7 @@ class StoredTiles:
             if path.stem not in done:
                 path.unlink()
         write_json(folder / "identity.json", identity | {"n_samples": n})
-        stored = zarr.open_array(array, mode="r+")
+        stored = open_array(array, "r+")
         if stored.shape != (n, n):
             stored.resize((n, n))
         return [tile for tile in tiles if tile.key not in done]
@@ -88,7 +88,7 @@ class StoredTiles:
         tile, values = finished.tile, finished.values
         if tile.row == tile.column:
             self._check_norms(key, tile, values.diagonal())
-        array = zarr.open_array(self.store.path / "gram" / node_name(key), mode="r+")
+        array = open_array(self.store.path / "gram" / node_name(key), "r+")
         change = None
         if self.rebuild:
             old, times = array[tile.rows, tile.columns], 1 if tile.row == tile.column else 2

@@ -177,9 +177,14 @@ def _write_csv(table: Table, path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(table)
         for row in zip(*table.values(), strict=True):
-            writer.writerow(
-                ["" if value is None else repr(value) if isinstance(value, float) else value for value in row]
-            )
+            writer.writerow([_cell(value) for value in row])
+
+
+def _cell(value: Any) -> Any:
+    """Return what is written for a value; a name that a spreadsheet would take for a formula is made text."""
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return "'" + value
+    return "" if value is None else repr(value) if isinstance(value, float) else value
 
 
 def _write_parquet(table: Table, path: Path) -> None:

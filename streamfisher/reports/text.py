@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from streamfisher.results.notebook import title
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum
+from streamfisher.runtime.printable import printable
 
 _COLUMNS = ("block", "parameters", "trace", "largest", "gap", "condition", "eff. rank", "rank")
 
@@ -31,7 +32,7 @@ def table(spectrum: Spectrum) -> str:
         lines.append(f"Skipped, {len(skipped)} in all: sample {', '.join(list(skipped)[:8])}.")
     if spectrum.bootstrap is not None:
         lines += ["", *_intervals(spectrum)]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _intervals(spectrum: Spectrum) -> list[str]:
@@ -43,7 +44,7 @@ def _intervals(spectrum: Spectrum) -> list[str]:
     rows: list[tuple[str, ...]] = [("block", *(name.replace("_", " ") for name in columns))]
     for block in blocks:
         intervals = [block.interval(name) for name in columns]
-        rows.append((block.name, *("-" if i is None else f"{i.low:.4g} .. {i.high:.4g}" for i in intervals)))
+        rows.append((printable(block.name), *("-" if i is None else f"{i.low:.4g} .. {i.high:.4g}" for i in intervals)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [f"{100 * found.level:g} % intervals from {found.n_resamples} bootstrap resamples of the samples"]
     lines += [_line(row, widths) for row in rows]
@@ -53,7 +54,7 @@ def _intervals(spectrum: Spectrum) -> list[str]:
 def _row(block: BlockSpectrum) -> tuple[str, ...]:
     metrics = block.metrics
     return (
-        block.name,
+        printable(block.name),
         f"{block.n_params:,}",
         _number(block.trace),
         _number(metrics["largest_eigenvalue"]),

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from streamfisher.errors import CorruptRunError, DataError, RunError, StreamfisherError, unreadable
 from streamfisher.runtime.durable import read_json
-from streamfisher.store import codecs
 from streamfisher.store.arrays import values_of
 from streamfisher.store.integrity import chunk_digest, require_inside
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Eigenvectors:
 
     def projections(self) -> np.ndarray:
         """Return `<g_i, v_j>` of every stored (uncentered) gradient, (N, k) float64; NaN for skipped samples."""
-        return _readable(self.path, lambda: values_of(zarr.open_array(self.path / "projections", mode="r")))
+        return _readable(self.path, lambda: values_of(open_array(self.path / "projections", complete=True)))
 
     def project(self, gradients: Mapping[str, Tensor | np.ndarray]) -> np.ndarray:
         """Return `<g_i, v_j>` of new gradients, (m, k) float64.
@@ -125,7 +125,7 @@ class Eigenvectors:
         return _readable(self.path, lambda: values_of(self._zarr(name), which))
 
     def _zarr(self, name: str) -> zarr.Array:
-        return zarr.open_array(self.path / "vectors" / node_name(name), mode="r")
+        return open_array(self.path / "vectors" / node_name(name), complete=True)
 
 
 def _readable(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
@@ -189,23 +189,15 @@ def _opened(
                 f"{run}: the Gram of {name} is not the one that the eigenvectors of {block} were made from; "
                 "`streamfisher eigenvectors --overwrite` makes them again."
             )
-    group = codecs.quiet_open(path, mode="r")
-
-    def array(place: str) -> zarr.Array:
-        opened = group[place]
-        if not isinstance(opened, zarr.Array):
-            raise CorruptRunError(f"{path / place} is no array.")
-        return opened
-
     shapes: dict[str, tuple[int, ...]] = {}
     for name in identity["parameters"]:
-        shape: Any = array(f"vectors/{node_name(name)}").attrs["parameter_shape"]
+        shape: Any = open_array(path / "vectors" / node_name(name)).attrs["parameter_shape"]
         shapes[name] = tuple(shape)
     return Eigenvectors(
         path=path,
         block=block,
         centered=center,
-        eigenvalues=values_of(array("eigenvalues")),
+        eigenvalues=values_of(open_array(path / "eigenvalues", complete=True)),
         shapes=shapes,
         orthonormality_error=finished["orthonormality_error"],
     )

@@ -29,6 +29,7 @@ from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.markers import Markers
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 
 _CHUNK_COLUMNS = 1024
 _CHUNK_BYTES = 4 << 20
@@ -67,7 +68,7 @@ class FactorSide:
             CorruptRunError: a chunk is missing or fails its checksum, or the array is of another shape.
         """
         try:
-            array = zarr.open_array(self.path, mode="r")
+            array = open_array(self.path, complete=True)
             if array.shape != self.shape:
                 raise CorruptRunError(f"{self.path} has the shape {array.shape} where {self.shape} was written.")
             return values_of(array, np.s_[:, start:stop]) if len(self.shape) > 1 else values_of(array)

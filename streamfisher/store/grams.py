@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.runtime.durable import read_json, write_marker
@@ -18,6 +17,7 @@ from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import check_layout, chunk_digest, require_inside
 from streamfisher.store.moments import MomentStore
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 
 
 class GramStore:
@@ -97,7 +97,7 @@ class GramStore:
     def _read_sum(self, path: str, shape: tuple[int, ...], *, tiled: bool = False) -> np.ndarray:
         """Return a float64 array of a Gram, once its shape is known to be that of at most N samples."""
         require_inside(self.run.path, self.run.path / path)
-        array = zarr.open_array(self.run.path / path, mode="r")
+        array = open_array(self.run.path / path)
         if shape[0] > self.run.n_samples + 1:
             raise CorruptRunError(
                 f"{self.run.path / path} is of {shape[0]} samples and the run has {self.run.n_samples}."
@@ -167,7 +167,7 @@ class GramStore:
         path = self.run.path / "gram_mean" / node_name(key)
         require_inside(self.run.path, path)
         try:
-            return values_of(zarr.open_array(path, mode="r"))
+            return values_of(open_array(path))
         except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
             raise unreadable(error, f"{path} cannot be read: {error}.") from error
 
@@ -180,7 +180,7 @@ class GramStore:
         path = self.run.path / "gram" / node_name(key)
         require_inside(self.run.path, path)
         try:  # opened each time: a rebuild makes the array anew
-            return values_of(zarr.open_array(path, mode="r"), (rows, columns))
+            return values_of(open_array(path), (rows, columns))
         except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
             raise unreadable(
                 error,

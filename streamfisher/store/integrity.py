@@ -18,11 +18,10 @@ import google_crc32c
 import numpy as np
 
 from streamfisher.errors import CorruptRunError
-from streamfisher.runtime.own_files import require_own
+from streamfisher.runtime.durable import LARGEST_JSON
+from streamfisher.runtime.own_files import open_own, require_own
 from streamfisher.store import codecs
-
-#: Bytes of one chunk, at most: no run has larger ones, and a hostile file could fill the memory with one.
-_LARGEST_CHUNK = 2 << 30
+from streamfisher.store.opening import LARGEST_CHUNK
 
 
 def chunk_digest(folder: Path) -> int:
@@ -33,10 +32,12 @@ def chunk_digest(folder: Path) -> int:
     """
     digest = google_crc32c.Checksum()
     for path in sorted(_files(folder)):
-        with path.open("rb") as file:
+        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
             if path.name != "zarr.json":
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(size - 4, 0))
+            elif os.fstat(file.fileno()).st_size > LARGEST_JSON:
+                raise CorruptRunError(f"{path} is larger than the metadata of any run.")
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + file.read())
     return int.from_bytes(digest.digest(), "big")
 
@@ -94,7 +95,7 @@ def check_layout(
             f"{path} has the shape {array.shape}, chunks {array.chunks} and dtype {array.dtype}, where {shape}, "
             f"{expected} and {np.dtype(dtype)} were written. `streamfisher verify --repair` restores its metadata."
         )
-    if int(np.prod(array.chunks, dtype=np.float64)) * array.dtype.itemsize > _LARGEST_CHUNK:
+    if int(np.prod(array.chunks, dtype=np.float64)) * array.dtype.itemsize > LARGEST_CHUNK:
         raise CorruptRunError(f"{path} has chunks of {array.chunks}, more than any run has; it is not read.")
 
 
@@ -131,7 +132,7 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
                     f"manifest.json: {name} has {item['columns']} columns of {elements} elements in a run whose option "
                     f"project is {manifest['config'].get('project')!r}."
                 )
-            if rows * item["chunk_columns"] * dtype.itemsize > _LARGEST_CHUNK:
+            if rows * item["chunk_columns"] * dtype.itemsize > LARGEST_CHUNK:
                 raise CorruptRunError(
                     f"manifest.json: chunks of {name} have {rows} x {item['chunk_columns']} numbers, more than any run."
                 )

@@ -70,7 +70,7 @@ class Markers:
             CorruptRunError: it is damaged, or that of another unit.
         """
         path = self._path(unit, wave)
-        marker = read_json(path)
+        marker = read_json(path, self.run.largest_marker)
         if not isinstance(marker, dict) or (marker.get("start"), marker.get("stop")) != (unit.start, unit.stop):
             raise CorruptRunError(f"{path} is not the marker of samples {unit.start} to {unit.stop - 1}.")
         if marker.get("wave", wave) != wave or not isinstance(marker.get("skipped"), dict):

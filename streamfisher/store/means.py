@@ -71,7 +71,7 @@ class MeanStore:
             CorruptRunError: it is damaged, or that of another unit.
         """
         path = self.run.path / "done" / f"mean-{unit.index:06d}.json"
-        marker = read_json(path)
+        marker = read_json(path, self.run.largest_marker)
         if not isinstance(marker, dict) or (marker.get("start"), marker.get("stop")) != (unit.start, unit.stop):
             raise CorruptRunError(f"{path} is not the marker of samples {unit.start} to {unit.stop - 1}.")
         if not isinstance(marker.get("count"), int):

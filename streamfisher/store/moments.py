@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import zarr
 
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.runtime.durable import read_json, write_marker
@@ -15,6 +14,7 @@ from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import require_inside
 from streamfisher.store.means import MeanStore
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 
 
 class MomentStore:
@@ -50,7 +50,7 @@ class MomentStore:
         require_inside(self.run.path, array)
         try:
             columns, count, checksum = self.run.parameters[name], marker["count"], marker["crc32c"]
-            stored = zarr.open_array(array, mode="r")
+            stored = open_array(array)
             values = values_of(stored) if stored.shape == (columns + 1, columns) else np.zeros(0)
         except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
             raise unreadable(

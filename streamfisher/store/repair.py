@@ -12,7 +12,7 @@ from streamfisher.runtime.durable import LARGEST_JSON, read_json, replacing, wri
 from streamfisher.runtime.own_files import read_own
 from streamfisher.store.integrity import require_inside
 from streamfisher.store.layout import MANIFEST_COPY, create_run
-from streamfisher.store.manifest import Manifest
+from streamfisher.store.manifest import LARGEST_MANIFEST, Manifest
 
 #: Groups that are made when they are first needed.
 _LATER = ("eigenvectors", "fields", "factors", "gram_mean")
@@ -54,7 +54,7 @@ def restore_manifest(run: Path, *, dry_run: bool = False) -> str | None:
     found: dict[str, dict | CorruptRunError] = {}
     for name in ("manifest.json", MANIFEST_COPY):
         try:
-            found[name] = Manifest.from_dict(read_json(run / name)).to_dict()
+            found[name] = Manifest.from_dict(read_json(run / name, LARGEST_MANIFEST)).to_dict()
         except CorruptRunError as error:
             found[name] = error
     main, copy = found["manifest.json"], found[MANIFEST_COPY]
@@ -87,7 +87,7 @@ def _agrees(there: Path, made: Path) -> bool:
     expected = json.loads(made.read_text())
     try:
         found = json.loads(read_own(there, LARGEST_JSON))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError, CorruptRunError):
         return False
     if found == expected:
         return True

@@ -39,7 +39,7 @@ from streamfisher.store.folder import RunFolder
 from streamfisher.store.grams import GramStore
 from streamfisher.store.kept import KeptGradients
 from streamfisher.store.layout import MANIFEST_COPY, create_run
-from streamfisher.store.manifest import Manifest
+from streamfisher.store.manifest import LARGEST_MANIFEST, Manifest
 from streamfisher.store.markers import Markers, stage_of
 from streamfisher.store.means import MeanStore
 from streamfisher.store.moments import MomentStore
@@ -168,7 +168,7 @@ class RunStore:
         """Delete what interrupted writes left behind and renew the manifest's copy; only while holding the lock."""
         copy = self.path / MANIFEST_COPY
         try:
-            current = copy.is_file() and read_json(copy) == self.manifest.to_dict()
+            current = copy.is_file() and read_json(copy, LARGEST_MANIFEST) == self.manifest.to_dict()
         except CorruptRunError:
             current = False
         if not current:

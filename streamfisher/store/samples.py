@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import zarr
 
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError, unreadable
@@ -15,6 +14,7 @@ from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import check_layout, digest_of_values, require_inside
 from streamfisher.store.markers import Markers, stage_of
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 
 
 class SampleStore:
@@ -45,7 +45,7 @@ class SampleStore:
         """
         require_inside(self.run.path, path)
         try:
-            array = zarr.open_array(path, mode="r")
+            array = open_array(path)
             name, size = str(array.attrs["field"]), int(array.shape[0])
             check_layout(array, path, (min(size, self.run.n_samples),), (min(size, CHUNK),), "float64", longer=True)
             values = np.asarray(array[: self.run.n_samples])

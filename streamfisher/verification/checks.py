@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import zarr
 from tqdm import tqdm
 
 from streamfisher.analysis.run import StoredRun
@@ -19,6 +18,7 @@ from streamfisher.store import codecs, stage_of
 from streamfisher.store.factors import checksum_of
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 from streamfisher.store.repair import restore_metadata, wrong_metadata
 from streamfisher.verification.problem import Problem
 
@@ -237,8 +237,8 @@ def _wrong_eigenvectors(marks: Path, folder: Path) -> str | None:
         return None
     try:
         for metadata in folder.rglob("zarr.json"):
-            node = zarr.open(metadata.parent, mode="r")
-            if isinstance(node, zarr.Array):  # a chunk's width of the last axis at a time
+            if read_json(metadata).get("node_type") == "array":  # a chunk's width of the last axis at a time
+                node = open_array(metadata.parent)
                 width = node.chunks[-1]
                 for start in range(0, node.shape[-1], width):
                     node[..., start : start + width]

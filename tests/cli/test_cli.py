@@ -577,9 +577,28 @@ def test_demo_runs_on_a_few_samples(tmp_path, capsys):
     assert (tmp_path / "demo.zarr/spectrum.png").is_file()
 
 
-def test_gram_precision_can_be_changed_afterwards(copied, no_model, capsys):
+def test_looking_in_another_precision_changes_no_data(copied, no_model, capsys):
+    before = contents(copied)
     assert cli("spectrum", copied, "--gram-dtype", "float64", "--blocks", "none", "--json", "--quiet") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["metadata"]["dtype_gram"] == "float64"
+    assert cli("density", copied, "--block", "global", "--blocks", "none", "--gram-dtype", "float64", "--quiet") == 0
+    assert cli("compare", copied, copied, "--gram-dtype", "float64", "--quiet") == 0
+    assert cli("export", copied, "--to", "csv", "--gram-dtype", "float64", "--quiet") == 0
+    assert contents(copied) == before
+    wanted = ("--block", "global", "--blocks", "none", "--top", "1", "--gram-dtype", "float64", "--quiet")
+    assert cli("eigenvectors", copied, *wanted) == 2
+    assert "`streamfisher gram` with the same options" in capsys.readouterr().err
+    assert contents(copied) == before
+
+    assert cli("gram", copied, "--gram-dtype", "float64", "--quiet") == 0
     run = open_run(copied)
     assert run.store.grams.done(gram_settings(run.config.replace(dtype_gram="float64"))) == set(run.parameters)
+    assert cli("eigenvectors", copied, *wanted) == 0
+    stored = contents(copied)
+    capsys.readouterr()
+    assert cli("spectrum", copied, "--gram-dtype", "float64", "--blocks", "none", "--json", "--quiet") == 0
+    assert json.loads(capsys.readouterr().out) == found  # from stored Grams as from those in memory
+    assert cli("spectrum", copied, "--blocks", "none", "--json", "--quiet") == 0
+    assert json.loads(capsys.readouterr().out)["metadata"]["dtype_gram"] == "float32"
+    assert contents(copied) == stored
