@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig
@@ -80,7 +81,8 @@ def reduce_held(store: RunStore, wave: int, sink: MemorySink, config: SpectralCo
     done = store.grams.done(grams.gram_settings(config))
     keys = [key for key in store.grams.keys_of(store.waves[wave]) if key not in done]
     source = sink.source(all_samples=True)
-    build_held_grams(store, source, _share_of_host(config), keys, progress=progress)
+    valid = np.array([number not in sink.skipped for number in range(store.n_samples)])
+    build_held_grams(store, source, valid, _share_of_host(config), keys, progress=progress)
     norms = {}
     if not sink.every_norm:
         for name in store.waves[wave]:

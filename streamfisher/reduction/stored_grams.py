@@ -59,13 +59,20 @@ def build_stored_grams(
 
 
 def build_held_grams(
-    store: RunStore, source: GradientSource, config: SpectralConfig, keys: Sequence[str], *, progress: bool = False
+    store: RunStore,
+    source: GradientSource,
+    valid: np.ndarray,
+    config: SpectralConfig,
+    keys: Sequence[str],
+    *,
+    progress: bool = False,
 ) -> dict[str, np.ndarray]:
     """Build Grams of gradients that are held in memory, and write them to a run, with their moments.
 
     Args:
         store: of the run.
         source: the gradients of all its samples, of the parameters of `keys`.
+        valid: (N,) bool, which samples count.
         config: precision, workers and memory budget.
         keys: of the Grams.
         progress: show a bar.
@@ -77,7 +84,7 @@ def build_held_grams(
         CorruptRunError: a gradient is not finite.
         CapacityError: the reduction does not fit the memory budget.
     """
-    sink = _HeldSink(store, grams.gram_settings(config), source)
+    sink = _HeldSink(store, grams.gram_settings(config), source, valid)
     members = {key: store.gram_members[key] for key in keys}
     built = dict(grams.build_grams(source, config, sink, keys=members, progress=progress))
     give_back()
@@ -91,13 +98,14 @@ class _HeldSink:
     store: RunStore
     settings: Mapping[str, Any]
     source: GradientSource
+    valid: np.ndarray  # (N,) bool
 
     def __call__(self, finished: grams.ParameterGram) -> tuple[str, np.ndarray]:
         key = finished.name
         self.store.grams.write(key, finished.gram, finished.mean_products, self.settings)
         runlog.event("gram", stage="grams", gram=key, samples=len(finished.gram))
         if has_moment(self.store, key):
-            self.store.moments.write(key, moment_of(self.source, key, self.store.parameters[key]))
+            self.store.moments.write(key, moment_of(self.source, key, self.store.parameters[key], self.valid))
         return key, finished.gram.diagonal().copy()
 
 

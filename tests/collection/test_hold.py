@@ -120,6 +120,10 @@ def test_a_sample_that_is_not_finite_is_named_or_skipped(tmp_path):
     )
     assert list(run.store.samples.skipped()) == [4]
     same(disk, run)
+    for center in (False, True):  # parameters of fewer elements than samples are solved from their moments
+        one, other = (each.spectrum("parameter", center).blocks for each in (disk, run))
+        for block in one:
+            np.testing.assert_allclose(other[block].eigenvalues, one[block].eigenvalues, rtol=1e-5, atol=1e-7)
 
 
 def test_auto_holds_in_memory_what_nobody_keeps_and_stores_what_somebody_does(tmp_path):
