@@ -105,7 +105,7 @@ class Analyses:
             tile_of=self.store.grams.tile if unfinished is None else None,
             mean_products_of=(lambda name: None) if center else self.store.grams.mean_products,
             # Drawn columns and unfinished runs have none; a moment left from before would be of other rows.
-            moment_of=self.store.moments.read
+            moment_of=self.store.grams.moment
             if unfinished is None and config.max_params_per_block is None
             else lambda name: None,
         )

@@ -9,10 +9,12 @@ Gram. A block of several parameters has cross terms that are in none of their S;
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
 
+from streamfisher.store import RunStore
 from streamfisher.store.moments import Moment
 
 #: Rows of one product.
@@ -51,3 +53,17 @@ def moment_of(rows: RowRanges, name: str, n_columns: int, valid: np.ndarray | No
         total += part.sum(axis=0)
     count = rows.n_samples if valid is None else int(valid.sum())
     return Moment(second, total, count, rows.mean(name, 0, n_columns))
+
+
+def stored_moment(store: RunStore, key: str, subsampled: Collection[str]) -> Moment | None:
+    """Return the moment that is kept beside a Gram of a run; `None` where none is: it is then not the smaller side.
+
+    Args:
+        store: of the run.
+        key: of the Gram; a group of parameters has no moment.
+        subsampled: parameters of whose columns some are drawn.
+    """
+    columns = store.parameters.get(key)
+    if store.gram_members[key] != [key] or key in subsampled or columns is None or columns >= store.n_samples:
+        return None
+    return moment_of(store.rows, key, columns, store.samples.per_sample("valid") == 1)

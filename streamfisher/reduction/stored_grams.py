@@ -12,7 +12,7 @@ from streamfisher.blocks.structures import assign_blocks, group_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CorruptRunError
 from streamfisher.reduction import gram as grams
-from streamfisher.reduction.moment import moment_of
+from streamfisher.reduction.moment import stored_moment
 from streamfisher.reduction.stored_tiles import StoredTiles
 from streamfisher.reduction.subsets import ColumnSubset, draw_columns
 from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles
@@ -74,8 +74,6 @@ def _build_tiles(
     built = build_tiled_grams(
         store.rows, config, sink, members, budget=budget, subsets=subsets, size=TILE, progress=progress
     )
-    for key in members:
-        keep_moment(store, key, subsampled)
     return {key: _relative_change(built[key]) if key in old else None for key in members}
 
 
@@ -136,9 +134,9 @@ class GramSink:
                     "`streamfisher verify` tells which chunks are affected."
                 )
         difference = self._difference(finished) if self.compare else None
-        self.store.grams.write(name, finished.gram, finished.mean_products, self.settings)
+        moment = stored_moment(self.store, name, self.subsampled)
+        self.store.grams.write(name, finished.gram, finished.mean_products, self.settings, moment)
         runlog.event("gram", stage="grams", gram=name, samples=len(finished.gram))
-        keep_moment(self.store, name, self.subsampled)
         return name, difference
 
     def _difference(self, finished: grams.ParameterGram) -> float | None:
@@ -152,10 +150,3 @@ class GramSink:
         norm = float(np.linalg.norm(finished.gram))
         distance = float(np.linalg.norm(finished.gram - old))
         return distance / norm if norm else distance
-
-
-def keep_moment(store: RunStore, key: str, subsampled: frozenset[str]) -> None:
-    """Write the second moment of a parameter that has fewer elements than there are samples, and a Gram of its own."""
-    if store.gram_members[key] == [key] and key not in subsampled and store.parameters[key] < store.n_samples:
-        valid = store.samples.per_sample("valid") == 1
-        store.moments.write(key, moment_of(store.rows, key, store.parameters[key], valid))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import zarr
@@ -23,29 +24,49 @@ class MomentStore:
     def __init__(self, run: RunFolder, means: MeanStore) -> None:
         self.run, self.means = run, means
 
-    def write(self, name: str, moment: Moment) -> None:
-        """Write the second moment and, as a last row, the sum of a parameter's rows: (P + 1, P); then the marker."""
+    def write(self, name: str, moment: Moment) -> int:
+        """Write the second moment and, as a last row, the sum of a parameter's rows: (P + 1, P); then the marker.
+
+        Returns:
+            Its CRC-32C, for the marker of the Gram that it is kept beside.
+        """
         values = np.vstack([moment.second, moment.total])
-        marker = self.run.path / "done" / f"moment-{node_name(name)}.json"
+        marker = self._marker_path(name)
         marker.unlink(missing_ok=True)
         write_array(
             self.run.path, f"moment/{node_name(name)}", values, ("row", f"element of {name}"), {"parameter": name}
         )
-        facts = {"n_samples": self.run.n_samples, "count": moment.count, "crc32c": codecs.checksum(values)}
+        checksum = codecs.checksum(values)
+        facts = {"parameter": name, "n_samples": self.run.n_samples, "count": moment.count, "crc32c": checksum}
         write_marker(marker, facts, fsync=self.run.fsync)
+        return checksum
 
-    def read(self, name: str) -> Moment | None:
+    def has(self, name: str) -> bool:
+        """Return whether a moment is marked as finished."""
+        return self._marker_path(name).is_file()
+
+    def read(self, name: str, expected: int | None = None) -> Moment | None:
         """Return the second moment of a parameter's valid rows; `None` where there is none for all samples.
 
+        Args:
+            name: of the parameter.
+            expected: its CRC-32C as its Gram's marker has it; `None` where that says nothing of a moment.
+
         Raises:
-            CorruptRunError: it does not match the checksum it was written with.
+            CorruptRunError: it does not match the checksum it was written with, or is expected and missing.
         """
-        path, array = (
-            self.run.path / "done" / f"moment-{node_name(name)}.json",
-            self.run.path / "moment" / node_name(name),
-        )
+        path, array = self._marker_path(name), self.run.path / "moment" / node_name(name)
         marker = read_json(path) if path.is_file() else {}
+        if not isinstance(marker, dict) or marker.get("parameter", name) != name:
+            raise CorruptRunError(
+                f"{path} is not the marker of the moment of {name}; `streamfisher gram --rebuild` remakes it."
+            )
         if marker.get("n_samples") != self.run.n_samples:
+            if expected is not None:
+                raise CorruptRunError(
+                    f"{self.run}: the moment of {name}, which belongs to its Gram, is missing; "
+                    "`streamfisher gram --rebuild` remakes it."
+                )
             return None
         require_inside(self.run.path, array)
         try:
@@ -57,11 +78,14 @@ class MomentStore:
                 error,
                 f"{self.run}: the moment of {name} cannot be read: {error}. `streamfisher gram --rebuild` remakes it.",
             ) from error
-        if codecs.checksum(values) != checksum:
+        if codecs.checksum(values) != checksum or expected not in (None, checksum):
             raise CorruptRunError(
                 f"{self.run}: the moment of {name} is not what was written; `streamfisher gram --rebuild` remakes it."
             )
         return Moment(values[:-1], values[-1], count, self.means.mean(name, 0, columns))
+
+    def _marker_path(self, name: str) -> Path:
+        return self.run.path / "done" / f"moment-{node_name(name)}.json"
 
 
 @dataclass(frozen=True)
