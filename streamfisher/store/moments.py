@@ -10,6 +10,7 @@ import zarr
 
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.runtime.durable import read_json, write_marker
+from streamfisher.solving.centering import without_rounding
 from streamfisher.store import codecs
 from streamfisher.store.arrays import values_of, write_array
 from streamfisher.store.folder import RunFolder
@@ -100,7 +101,7 @@ class Moment:
     def matrix(self, *, center: bool) -> np.ndarray:
         """Return `sum_i g_i g_i^T`, or with g_i less their mean for `center`: (P, P) float64."""
         if center:  # of c_i as of g_i: the mean cancels
-            return self.second - np.outer(self.total, self.total) / self.count
+            return without_rounding(self.second - np.outer(self.total, self.total) / self.count, self.second)
         if self.mean is None:
             return self.second
         cross = np.outer(self.total, self.mean)
