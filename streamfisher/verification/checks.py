@@ -151,6 +151,7 @@ class FieldCheck:
 
     def __init__(self, run: StoredRun) -> None:
         self.run = run
+        self._wrong = False
         self._damaged: list[Path] = []
 
     def find(self) -> list[Problem]:
@@ -164,12 +165,20 @@ class FieldCheck:
             except CorruptRunError as error:
                 problems.append(Problem("field", folder.name, None, None, str(error)))
                 self._damaged.append(folder)
+        try:
+            missing = self.run.store.samples.missing_fields()
+            problems += [Problem("field", name, None, None, "missing; the next `run` writes it") for name in missing]
+        except CorruptRunError as error:
+            problems.append(Problem("field", None, None, None, str(error)))
+        self._wrong = bool(problems)
         return problems
 
     def repair(self) -> None:
-        """Remove them; the next `run` writes them from the data."""
+        """Remove them, and the marker; the next `run` writes them from the data."""
         for folder in self._damaged:
             shutil.rmtree(folder, ignore_errors=True)
+        if self._wrong:
+            (self.run.path / "done" / "fields.json").unlink(missing_ok=True)
 
 
 class EigenvectorCheck:

@@ -1,0 +1,257 @@
+"""Every byte that enters a result is bound to its place: the table of docs/format.md, line by line, damaged and read."""
+
+import re
+import shutil
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_runs
+from factored_models import convolution, images
+
+import streamfisher as sf
+from streamfisher.errors import CorruptRunError, StreamfisherError
+from streamfisher.reduction import stored_grams
+from streamfisher.solving import tiled_gram
+from streamfisher.store.eigenvectors import open_eigenvectors
+from streamfisher.verification.verify import verify, verify_manifest
+
+N = 24
+PAGE = Path(__file__).parents[2] / "docs" / "format.md"
+UNBOUND = ["lock", "lock.ranks", "log.jsonl", "done/tiles-*/identity.json", "done/deleted-*.json"]
+OPERATIONS = ("flip", "truncate", "zero", "delete", "copy", "swap")
+
+
+def table():
+    """Return `{paths of the first column: (patterns, readers)}` of the table."""
+    section = PAGE.read_text().split("## What is bound to what")[1].split("\n## ")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    return {
+        first: (
+            [re.sub(r"[A-Z]+", "*", path) for path in re.findall("`(.*?)`", first)],
+            [reader.strip() for reader in checked.strip(" |").split(",")],
+        )
+        for first, _, _, checked in lines
+    }
+
+
+TABLE = table()
+
+
+def covers(pattern, path):
+    """Return whether a pattern is that of a file, or of the array or group that the file lies in."""
+    wanted, parts = pattern.split("/"), path.split("/")
+    inside = len(parts) == len(wanted) if pattern.endswith((".json", ".html", ".png")) else len(parts) > len(wanted)
+    return inside and all(fnmatchcase(part, name) for part, name in zip(parts, wanted, strict=False))
+
+
+def line_of(path):
+    """Return the line of the table that a file belongs to; `None`: nothing is bound to it."""
+    if any(fnmatchcase(path, pattern) for pattern in UNBOUND):
+        return None
+    lines = [line for line, (patterns, _) in TABLE.items() if any(covers(pattern, path) for pattern in patterns)]
+    assert len(lines) == 1, f"{path} is of {lines}"
+    return lines[0]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_tiles():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled_gram, "TILE", 8)
+        patch.setattr(stored_grams, "TILE", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return finished runs: Grams in one piece with all that can lie beside them, Grams by tiles, factors."""
+    folder = tmp_path_factory.mktemp("bound")
+    whole = tiny_runs.make_run(folder / "whole.zarr", N, store_centered=True)
+    whole.store.samples.write_fields({"one": np.arange(N) / 7, "other": np.arange(N) / 3})
+    whole.eigenvectors("global", 2, block_structure="none")
+    whole.spectrum("parameter")
+    (whole.path / "spectrum.json").write_text('{"global": 1}')
+    (whole.path / "report.html").write_text("<p>report</p>")
+    whole.store.markers.mark_result(whole.path / "spectrum.json")
+    whole.store.markers.mark_result(whole.path / "report.html")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored_grams, "needs_tiles", lambda *_: True)
+        tiled = tiny_runs.make_run(folder / "tiled.zarr", N, store_centered=True)
+        tiled.build_grams()
+    config = sf.SpectralConfig(chunk_size=4, dtype_compute="float64", representation="factors")
+    factored = sf.collect(convolution().double(), images(N), folder / "factored.zarr", config=config)
+    factored.build_grams()
+    return {run.path.stem: run.path for run in (whole, tiled, factored)}
+
+
+def in_parts(path):
+    run = sf.open_run(path)
+    return run, run.config.replace(memory_budget="10kB")
+
+
+def spectrum(run, *how, **options):
+    found = run.spectrum(*how, **options)
+    return [part for block in found.blocks.values() for part in (block.eigenvalues, block.trace)]
+
+
+def memory(path):
+    run = sf.open_run(path)
+    return spectrum(run, "parameter", False) + spectrum(run, "parameter", True) + spectrum(run, "none", False)
+
+
+def tiles(path):
+    run, config = in_parts(path)
+    return [
+        part
+        for center in (False, True)
+        for part in spectrum(run, "none", center, config=config, top_k=3)
+        + spectrum(run, "parameter", center, config=config, top_k=2)
+    ]
+
+
+def density(path):
+    run, config = in_parts(path)
+    key = next(iter(run.parameters))
+    return [
+        run.block_grams("parameter" if block == key else "none", False, range(N - 1), config=config)
+        .density(block, n_vectors=2, n_steps=4)
+        .density
+        for block in (key, "global")
+    ]
+
+
+def rows(path):
+    run = sf.open_run(path)
+    found = [run.store.rows.columns(name, 0, size) for name, size in run.parameters.items()]
+    return found + [run.store.means.mean(name, 0, size) for name, size in run.parameters.items()]
+
+
+def samples(path):
+    store = sf.open_run(path).store.samples
+    fields = [part for name, values in store.fields().items() for part in (name, values)]
+    return [*fields, *(store.per_sample(what) for what in ("loss", "n_targets", "valid", "squared_norm"))]
+
+
+def eigenvectors(path):
+    if not (path / "eigenvectors" / "global").is_dir():
+        return []
+    found = open_eigenvectors(path, "global")
+    return [found.eigenvalues, found.projections(), *(tensor.numpy() for tensor in found.tensors().values())]
+
+
+READERS = {reader.__name__: reader for reader in (memory, tiles, density, rows, samples, eigenvectors)}
+
+
+def ask(reader, path):
+    """Return an answer, or the error that refuses it; any other error is a failure."""
+    try:
+        return READERS[reader](path)
+    except StreamfisherError as error:
+        return error
+
+
+def same(one, other):
+    return len(one) == len(other) and all(
+        np.array_equal(a, b, equal_nan=isinstance(a, np.ndarray) and a.dtype.kind == "f")
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def answers(runs):
+    found = {(name, reader): ask(reader, path) for name, path in runs.items() for reader in READERS}
+    assert not [answer for answer in found.values() if isinstance(answer, Exception)]
+    assert all(verify(sf.open_run(path), repair=False) == [] for path in runs.values())
+    return found
+
+
+def damage(run, operation, path, other):
+    """Damage one file, by itself or with another one; return whether it changed."""
+    before = path.read_bytes()
+    middle = len(before) // 2
+    if operation == "delete":
+        path.unlink()
+        return True
+    if operation in ("copy", "swap"):
+        if other is None or other.read_bytes() == before:
+            return False
+        path.write_bytes(other.read_bytes())
+        if operation == "swap":
+            other.write_bytes(before)
+        return True
+    after = {
+        "flip": before[:middle] + bytes([before[middle] ^ 0x04]) + before[middle + 1 :],
+        "truncate": before[:middle],
+        "zero": bytes(len(before)),
+    }[operation]
+    path.write_bytes(after)
+    return True
+
+
+def files_of(run, line):
+    return sorted(
+        path for path in run.rglob("*") if path.is_file() and line_of(path.relative_to(run).as_posix()) == line
+    )
+
+
+def chosen(files):
+    """Return the first chunk or marker and the first metadata, each with another file to exchange it with."""
+    found = []
+    for kind in ([p for p in files if p.name != "zarr.json"], [p for p in files if p.name == "zarr.json"]):
+        if kind:
+            others = [path for path in kind if path.read_bytes() != kind[0].read_bytes()]
+            alike = [path for path in others if path.name == kind[0].name] or others
+            found.append((kind[0], alike[0] if alike else None))
+    return found
+
+
+def test_every_file_of_a_run_has_its_line(runs):
+    files = {path.relative_to(run).as_posix() for run in runs.values() for path in run.rglob("*") if path.is_file()}
+    assert {line_of(path) for path in files} - {None} == set(TABLE)
+
+
+def check(runs, answers, line, operations, tmp_path):
+    readers, cases = TABLE[line][1], 0
+    for name, whole in runs.items():
+        for path, other in chosen(files_of(whole, line)):
+            for operation in operations:
+                target, partner = (p and p.relative_to(whole) for p in (path, other))
+                run = tmp_path / "damaged.zarr"
+                shutil.rmtree(run, ignore_errors=True)
+                shutil.copytree(whole, run)
+                if not damage(run, operation, run / target, partner and run / partner):
+                    continue
+                cases += 1
+                what = f"{name}: {operation} {target} ({partner})"
+                assert named(run) == ("verify" in readers), what
+                for reader in READERS:
+                    copied = tmp_path / "read.zarr"
+                    shutil.rmtree(copied, ignore_errors=True)
+                    shutil.copytree(run, copied)
+                    answer = ask(reader, copied)
+                    refused = isinstance(answer, StreamfisherError)
+                    assert refused or same(answer, answers[name, reader]), f"{what}: wrong {reader}"
+                    chunk = operation == "flip" and path.name != "zarr.json" and not str(target).startswith("done")
+                    if chunk and reader in readers:
+                        assert isinstance(answer, CorruptRunError), f"{what}: {reader} did not notice"
+    assert cases
+
+
+def named(run):
+    try:
+        return bool(verify_manifest(run, repair=False) or verify(sf.open_run(run), repair=False))
+    except StreamfisherError:
+        return True
+
+
+@pytest.mark.parametrize("line", TABLE)
+def test_what_was_copied_from_elsewhere_is_refused_or_changes_nothing(runs, answers, line, tmp_path):
+    if any(other is not None for run in runs.values() for _, other in chosen(files_of(run, line))):
+        check(runs, answers, line, ["copy"], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", TABLE)
+def test_no_damage_is_read_on_any_path(runs, answers, line, tmp_path):
+    check(runs, answers, line, OPERATIONS, tmp_path)
