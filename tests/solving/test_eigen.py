@@ -48,7 +48,7 @@ def test_a_negative_definite_matrix_is_refused():
 def test_negative_rounding_counts_against_what_the_matrix_was_made_from():
     K = np.diag([1e-9, -2e-9, -1e-9])
     assert np.array_equal(eigen.solve(K, size=1.0).values, [1e-9, 0.0, 0.0])
-    with pytest.raises(CorruptRunError, match="-2.0e-03 times the trace of what it was made from"):
+    with pytest.raises(CorruptRunError, match=r"-2\.0e-03 times the trace of what it was made from"):
         eigen.solve(K, size=1e-6)
 
 

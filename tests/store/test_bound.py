@@ -1,4 +1,4 @@
-"""Every byte that enters a result is bound to its place: the table of docs/format.md, line by line, damaged and read."""
+"""Every byte that enters a result is bound to its place: each line of the table in docs/format.md, damaged and read."""
 
 import re
 import shutil
@@ -11,8 +11,10 @@ import tiny_runs
 from factored_models import convolution, images
 
 import streamfisher as sf
+from streamfisher.cli.main import main
 from streamfisher.errors import CorruptRunError, StreamfisherError
 from streamfisher.reduction import stored_grams
+from streamfisher.runtime.durable import read_json, write_json
 from streamfisher.solving import tiled_gram
 from streamfisher.store.eigenvectors import open_eigenvectors
 from streamfisher.verification.verify import verify, verify_manifest
@@ -255,3 +257,57 @@ def test_what_was_copied_from_elsewhere_is_refused_or_changes_nothing(runs, answ
 @pytest.mark.parametrize("line", TABLE)
 def test_no_damage_is_read_on_any_path(runs, answers, line, tmp_path):
     check(runs, answers, line, OPERATIONS, tmp_path)
+
+
+def older(run):
+    """Make the markers of Grams those of a run that does not say which chunks they have, nor of what is beside them."""
+    for path in (run / "done").glob("gram-*.json"):
+        kept = {key: value for key, value in read_json(path).items() if key in ("settings", "n_samples", "tiles")}
+        crc32c = read_json(path).get("crc32c")
+        write_json(path, kept if crc32c is None else kept | {"crc32c": crc32c})
+
+
+@pytest.mark.parametrize("name", ["whole", "tiled"])
+def test_grams_of_older_runs_are_read_and_checked_in_parts_too(runs, answers, name, tmp_path):
+    shutil.copytree(runs[name], tmp_path / "run.zarr")
+    older(tmp_path / "run.zarr")
+    for reader in ("memory", "tiles", "density"):
+        assert same(READERS[reader](tmp_path / "run.zarr"), answers[name, reader])
+    assert verify(sf.open_run(tmp_path / "run.zarr"), repair=False) == []
+    gram = tmp_path / "run.zarr" / "gram"
+    shutil.copy(gram / "first.bias/c/0/0", gram / "second.bias/c/0/0")
+    for reader in ("memory", "tiles", "density"):
+        with pytest.raises(CorruptRunError, match=r"Gram of second\.bias is not what was written"):
+            READERS[reader](tmp_path / "run.zarr")
+
+
+def test_the_command_line_refuses_the_gram_of_another_parameter_on_both_paths(runs, tmp_path, capsys):
+    shutil.copytree(runs["whole"], tmp_path / "run.zarr")
+    gram = tmp_path / "run.zarr" / "gram"
+    shutil.copy(gram / "first.bias/c/0/0", gram / "second.bias/c/0/0")
+    for command in (["spectrum"], ["spectrum", "--memory-budget", "10kB"], ["density", "--memory-budget", "10kB"]):
+        assert main([command[0], str(tmp_path / "run.zarr"), *command[1:]]) == 4
+        assert "the Gram of second.bias is not what was written" in capsys.readouterr().err
+
+
+def test_a_rebuilt_gram_is_read_in_parts_by_a_run_that_was_opened_before(runs, tmp_path):
+    shutil.copytree(runs["whole"], tmp_path / "run.zarr")
+    run = sf.open_run(tmp_path / "run.zarr")
+    before = run.store.grams.tile("first.bias", slice(0, 8), slice(8, 16))
+    run.store.grams.write("first.bias", 2 * run.store.grams.read("first.bias")[0], None, {"dtype_gram": "float32"})
+    assert np.array_equal(run.store.grams.tile("first.bias", slice(0, 8), slice(8, 16)), 2 * before)
+    run.store.grams.forget("first.bias")
+    with pytest.raises(CorruptRunError, match=r"Gram of first\.bias cannot be read"):
+        run.store.grams.tile("first.bias", slice(0, 8), slice(8, 16))
+
+
+@pytest.mark.parametrize("name", ["whole", "tiled"])
+def test_products_with_the_mean_of_another_gram_or_none_are_named(runs, name, tmp_path):
+    run = tmp_path / "run.zarr"
+    shutil.copytree(runs[name], run)
+    shutil.copy(run / "gram_mean/first.bias/c/0", run / "gram_mean/second.bias/c/0")
+    with pytest.raises(CorruptRunError, match=r"products of second\.bias with the mean are not what was written"):
+        sf.open_run(run).spectrum("none", False)
+    shutil.rmtree(run / "gram_mean/first.bias")
+    found = verify(sf.open_run(run), repair=False)
+    assert [problem.parameter for problem in found] == ["first.bias", "second.bias"]
