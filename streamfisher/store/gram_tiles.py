@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -44,6 +45,12 @@ def read_tile_checksums(folder: Path, n_samples: int, size: int) -> TileChecksum
     Raises:
         CorruptRunError: a marker is missing, damaged, or that of another place.
     """
+    edge, there = -(-n_samples // size), sum(1 for _ in folder.glob("*-*.json"))
+    if edge * (edge + 1) // 2 > there:  # before anything is made as large as the marker of the Gram says
+        raise CorruptRunError(
+            f"{folder} has markers of {there} tiles where a Gram of {n_samples} samples has {edge * (edge + 1) // 2}; "
+            "`streamfisher gram --rebuild` remakes it."
+        )
     ranges = [(start, min(start + size, n_samples)) for start in range(0, n_samples, size)]
     names = {f"{i}-{j}": (*ranges[i], *ranges[j]) for i, j in combinations_with_replacement(range(len(ranges)), 2)}
     checksums = {}
@@ -61,3 +68,18 @@ def read_tile_checksums(folder: Path, n_samples: int, size: int) -> TileChecksum
             )
         checksums[place] = checksum
     return TileChecksums(checksums)
+
+
+def gram_checksums(marker: Mapping[str, Any], folder: Path) -> int | list[int]:
+    """Return the CRC-32C of a finished Gram, or of each of its tiles, as it was written.
+
+    Args:
+        marker: of the Gram.
+        folder: of the markers of its tiles.
+
+    Raises:
+        CorruptRunError: the marker of a tile is missing or damaged.
+    """
+    if "tiles" not in marker:
+        return int(marker["crc32c"])
+    return list(read_tile_checksums(folder, marker["n_samples"], marker["tiles"]).checksums.values())

@@ -18,7 +18,7 @@ from streamfisher.runtime.durable import read_json, write_marker
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK, create_array, values_of, write_array
 from streamfisher.store.folder import RunFolder
-from streamfisher.store.gram_tiles import TileChecksums, read_tile_checksums
+from streamfisher.store.gram_tiles import TileChecksums, gram_checksums, read_tile_checksums
 from streamfisher.store.integrity import check_layout, chunk_digest, require_inside
 from streamfisher.store.moments import Moment, MomentStore
 from streamfisher.store.names import node_name
@@ -179,10 +179,7 @@ class GramStore:
 
     def checksums(self, key: str) -> int | list[int]:
         """Return the CRC-32C of a Gram, or of each of its tiles, as it was written."""
-        marker = self._finished(key)
-        if "tiles" not in marker:
-            return int(marker["crc32c"])
-        return list(self._tile_checksums(key, marker).checksums.values())
+        return gram_checksums(self._finished(key), self.tile_folder(key))
 
     def keys_of(self, parameters: Sequence[str]) -> list[str]:
         """Return the Gram keys that any of these parameters is part of."""

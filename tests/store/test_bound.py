@@ -81,6 +81,7 @@ def runs(tmp_path_factory):
         patch.setattr(stored_grams, "needs_tiles", lambda *_: True)
         tiled = tiny_runs.make_run(folder / "tiled.zarr", N, store_centered=True)
         tiled.build_grams()
+        tiled.eigenvectors("global", 2, block_structure="none")
     config = sf.SpectralConfig(chunk_size=4, dtype_compute="float64", representation="factors")
     factored = sf.collect(convolution().double(), images(N), folder / "factored.zarr", config=config)
     factored.build_grams()
