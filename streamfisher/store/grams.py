@@ -144,8 +144,9 @@ class GramStore:
             f"{self.run}: the Gram of {key} is not what was written{where}; `streamfisher gram --rebuild` remakes it."
         )
 
-    def _opened(self, path: str, shape: tuple[int, ...], *, tiled: bool = False) -> zarr.Array:
-        """Return a float64 array of a Gram, once its shape is known to be that of at most N samples."""
+    def _opened(self, group: str, key: str, shape: tuple[int, ...], *, tiled: bool = False) -> zarr.Array:
+        """Return a float64 array of a Gram, once it is known to be its own, of the shape of at most N samples."""
+        path = f"{group}/{node_name(key)}"
         require_inside(self.run.path, self.run.path / path)
         array = zarr.open_array(self.run.path / path, mode="r")
         if shape[0] > self.run.n_samples + 1:
@@ -154,6 +155,8 @@ class GramStore:
             )
         chunks = None if tiled else tuple(min(size, CHUNK) for size in shape)
         check_layout(array, self.run.path / path, shape, chunks, "float64")
+        if array.attrs.get("parameter", key) != key:
+            raise CorruptRunError(f"{self.run.path / path} has the metadata of {array.attrs['parameter']!r:.80}.")
         return array
 
     def forget(self, key: str) -> None:
@@ -215,7 +218,7 @@ class GramStore:
             return None
         marker = self._finished(key)
         with self._readable(key):
-            products = values_of(self._opened(f"gram_mean/{node_name(key)}", (marker["n_samples"] + 1,)))
+            products = values_of(self._opened("gram_mean", key, (marker["n_samples"] + 1,)))
         if marker.get("mean_crc32c") not in (None, codecs.checksum(products)):
             raise CorruptRunError(
                 f"{self.run}: the products of {key} with the mean are not what was written; "
@@ -250,7 +253,7 @@ class GramStore:
     def _part(self, key: str, marker: Mapping[str, Any], rows: slice, columns: slice) -> np.ndarray:
         with self._readable(key):
             shape = (marker["n_samples"], marker["n_samples"])
-            array = self._opened(f"gram/{node_name(key)}", shape, tiled="tiles" in marker)
+            array = self._opened("gram", key, shape, tiled="tiles" in marker)
             return values_of(array, (rows, columns))  # opened each time: a rebuild makes the array anew
 
     def _bind(self, key: str) -> _Bound:

@@ -73,7 +73,8 @@ class MomentStore:
         try:
             columns, count, checksum = self.run.parameters[name], marker["count"], marker["crc32c"]
             stored = zarr.open_array(array, mode="r")
-            values = values_of(stored) if stored.shape == (columns + 1, columns) else np.zeros(0)
+            own = stored.shape == (columns + 1, columns) and stored.attrs.get("parameter", name) == name
+            values = values_of(stored) if own else np.zeros(0)
         except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
             raise unreadable(
                 error,

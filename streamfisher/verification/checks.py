@@ -232,6 +232,8 @@ def _wrong_eigenvectors(marks: Path, folder: Path) -> str | None:
         for marker in marks.glob("*.json"):
             if marker.stem != "identity" and read_json(marker).get("marker", marker.stem) != marker.stem:
                 return f"{marker} is another marker."
+        if finished and "orthonormality_error" not in finished:
+            return f"{marks / 'finished.json'} is another marker."
         if "parameters" not in identity or "marker" in identity:
             return f"{marks / 'identity.json'} is another marker."
         names = ["solved", *(f"parameter-{node_name(name)}" for name in identity["parameters"])] if finished else []

@@ -213,7 +213,7 @@ def test_altered_factors_are_found_named_and_computed_again(tmp_path):
 
 def segment_start(run, index):
     """Return the first sample of the unit that a segment of samples lies in."""
-    start = run.store.rows.segments("model.layers.0.mlp.up_proj.weight")[index].start
+    start = run.store.factors.segments("model.layers.0.mlp.up_proj.weight")[index].start
     return start // run.store.chunk_rows * run.store.chunk_rows
 
 

@@ -10,6 +10,7 @@ from streamfisher.byte_sizes import format_bytes
 from streamfisher.errors import CapacityError, ConfigError, CorruptRunError
 from streamfisher.solving import tiled_gram, tiled_solve
 from streamfisher.solving.centering import center
+from streamfisher.solving.selection import select
 from streamfisher.store.layout import node_name
 
 N = 40
@@ -90,8 +91,12 @@ def test_a_damaged_tile_is_refused(tmp_path):
     grams = run.block_grams("none")
     name = next(iter(run.parameters))
     (run.path / "gram" / node_name(name) / "c" / "0" / "0").unlink()
-    with pytest.raises(CorruptRunError, match=r"is not finite in samples 0 to 8: a part is missing.*--rebuild"):
+    with pytest.raises(CorruptRunError, match=rf"the Gram of {name} is not what was written; .*--rebuild"):
         grams.operator(list(run.parameters)).matvec(np.ones((N, 1)))
+    with pytest.raises(CorruptRunError, match=r"is not finite in samples 0 to 8: a part is missing.*--rebuild"):
+        tiled_gram.TiledGram(
+            lambda *part: np.full((9, 9), np.nan), [name], 9, select(9, np.ones(9, dtype=bool)), center=False
+        ).matvec(np.ones((9, 1)))
 
 
 def test_unfinished_runs_have_no_tiles(tmp_path):

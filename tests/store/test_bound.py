@@ -286,7 +286,8 @@ def test_the_command_line_refuses_the_gram_of_another_parameter_on_both_paths(ru
     shutil.copytree(runs["whole"], tmp_path / "run.zarr")
     gram = tmp_path / "run.zarr" / "gram"
     shutil.copy(gram / "first.bias/c/0/0", gram / "second.bias/c/0/0")
-    for command in (["spectrum"], ["spectrum", "--memory-budget", "10kB"], ["density", "--memory-budget", "10kB"]):
+    in_parts = ["--memory-budget", "10kB"]
+    for command in (["spectrum"], ["spectrum", *in_parts], ["density", "--block", "global", *in_parts]):
         assert main([command[0], str(tmp_path / "run.zarr"), *command[1:]]) == 4
         assert "the Gram of second.bias is not what was written" in capsys.readouterr().err
 
