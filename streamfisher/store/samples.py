@@ -44,7 +44,13 @@ class SampleStore:
         return [name for name in names if not (self.run.path / "fields" / node_name(name) / "zarr.json").is_file()]
 
     def fields(self) -> dict[str, np.ndarray]:
-        """Return `{name: (N,) float64}`: per-sample facts to select by: the data's own scalars, `loss`, `n_targets`."""
+        """Return `{name: (N,) float64}`: per-sample facts to select by: the data's own scalars, `loss`, `n_targets`.
+
+        Raises:
+            CorruptRunError: something of them is missing, or not what was written.
+        """
+        for name in self.missing_fields():
+            raise CorruptRunError(f"{self.run}: the field {name} is missing; the next `run` writes it again.")
         found = {name: self.per_sample(name).astype(np.float64) for name in ("loss", "n_targets")}
         for path in sorted((self.run.path / "fields").glob("*/zarr.json")):
             name, values = self.read_field(path.parent)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_runs
+import zarr
 from factored_models import convolution, images
 
 import streamfisher as sf
@@ -130,7 +131,13 @@ def eigenvectors(path):
     if not (path / "eigenvectors" / "global").is_dir():
         return []
     found = open_eigenvectors(path, "global")
-    return [found.eigenvalues, found.projections(), *(tensor.numpy() for tensor in found.tensors().values())]
+    coefficients = np.asarray(zarr.open_array(found.path / "coefficients", mode="r"))
+    return [
+        found.eigenvalues,
+        coefficients,
+        found.projections(),
+        *(tensor.numpy() for tensor in found.tensors().values()),
+    ]
 
 
 READERS = {reader.__name__: reader for reader in (memory, tiles, density, rows, samples, eigenvectors)}
@@ -142,9 +149,16 @@ def ask(reader, path):
         return READERS[reader](path)
     except StreamfisherError as error:
         return error
+    except ValueError as error:
+        if reader != "eigenvectors":  # the coefficients are read with zarr alone
+            raise
+        return CorruptRunError(str(error))
 
 
-def same(one, other):
+def same(one, other, *, rebuilt=False):
+    """Return whether two answers are the same, to the bit unless a Gram was built by tiles and rebuilt in one piece."""
+    if rebuilt:
+        return all(np.allclose(a, b, rtol=1e-12, atol=1e-12 * np.max(b)) for a, b in zip(one, other, strict=True))
     return len(one) == len(other) and all(
         np.array_equal(a, b, equal_nan=isinstance(a, np.ndarray) and a.dtype.kind == "f")
         for a, b in zip(one, other, strict=True)
@@ -206,6 +220,7 @@ def test_every_file_of_a_run_has_its_line(runs):
 
 def check(runs, answers, line, operations, tmp_path, asked=tuple(READERS)):
     readers, cases, of_grams = TABLE[line][1], 0, "gram" in line or "tiles" in line
+    is_array = all("/" in path and not path.endswith(".json") for path in TABLE[line][0])
     having = [name for name, whole in runs.items() if files_of(whole, line)]
     for name in having if of_grams else having[:1]:
         whole = runs[name]
@@ -219,16 +234,22 @@ def check(runs, answers, line, operations, tmp_path, asked=tuple(READERS)):
                     continue
                 cases += 1
                 what = f"{name}: {operation} {target} ({partner})"
-                assert named(run) == ("verify" in readers), what
+                if operation != "delete" or is_array:  # without its marker, a thing is unfinished and not damaged
+                    assert named(run) == ("verify" in readers), what
                 for reader in asked:
                     copied = tmp_path / "read.zarr"
                     shutil.rmtree(copied, ignore_errors=True)
                     shutil.copytree(run, copied)
                     answer = ask(reader, copied)
                     refused = isinstance(answer, StreamfisherError)
-                    assert refused or same(answer, answers[name, reader]), f"{what}: wrong {reader}"
-                    chunk = operation == "flip" and path.name != "zarr.json" and not str(target).startswith("done")
-                    if chunk and reader in readers:
+                    if reader == "rows" and not refused and "rows-UNIT" in line:  # NaN: the unit is unfinished
+                        answer = [
+                            np.where(np.isnan(part), undamaged, part)
+                            for part, undamaged in zip(answer, answers[name, reader], strict=True)
+                        ]
+                    rebuilt = name == "tiled" and not is_array and reader == "memory"
+                    assert refused or same(answer, answers[name, reader], rebuilt=rebuilt), f"{what}: wrong {reader}"
+                    if operation == "flip" and path.name != "zarr.json" and is_array and reader in readers:
                         assert isinstance(answer, CorruptRunError), f"{what}: {reader} did not notice"
     assert cases
 
@@ -278,8 +299,9 @@ def test_the_command_line_refuses_the_gram_of_another_parameter_on_both_paths(ru
     shutil.copytree(runs["whole"], tmp_path / "run.zarr")
     gram = tmp_path / "run.zarr" / "gram"
     shutil.copy(gram / "first.bias/c/0/0", gram / "second.bias/c/0/0")
-    in_parts = ["--memory-budget", "10kB"]
-    for command in (["spectrum"], ["spectrum", *in_parts], ["density", "--block", "global", *in_parts]):
+    blocks, in_parts = sf.open_run(runs["whole"]).block_grams().blocks, ["--memory-budget", "10kB"]
+    block = next(key for key, names in blocks.items() if "second.bias" in names)
+    for command in (["spectrum"], ["spectrum", *in_parts], ["density", "--block", block, *in_parts]):
         assert main([command[0], str(tmp_path / "run.zarr"), *command[1:]]) == 4
         assert "the Gram of second.bias is not what was written" in capsys.readouterr().err
 
