@@ -122,7 +122,7 @@ class Analyses:
         """Return what reads moments; drawn columns and unfinished runs have none, one from before is of other rows."""
         if isinstance(source, PartialGrams) or config.max_params_per_block is not None:
             return lambda name: None
-        return source.moment if isinstance(source, UnstoredGrams) else self.store.moments.read
+        return source.moment
 
     def _grams(self, config: SpectralConfig, *, progress: bool) -> GramStore | UnstoredGrams:
         """Return the Grams that `config` asks for, from the run, or for this answer only.

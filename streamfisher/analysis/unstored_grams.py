@@ -9,7 +9,7 @@ import numpy as np
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError
-from streamfisher.reduction.moment import moment_of
+from streamfisher.reduction.moment import stored_moment
 from streamfisher.reduction.stored_grams import build_unstored_grams
 from streamfisher.reduction.tiles import whole_bytes
 from streamfisher.runtime.memory import working_memory
@@ -70,11 +70,4 @@ class UnstoredGrams:
 
     def moment(self, key: str) -> Moment | None:
         """Return the second moment of a parameter that has fewer elements than there are samples, and its own Gram."""
-        store = self.store
-        if store.gram_members[key] != [key] or store.parameters[key] >= store.n_samples:
-            return None
-        stored = store.moments.read(key)
-        if stored is not None:
-            return stored
-        valid = store.samples.per_sample("valid") == 1
-        return moment_of(store.rows, key, store.parameters[key], valid)
+        return stored_moment(self.store, key, ())

@@ -12,7 +12,7 @@ from streamfisher.blocks.structures import assign_blocks, group_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CorruptRunError
 from streamfisher.reduction import gram as grams
-from streamfisher.reduction.moment import moment_of
+from streamfisher.reduction.moment import has_moment, moment_of, stored_moment
 from streamfisher.reduction.stored_tiles import StoredTiles
 from streamfisher.reduction.subsets import ColumnSubset, draw_columns
 from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles
@@ -93,7 +93,7 @@ def build_held_grams(
 
 @dataclass(frozen=True)
 class _HeldSink:
-    """Writes a finished Gram, the moment first: whatever belongs to a marker is there when it is written."""
+    """Writes a finished Gram and its moment; picklable for Dask workers."""
 
     store: RunStore
     settings: Mapping[str, Any]
@@ -101,17 +101,12 @@ class _HeldSink:
     valid: np.ndarray  # (N,) bool
 
     def __call__(self, finished: grams.ParameterGram) -> tuple[str, np.ndarray]:
-        key = finished.name
-        self.store.grams.write(key, finished.gram, finished.mean_products, self.settings)
-        runlog.event("gram", stage="grams", gram=key, samples=len(finished.gram))
+        key, moment = finished.name, None
         if has_moment(self.store, key):
-            self.store.moments.write(key, moment_of(self.source, key, self.store.parameters[key], self.valid))
+            moment = moment_of(self.source, key, self.store.parameters[key], self.valid)
+        self.store.grams.write(key, finished.gram, finished.mean_products, self.settings, moment)
+        runlog.event("gram", stage="grams", gram=key, samples=len(finished.gram))
         return key, finished.gram.diagonal().copy()
-
-
-def has_moment(store: RunStore, key: str) -> bool:
-    """Return whether a Gram is kept beside a second moment: of a single parameter, with fewer elements than samples."""
-    return store.gram_members[key] == [key] and store.parameters[key] < store.n_samples
 
 
 def build_unstored_grams(
@@ -148,8 +143,6 @@ def _build_tiles(
     built = build_tiled_grams(
         store.rows, config, sink, members, budget=budget, subsets=subsets, size=TILE, progress=progress
     )
-    for key in members:
-        keep_moment(store, key, subsampled)
     return {key: _relative_change(built[key]) if key in old else None for key in members}
 
 
@@ -198,9 +191,9 @@ class GramSink:
         name = finished.name
         check_norms(self.store, finished, self.subsampled)
         difference = self._difference(finished) if self.compare else None
-        self.store.grams.write(name, finished.gram, finished.mean_products, self.settings)
+        moment = stored_moment(self.store, name, self.subsampled)
+        self.store.grams.write(name, finished.gram, finished.mean_products, self.settings, moment)
         runlog.event("gram", stage="grams", gram=name, samples=len(finished.gram))
-        keep_moment(self.store, name, self.subsampled)
         return name, difference
 
     def _difference(self, finished: grams.ParameterGram) -> float | None:
@@ -246,10 +239,3 @@ def check_norms(store: RunStore, finished: grams.ParameterGram, subsampled: froz
             f"(samples {', '.join(map(str, wrong[:8]))}{' and more' if len(wrong) > 8 else ''}). "
             "`streamfisher verify` tells which chunks are affected."
         )
-
-
-def keep_moment(store: RunStore, key: str, subsampled: frozenset[str]) -> None:
-    """Write the second moment of a parameter that has fewer elements than there are samples, and a Gram of its own."""
-    if has_moment(store, key) and key not in subsampled:
-        valid = store.samples.per_sample("valid") == 1
-        store.moments.write(key, moment_of(store.rows, key, store.parameters[key], valid))

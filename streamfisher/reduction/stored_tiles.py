@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from streamfisher.errors import CorruptRunError
+from streamfisher.reduction.moment import stored_moment
 from streamfisher.reduction.tiles import FinishedTile, Tile
 from streamfisher.runtime.durable import read_json, write_json, write_marker
 from streamfisher.runtime.own_files import remove_tree
@@ -110,17 +111,15 @@ class StoredTiles:
         return change
 
     def finish(self, key: str, tiles: Sequence[Tile]) -> None:
-        """Mark the Gram as complete; for centered rows, write their products with the mean."""
+        """Write what is kept beside the Gram, and mark it as complete."""
+        products = None
         if self.store.centered:
             parts = [
                 read_json(self._folder(key) / f"{t.key}.json")["mean_products"] for t in tiles if t.row == t.column
             ]
-            self.store.grams.write_mean_products(
-                key, np.array([v for part in parts for v in part[:-1]] + [parts[0][-1]])
-            )
-        marker = {"settings": self.settings, "n_samples": self.store.n_samples, "tiles": self.size}
-        path = self.store.path / "done" / f"gram-{node_name(key)}.json"
-        write_marker(path, marker, fsync=self.store.fsync)
+            products = np.array([v for part in parts for v in part[:-1]] + [parts[0][-1]])
+        moment = stored_moment(self.store, key, self.subsampled)
+        self.store.grams.finish_tiles(key, self.size, products, self.settings, moment)
 
     def _folder(self, key: str) -> Path:
         return self.store.path / "done" / f"tiles-{node_name(key)}"

@@ -30,6 +30,7 @@ def block_spectrum(
     roundoff: float,
     top_k: int | None = None,
     n_samples: int | None = None,
+    size: float = 0.0,
 ) -> BlockSpectrum:
     """Solve one block.
 
@@ -43,6 +44,7 @@ def block_spectrum(
         roundoff: unit roundoff of the rows as they are held.
         top_k: list the largest `top_k` only; the trace stays that of all.
         n_samples: N, where `K` is the side of the parameters; `None`: it is the Gram.
+        size: trace before centering, where `K` is centered; see `eigen.solve`.
     """
     n = K.shape[0] if n_samples is None else n_samples
     count = min(n, n_params)
@@ -51,7 +53,7 @@ def block_spectrum(
     top = listed(count, top_k, config)
     found = solved_block(
         name,
-        _solve(name, K, top, count, top_k, config),
+        _solve(name, K, top, count, top_k, config, size),
         n_samples=n,
         n_params=n_params,
         top=top,
@@ -78,7 +80,7 @@ def listed(count: int, top_k: int | None, config: SpectralConfig) -> int:
 
 
 def _solve(
-    name: str, K: np.ndarray, top: int, count: int, top_k: int | None, config: SpectralConfig
+    name: str, K: np.ndarray, top: int, count: int, top_k: int | None, config: SpectralConfig, size: float
 ) -> eigen.Eigenvalues:
     """Solve for all eigenvalues, or for the `top` largest where that is asked for or pays."""
     few = top_k is not None and len(K) >= _ITERATIVE_SIZE and top * _ITERATIVE_SHARE <= len(K)
@@ -92,7 +94,11 @@ def _solve(
             warnings.warn(f"block {name}: {error} All eigenvalues are solved for instead.", stacklevel=4)
             failure = " (block-lanczos did not converge)"
     solved = eigen.solve(
-        K, dtype=config.dtype_eigensolve, device=config.eigensolve_device, regularization=config.regularization
+        K,
+        dtype=config.dtype_eigensolve,
+        device=config.eigensolve_device,
+        regularization=config.regularization,
+        size=size,
     )
     return dataclasses.replace(solved, solver=solved.solver + failure)
 

@@ -123,8 +123,10 @@ def solve_blocks(
     squared, dominance = 0.0, 0.0
     for key, names in group_blocks(problem.assignment).items():
         K = add(gram_of(name) for name in names)
+        size = 0.0
         if problem.center:
             raw_trace = float(np.trace(K))
+            size = raw_trace if selection is None else selection.scaled_trace(K)
             K = centered(K)
             centered_trace = float(np.trace(K))
             if centered_trace > 0:
@@ -142,6 +144,7 @@ def solve_blocks(
             roundoff=problem.precision.roundoff,
             top_k=problem.top_k,
             n_samples=None if smaller is None else len(K),
+            size=size,
         )
     assert whole is not None  # a run has at least one parameter
     whole_squared = float(np.vdot(whole, whole))

@@ -15,6 +15,7 @@ from itertools import combinations_with_replacement
 import numpy as np
 
 from streamfisher.errors import CorruptRunError
+from streamfisher.solving.centering import CENTERING_ROUNDING
 from streamfisher.solving.selection import Selection
 
 #: Rows and columns of one tile of a Gram that is too large for memory; a multiple of the chunks of stored Grams.
@@ -70,16 +71,19 @@ class TiledGram:
         self.dominance = 0.0  # n |mean|^2 over the trace of the covariance
         if center:
             p = weights / weights.sum()
-            trace, means = 0.0, np.zeros(self.n)
+            trace, largest, means = 0.0, 0.0, np.zeros(self.n)
             for rows, columns, K in self.tiles():
                 _multiply(K, rows, columns, p, means)
                 trace += float(np.trace(K)) if rows == columns else 0.0
+                largest = max(largest, float(K.diagonal().max())) if rows == columns else largest
             self.offsets = self.offsets - means
             self.constant += float(p @ means)
             removed = float(2 * means.sum() - self.n * (p @ means))
             self.dominance = self.n * removed / (trace - removed) if trace > removed else 0.0
+            if abs(trace - removed) <= self.n * CENTERING_ROUNDING * largest and self._is_rounding(largest):
+                self.dominance, weights = 0.0, np.zeros(self.n)
         factor = selection.factor
-        if factor != 1.0 or selection.weights is not None:
+        if factor != 1.0 or selection.weights is not None or not weights.any():
             self.scale = np.sqrt(weights * factor)
         self._sums: tuple[float, float] | None = None
 
@@ -97,6 +101,10 @@ class TiledGram:
                 if place + 1 < len(pairs):
                     coming = ahead.submit(self._tile, *pairs[place + 1])
                 yield left.places, right.places, K
+
+    def _is_rounding(self, largest: float) -> bool:
+        """Return whether nothing but rounding is left of the matrix, see `centering.without_rounding`."""
+        return all(float(np.abs(K).max()) <= CENTERING_ROUNDING * largest for _, _, K in self.tiles())
 
     def matvec(self, X: np.ndarray) -> np.ndarray:
         """Return K X, (n, b) float64: one pass over the stored tiles."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from streamfisher.errors import CorruptRunError, DataError, RunError, StreamfisherError, unreadable
 from streamfisher.runtime.durable import read_json
 from streamfisher.store.arrays import values_of
+from streamfisher.store.gram_tiles import gram_checksums
 from streamfisher.store.integrity import chunk_digest, require_inside
 from streamfisher.store.names import node_name
 from streamfisher.store.opening import open_array
@@ -184,7 +185,8 @@ def _opened(
 ) -> Eigenvectors:
     for name, checksum in zip(identity.get("gram_keys", identity["parameters"]), identity["grams"], strict=True):
         gram = run / "done" / f"gram-{node_name(name)}.json"
-        if not gram.is_file() or read_json(gram)["crc32c"] != checksum:
+        tiles = run / "done" / f"tiles-{node_name(name)}"
+        if not gram.is_file() or gram_checksums(read_json(gram), tiles) != checksum:
             raise RunError(
                 f"{run}: the Gram of {name} is not the one that the eigenvectors of {block} were made from; "
                 "`streamfisher eigenvectors --overwrite` makes them again."

@@ -71,7 +71,15 @@ class FactorSide:
             array = open_array(self.path, complete=True)
             if array.shape != self.shape:
                 raise CorruptRunError(f"{self.path} has the shape {array.shape} where {self.shape} was written.")
-            return values_of(array, np.s_[:, start:stop]) if len(self.shape) > 1 else values_of(array)
+            if len(self.shape) > 1:
+                return values_of(array, np.s_[:, start:stop])
+            ids = values_of(array)
+            if ids.min() < 0:  # no row would be theirs, as if the gradient were zero
+                raise CorruptRunError(
+                    f"{self.path} has no token ids in a chunk that is missing; `streamfisher verify` finds what is "
+                    "affected."
+                )
+            return ids
         except (ValueError, RuntimeError, OSError, KeyError) as error:
             if isinstance(error, CorruptRunError):
                 raise

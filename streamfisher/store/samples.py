@@ -9,6 +9,7 @@ import numpy as np
 
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError, unreadable
+from streamfisher.runtime.durable import read_json
 from streamfisher.store.arrays import CHUNK, values_of, write_array
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import check_layout, digest_of_values, require_inside
@@ -24,13 +25,32 @@ class SampleStore:
         self.run, self.markers = run, markers
 
     def write_fields(self, fields: Mapping[str, np.ndarray]) -> None:
-        """Write what the data says of every sample, (N,) float64 each, for selecting samples later."""
+        """Write what the data says of every sample, (N,) float64 each, for selecting samples later; then the marker."""
+        checksums = {name: digest_of_values(name, values) for name, values in fields.items()}
         for name, values in fields.items():
-            facts = {"field": name, "crc32c": digest_of_values(name, values)}
+            facts = {"field": name, "crc32c": checksums[name]}
             write_array(self.run.path, f"fields/{node_name(name)}", values, ("sample",), facts)
+        if fields:
+            self.run.mark("fields", {"crc32c": checksums})
+
+    def missing_fields(self) -> list[str]:
+        """Return the fields that the marker has and the run has not; older runs have no such marker.
+
+        Raises:
+            CorruptRunError: the marker is damaged.
+        """
+        marker = self.run.path / "done" / "fields.json"
+        names = read_json(marker).get("crc32c", {}) if marker.is_file() else {}
+        return [name for name in names if not (self.run.path / "fields" / node_name(name) / "zarr.json").is_file()]
 
     def fields(self) -> dict[str, np.ndarray]:
-        """Return `{name: (N,) float64}`: per-sample facts to select by: the data's own scalars, `loss`, `n_targets`."""
+        """Return `{name: (N,) float64}`: per-sample facts to select by: the data's own scalars, `loss`, `n_targets`.
+
+        Raises:
+            CorruptRunError: something of them is missing, or not what was written.
+        """
+        for name in self.missing_fields():
+            raise CorruptRunError(f"{self.run}: the field {name} is missing; the next `run` writes it again.")
         found = {name: self.per_sample(name).astype(np.float64) for name in ("loss", "n_targets")}
         for path in sorted((self.run.path / "fields").glob("*/zarr.json")):
             name, values = self.read_field(path.parent)

@@ -152,6 +152,7 @@ class FieldCheck:
 
     def __init__(self, run: StoredRun) -> None:
         self.run = run
+        self._wrong = False
         self._damaged: list[Path] = []
 
     def find(self) -> list[Problem]:
@@ -165,12 +166,20 @@ class FieldCheck:
             except CorruptRunError as error:
                 problems.append(Problem("field", folder.name, None, None, str(error)))
                 self._damaged.append(folder)
+        try:
+            missing = self.run.store.samples.missing_fields()
+            problems += [Problem("field", name, None, None, "missing; the next `run` writes it") for name in missing]
+        except CorruptRunError as error:
+            problems.append(Problem("field", None, None, None, str(error)))
+        self._wrong = bool(problems)
         return problems
 
     def repair(self) -> None:
-        """Remove them; the next `run` writes them from the data."""
+        """Remove them, and the marker; the next `run` writes them from the data."""
         for folder in self._damaged:
             remove_tree(self.run.path, folder)
+        if self._wrong:
+            (self.run.path / "done" / "fields.json").unlink(missing_ok=True)
 
 
 class EigenvectorCheck:
@@ -224,6 +233,8 @@ def _wrong_eigenvectors(marks: Path, folder: Path) -> str | None:
         for marker in marks.glob("*.json"):
             if marker.stem != "identity" and read_json(marker).get("marker", marker.stem) != marker.stem:
                 return f"{marker} is another marker."
+        if finished and "orthonormality_error" not in finished:
+            return f"{marks / 'finished.json'} is another marker."
         if "parameters" not in identity or "marker" in identity:
             return f"{marks / 'identity.json'} is another marker."
         names = ["solved", *(f"parameter-{node_name(name)}" for name in identity["parameters"])] if finished else []
