@@ -186,6 +186,8 @@ def _solve(rows: MemoryRows, config: SpectralConfig, facts: Mapping[str, Any]) -
         center=config.center_gradients,
         precision=RowPrecision(computed, float(torch.finfo(computed).eps) / 2),
         metadata={**facts, "n_samples": rows.n_samples, "block_structure": config.block_structure},
+        single=[name for name, size in rows.parameters.items() if size >= grams.WIDE],
+        layers=assign_blocks(rows.parameters, "layer"),
     )
     return solve_blocks(by_name.__getitem__, problem)
 

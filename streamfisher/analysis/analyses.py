@@ -15,10 +15,11 @@ from streamfisher.analysis.eigenvectors import compute_eigenvectors
 from streamfisher.analysis.growth import grow
 from streamfisher.analysis.partial_run import PartialGrams
 from streamfisher.analysis.projection_errors import with_error_bars
-from streamfisher.blocks.gram_keys import check_grouping
+from streamfisher.blocks.gram_keys import check_grouping, layers_of
 from streamfisher.blocks.structures import assign_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import RunError
+from streamfisher.reduction.product_dtypes import float32_grams
 from streamfisher.results.analyses import Alignment, Growth, Scale, SpectralDensity
 from streamfisher.results.spectrum import Spectrum
 from streamfisher.solving.selection import Normalization, SampleChoice, select
@@ -102,6 +103,8 @@ class Analyses:
             config=config,
             precision=RowPrecision(self.store.row_dtype, self.store.rows.unit_roundoff),
             metadata=metadata,
+            single=float32_grams(self.store, config, as_rows=unfinished is not None),
+            layers=layers_of(keys),
             tile_of=self.store.grams.tile if unfinished is None else None,
             mean_products_of=(lambda name: None) if center else self.store.grams.mean_products,
             # Drawn columns and unfinished runs have none; a moment left from before would be of other rows.

@@ -39,7 +39,7 @@ class BlockSpectrum:
     name: str
     eigenvalues: np.ndarray  # (r,) float64, descending; r = min(N, P) unless `truncated`
     trace: float  # sum of all eigenvalues, exact also when truncated
-    noise_floor: float  # eigenvalues below it are rounding, see docs/concepts.md; the largest block's for a union
+    noise_floor: float  # eigenvalues below it are rounding, see docs/concepts.md; the highest block's for a union
     above_floor: np.ndarray  # (r,) bool, which eigenvalues are above the noise floor of their own block
     n_samples: int
     n_params: int
@@ -55,35 +55,45 @@ class BlockSpectrum:
     )
     solved_side: str = "samples"  # of the N x N matrix; 'parameters': of the P x P one
     error_bars: dict[str, float | None] | None = None  # metric -> relative error of a projected run; None: exact
+    floor_source: str = "unknown"  # what rounds the most, or 'eps' where that raised the floor
+    error: float = 0.0  # absolute error of an eigenvalue by products, solver and stored rows, see `noise.Floor`
+    row_scale: float = 0.0  # what the rows hold beside lambda_1 that rounding is relative to: their mean, their layer
+    block_errors: np.ndarray | None = None  # (r,) float64, of a union: `relative_errors` of the blocks
 
     @property
     def relative_errors(self) -> np.ndarray:
         """Return an estimate of each eigenvalue's relative error, (r,) float64; infinite below the noise floor.
 
         Forward and backward passes leave a relative error of some u in every row and move a singular value by some
-        `u sigma_1` (Weyl); products move an eigenvalue by about `eps(product) lambda_1`:
+        `u sigma_1` (Weyl) of the rows as they were, their mean and the rest of their layer included; products and the
+        rounding of stored rows move an eigenvalue by about `eps(product) lambda_1 + u^2 trace / N`:
 
-            u (192 + 32 sqrt(lambda_1 / lambda_k)) + floor / (N lambda_k)
+            u (192 + 32 sqrt((lambda_1 + row_scale) / lambda_k)) + error / lambda_k
 
-        and an iterative solver by no more than its residual, which is added.
+        and an iterative solver by no more than its residual, which is added. In a union each eigenvalue has the error
+        that it has in its block.
 
         The two factors are what small float32 models showed (`tests/benchmarks/precision.py`), with room. What a
         bfloat16 or float16 model rounds before a row is formed is not counted.
         """
+        if self.block_errors is not None:
+            return self.block_errors
         errors = np.full(len(self.eigenvalues), np.inf)
         values = self.eigenvalues[self.above_floor]
         if len(values):
-            rows = self.roundoff * (_ROW_ERROR + _AMPLIFICATION * np.sqrt(self.eigenvalues[0] / values))
-            errors[self.above_floor] = rows + self.noise_floor / (self.n_samples * values)
+            scale = self.eigenvalues[0] + self.row_scale
+            rows = self.roundoff * (_ROW_ERROR + _AMPLIFICATION * np.sqrt(scale / values))
+            errors[self.above_floor] = rows + self.error / values
             if self.residuals is not None:
                 errors[self.above_floor] += self.residuals[self.above_floor] / values
         return errors
 
-    def with_floor(self, floor: float) -> BlockSpectrum:
+    def with_floor(self, floor: float, source: str) -> BlockSpectrum:
         """Return the block with its noise floor raised to `floor`, where it was lower."""
         if floor <= self.noise_floor:
             return self
-        return dataclasses.replace(self, noise_floor=floor, above_floor=self.eigenvalues > floor)
+        above = self.eigenvalues > floor
+        return dataclasses.replace(self, noise_floor=floor, floor_source=source, above_floor=above)
 
     @property
     def metrics(self) -> dict[str, Any]:
@@ -94,6 +104,7 @@ class BlockSpectrum:
         - `condition_number`: lambda_1 over the smallest eigenvalue above the noise floor; `null` where none is;
         - `effective_rank`: exp(H(p)), p the eigenvalues above the floor over their sum (Roy and Vetterli, 2007);
         - `numerical_rank`: how many eigenvalues lie above the noise floor;
+        - `noise_floor`, `noise_floor_source`: the floor, and which rounding it is, or `eps` where that raised it;
         - `trace`: the sum of all eigenvalues, that is, the mean squared gradient norm;
         - `top_eigenvalues`: the largest ones, descending;
         - stable rank, participation ratio, cumulative variance and power law: see `metrics.shape_metrics`.
@@ -113,6 +124,7 @@ class BlockSpectrum:
             "effective_rank": effective_rank(significant) if not self.truncated else None,
             "numerical_rank": len(significant) if not self.truncated else None,
             "noise_floor": self.noise_floor,
+            "noise_floor_source": self.floor_source,
             "top_eigenvalues": [float(value) for value in values[: self.top_k]],
             "trace": self.trace,
             **shape_metrics(
