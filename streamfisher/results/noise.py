@@ -95,7 +95,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def backward_noise(computed: torch.dtype, reach: float, whole: float) -> float:
-    """Return the eigenvalue that rounding in the backward pass can make up: u^2 times the trace of what reaches a block.
+    """Return the eigenvalue that rounding in the backward pass can make up: u^2 times the trace of what reaches there.
 
     Some gradients are zero in exact arithmetic and rounding in practice (a bias added to every key of an attention
     layer, which the softmax cancels). Their spectrum has a shape like any other; only its size tells, against that of

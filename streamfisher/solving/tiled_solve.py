@@ -80,6 +80,4 @@ def solve_tiled(operator_of: Callable[[Sequence[str]], TiledGram], problem: Eige
             raw=problem.raw_scale(names, traces),
         )
     whole = K if len(groups) == 1 and any(problem.parameters.values()) else operator_of(list(problem.assignment))
-    return problem.combined(
-        blocks, traces, squared=squared, whole_squared=whole.squared_norm, dominance=dominance
-    )
+    return problem.combined(blocks, traces, squared=squared, whole_squared=whole.squared_norm, dominance=dominance)
