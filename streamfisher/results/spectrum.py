@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from streamfisher.results.bootstrap import Bootstrap
-from streamfisher.results.metrics import effective_rank, shape_metrics
+from streamfisher.results.metrics import effective_rank, json_values, shape_metrics
 from streamfisher.results.notebook import spectrum_html
 from streamfisher.runtime.durable import replacing
 
@@ -59,6 +59,7 @@ class BlockSpectrum:
     error: float = 0.0  # absolute error of an eigenvalue by products, solver and stored rows, see `noise.Floor`
     row_scale: float = 0.0  # what the rows hold beside lambda_1 that rounding is relative to: their mean, their layer
     block_errors: np.ndarray | None = None  # (r,) float64, of a union: `relative_errors` of the blocks
+    no_gradient: bool = False  # every gradient of its parameters is exactly zero
 
     @property
     def relative_errors(self) -> np.ndarray:
@@ -97,12 +98,13 @@ class BlockSpectrum:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Return the block's metrics as plain JSON values.
+        """Return the block's metrics as plain values; JSON files have `null` for what is infinite.
 
         - `largest_eigenvalue`, `second_eigenvalue`: lambda_1, lambda_2 (0 where there is no second);
         - `spectral_gap`: lambda_1 - lambda_2;
-        - `condition_number`: lambda_1 over the smallest eigenvalue above the noise floor; `null` where none is;
-        - `effective_rank`: exp(H(p)), p the eigenvalues above the floor over their sum (Roy and Vetterli, 2007);
+        - `condition_number`: lambda_1 over the smallest eigenvalue above the noise floor; infinite where none is;
+        - `effective_rank`: exp(H(p)), p the eigenvalues above the floor over their sum (Roy and Vetterli, 2007); 1, of
+          no entropy, where none is, and `reason` says so;
         - `numerical_rank`: how many eigenvalues lie above the noise floor;
         - `noise_floor`, `noise_floor_source`: the floor, and which rounding it is, or `eps` where that raised it;
         - `trace`: the sum of all eigenvalues, that is, the mean squared gradient norm;
@@ -113,6 +115,7 @@ class BlockSpectrum:
         significant = values[self.above_floor]
         second = float(values[1]) if len(values) > 1 else 0.0
         largest = float(values[0]) if len(values) else 0.0
+        reason = self.reason or (None if len(significant) else "no eigenvalue lies above the noise floor")
         return {
             "n_samples": self.n_samples,
             "n_params": self.n_params,
@@ -120,8 +123,8 @@ class BlockSpectrum:
             "largest_eigenvalue": largest,
             "second_eigenvalue": second,
             "spectral_gap": largest - second,
-            "condition_number": largest / float(significant[-1]) if len(significant) and not self.truncated else None,
-            "effective_rank": effective_rank(significant) if not self.truncated else None,
+            "condition_number": None if self.truncated else self._condition_number,
+            "effective_rank": None if self.truncated else effective_rank(significant) or 1.0,
             "numerical_rank": len(significant) if not self.truncated else None,
             "noise_floor": self.noise_floor,
             "noise_floor_source": self.floor_source,
@@ -139,8 +142,13 @@ class BlockSpectrum:
             "jitter": self.jitter,
             "solved_side": self.solved_side,
             **({"largest_residual": float(self.residuals.max())} if self.residuals is not None else {}),
-            **({"reason": self.reason} if self.reason else {}),
+            **({"reason": reason} if reason else {}),
         }
+
+    @property
+    def _condition_number(self) -> float:
+        significant = self.eigenvalues[self.above_floor]
+        return float(self.eigenvalues[0]) / float(significant[-1]) if len(significant) else math.inf
 
 
 @dataclass(frozen=True)
@@ -152,14 +160,25 @@ class Spectrum:
     metadata: dict[str, Any] = field(default_factory=dict)
     bootstrap: Bootstrap | None = None  # intervals of the metrics, where they were asked for
 
+    @property
+    def reached(self) -> dict[str, BlockSpectrum]:
+        """Return the blocks that a gradient reached, of which tables and files tell; all, where none was reached.
+
+        The others' parameters are named in the metadata, as `parameters_without_gradient`.
+        """
+        return {key: block for key, block in self.blocks.items() if not block.no_gradient} or dict(self.blocks)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return `{'global', 'per_block', 'metadata'}` as plain JSON values, with every eigenvalue."""
+        """Return `{'global', 'per_block', 'metadata'}` as plain values, with every eigenvalue.
+
+        A condition number may be infinite; `to_json` writes `null` for it.
+        """
         whole = _with_eigenvalues(self.global_)
         whole["n_total_eigenvalues"] = whole["n_eigenvalues"]
         whole["total_params"] = whole["n_params"]
         largest = whole["largest_eigenvalue"]
-        whole["gd_convergence_scale"] = 1.0 / largest if largest > 0 and math.isfinite(1.0 / largest) else None
-        per_block = {name: _with_eigenvalues(block) for name, block in self.blocks.items()}
+        whole["gd_convergence_scale"] = 1.0 / largest if largest > 0 else math.inf
+        per_block = {name: _with_eigenvalues(block) for name, block in self.reached.items()}
         metadata = self.metadata
         if self.bootstrap is not None:
             whole["intervals"] = self.bootstrap.global_.to_dict()
@@ -199,5 +218,5 @@ def write_spectra(spectra: Iterable[Spectrum], path: str | Path) -> Path:
     content = contents[0] if len(contents) == 1 else {"spectra": contents}
     path = Path(path)
     with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(json_values(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections import defaultdict
@@ -22,6 +23,8 @@ from streamfisher.solving.blocksolver import block_spectrum
 from streamfisher.solving.combine import MEAN_DOMINANCE_LIMIT, block_diagonal_error, combine
 from streamfisher.solving.selection import Selection
 from streamfisher.version import versions
+
+_NONE = "no gradient reached its parameters"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Eigenproblem:
 
     def combined(
         self,
-        blocks: Mapping[str, BlockSpectrum],
+        blocks: dict[str, BlockSpectrum],
         traces: Mapping[str, float],
         *,
         squared: float,
@@ -99,6 +102,7 @@ class Eigenproblem:
                 "Collect with store_centered=True and float32 or float64 rows for an accurate tail.",
                 stacklevel=4,
             )
+        unreached = [name for name, trace in traces.items() if trace == 0.0 and self.parameters[name]]
         normalization = NORMALIZATION[self.center] if self.selection is None else self.selection.formula(self.center)
         facts = {
             **self.metadata,
@@ -110,9 +114,13 @@ class Eigenproblem:
             "dtype_eigensolve": dtype_name(self.config.dtype_eigensolve),
             "solver": self.config.solver,
             "parameter_subsampling": self.config.max_params_per_block,
+            **({"parameters_without_gradient": unreached} if unreached else {}),
             "analysed_with": versions(),
         }
-        whole = sum(traces.values())
+        whole, zero = sum(traces.values()), set(unreached)
+        for key, names in group_blocks(self.assignment).items():
+            if set(names) <= zero:
+                blocks[key] = dataclasses.replace(blocks[key], no_gradient=True, reason=blocks[key].reason or _NONE)
         computed, top_k = self.precision.computed, self.config.top_k_eigenvalues
         return combine(blocks, self._reach(traces), whole, computed, facts, top_k)
 
