@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args, overload
 
+import numpy as np
 import torch
 
 from streamfisher.byte_sizes import parse_bytes
@@ -75,6 +77,7 @@ def whole(least: int, *, optional: bool = False) -> Check:
     def check(field: str, value: Any) -> Any:
         if optional and value is None:
             return None
+        value = int(value) if isinstance(value, np.integer) else value
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{field}={show(value)} must be a whole number of at least {least}.")
         return value
@@ -84,9 +87,9 @@ def whole(least: int, *, optional: bool = False) -> Check:
 
 def yes_or_no(field: str, value: Any) -> bool:
     """Check a truth value."""
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         raise ConfigError(f"{field}={show(value)} must be true or false.")
-    return value
+    return bool(value)
 
 
 def dtype(*allowed: torch.dtype, optional: bool = False) -> Check:
@@ -150,6 +153,14 @@ def device(field: str, value: Any) -> str:
     if not isinstance(value, str | torch.device) or not str(value):
         raise ConfigError(f"{field}={value!r} is no device; write auto, cpu, cuda or cuda:1.")
     return str(value)
+
+
+def solver_device(field: str, value: Any) -> str:
+    """Check the name of a device that eigenvalues are solved on."""
+    name = str(value) if isinstance(value, str | torch.device) else ""
+    if not re.fullmatch(r"auto|cpu|(cuda|mps)(:[0-9]+)?", name):
+        raise ConfigError(f"{field}={value!r} is unknown; choose one of auto, cpu, cuda, cuda:1, mps.")
+    return name
 
 
 @overload

@@ -21,6 +21,7 @@ from streamfisher.config.option import (
     option,
     patterns,
     size,
+    solver_device,
     whole,
     yes_or_no,
 )
@@ -311,7 +312,12 @@ class SolvingOptions:
         choice(Solver),
         group="spectrum",
     )
-    eigensolve_device: Device = option("auto", "auto (default), cpu, cuda", choice(Device), group="spectrum")
+    eigensolve_device: str = option(
+        "auto",
+        "auto (default), cpu, cuda, cuda:1; mps, which has no such solver, is cpu",
+        solver_device,
+        group="spectrum",
+    )
     dtype_eigensolve: torch.dtype = option(torch.float64, "of the eigensolver", dtype(torch.float32, torch.float64))
     top_k_eigenvalues: int = option(100, "how many eigenvalues the metrics list", whole(1))
     regularization: float = option(1e-8, "jitter, relative to the mean eigenvalue; only if the solver fails", number)

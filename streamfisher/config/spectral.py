@@ -119,6 +119,16 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def _refuse_assignment(self: SpectralConfig, name: str, value: Any) -> None:
+    """Say how to get what an assignment was to give; configs are frozen, so that a run's is what it was made with."""
+    check_keys({name: value}, [item.name for item in dataclasses.fields(self)], "option")
+    raise dataclasses.FrozenInstanceError(
+        f"a config does not change: write config = config.replace({name}={value!r}), which gives a checked copy."
+    )
+
+
+SpectralConfig.__setattr__ = _refuse_assignment  # type: ignore[method-assign]  # in place of the dataclass's own
+
 #: Fields that decide the bits of stored gradients and Grams.
 IDENTITY_FIELDS = tuple(item.name for item in dataclasses.fields(SpectralConfig) if option_of(item).identity)
 

@@ -101,6 +101,7 @@ class BlockSpectrum:
         """Return the block's metrics as plain values; JSON files have `null` for what is infinite.
 
         - `largest_eigenvalue`, `second_eigenvalue`: lambda_1, lambda_2 (0 where there is no second);
+        - `smallest_eigenvalue`: the smallest above the noise floor, 0 where none is;
         - `spectral_gap`: lambda_1 - lambda_2;
         - `condition_number`: lambda_1 over the smallest eigenvalue above the noise floor; infinite where none is;
         - `effective_rank`: exp(H(p)), p the eigenvalues above the floor over their sum (Roy and Vetterli, 2007); 1, of
@@ -117,13 +118,15 @@ class BlockSpectrum:
         largest = float(values[0]) if len(values) else 0.0
         reason = self.reason or (None if len(significant) else "no eigenvalue lies above the noise floor")
         return {
+            "block_name": self.name,
             "n_samples": self.n_samples,
             "n_params": self.n_params,
             "n_eigenvalues": len(values),
             "largest_eigenvalue": largest,
             "second_eigenvalue": second,
+            "smallest_eigenvalue": self._smallest,
             "spectral_gap": largest - second,
-            "condition_number": None if self.truncated else self._condition_number,
+            "condition_number": self._condition_number,
             "effective_rank": None if self.truncated else effective_rank(significant) or 1.0,
             "numerical_rank": len(significant) if not self.truncated else None,
             "noise_floor": self.noise_floor,
@@ -146,9 +149,14 @@ class BlockSpectrum:
         }
 
     @property
-    def _condition_number(self) -> float:
+    def _smallest(self) -> float | None:
         significant = self.eigenvalues[self.above_floor]
-        return float(self.eigenvalues[0]) / float(significant[-1]) if len(significant) else math.inf
+        return None if self.truncated else float(significant[-1]) if len(significant) else 0.0
+
+    @property
+    def _condition_number(self) -> float | None:
+        smallest = self._smallest
+        return float(self.eigenvalues[0]) / smallest if smallest else None if self.truncated else math.inf
 
 
 @dataclass(frozen=True)
