@@ -301,7 +301,7 @@ class SolvingOptions:
     center_gradients: bool = option(False, "the covariance of gradients instead of the Fisher", yes_or_no)
     eps: float | None = option(
         None,
-        "noise floor over the largest eigenvalue (default: derived from the dtypes)",
+        "raise the noise floor to so much of the largest eigenvalue (default: what rounding leaves)",
         number,
         group="spectrum",
         type=float,

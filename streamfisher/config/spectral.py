@@ -127,7 +127,7 @@ def _refuse_assignment(self: SpectralConfig, name: str, value: Any) -> None:
     )
 
 
-SpectralConfig.__setattr__ = _refuse_assignment  # type: ignore[method-assign]  # in place of the dataclass's own
+SpectralConfig.__setattr__ = _refuse_assignment  # type: ignore[assignment, method-assign]  # in place of the dataclass's own
 
 #: Fields that decide the bits of stored gradients and Grams.
 IDENTITY_FIELDS = tuple(item.name for item in dataclasses.fields(SpectralConfig) if option_of(item).identity)
