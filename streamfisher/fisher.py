@@ -188,15 +188,17 @@ def _holders(gradients: Sequence[Mapping[str, Tensor]], blocks: Mapping[str, Seq
         DataError: a sample has part of a block, or fewer than 2 have one.
     """
     holders: dict[str, list[int]] = {key: [] for key in blocks}
-    for index, sample in enumerate(gradients):
-        for key, members in blocks.items():
-            lacking = [name for name in members if name not in sample]
-            if not lacking:
-                holders[key].append(index)
-            elif len(lacking) < len(members):
+    for key, members in blocks.items():
+        for index, sample in enumerate(gradients):
+            held = {name for name in members if name in sample}
+            if not held:
+                continue
+            holders[key].append(index)
+            first = holders[key][0]
+            if different := sorted(held ^ {name for name in members if name in gradients[first]}):
                 raise DataError(
-                    f"gradient {index} has only part of the block {key}, without {', '.join(lacking[:5])}; give all "
-                    "parameters of a block, or none."
+                    f"gradient {index} has other parameters of the block {key} than gradient {first}: "
+                    f"{', '.join(different[:5])}. A sample has all parameters of a block, or none."
                 )
     for key, numbers in holders.items():
         if len(numbers) < 2:

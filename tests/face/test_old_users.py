@@ -215,7 +215,9 @@ def test_samples_may_lack_whole_blocks():
 
 def test_part_of_a_block_or_a_block_of_one_sample_is_refused():
     w = torch.ones(3)
-    with pytest.raises(DataError, match=r"gradient 1 has only part of the block layer_0, without layers.0.b"):
+    with pytest.raises(
+        DataError, match=r"gradient 1 has other parameters of the block layer_0 than gradient 0: layers.0.b"
+    ):
         of_gradients([{"layers.0.w": w, "layers.0.b": w}, {"layers.0.w": w}])
     with pytest.raises(DataError, match=r"1 of 3 gradients have the block layer_1"):
         of_gradients([{"layers.0.w": w}] * 2 + [{"layers.0.w": w, "layers.1.w": w}])
