@@ -17,11 +17,12 @@ from streamfisher.analysis.growth import grow
 from streamfisher.analysis.partial_run import PartialGrams
 from streamfisher.analysis.projection_errors import with_error_bars
 from streamfisher.analysis.unstored_grams import UnstoredGrams
-from streamfisher.blocks.gram_keys import check_grouping
+from streamfisher.blocks.gram_keys import check_grouping, layers_of
 from streamfisher.blocks.structures import assign_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import RunError
 from streamfisher.reduction.gram import gram_settings
+from streamfisher.reduction.product_dtypes import float32_grams
 from streamfisher.results.analyses import Alignment, Growth, Scale, SpectralDensity
 from streamfisher.results.spectrum import Spectrum
 from streamfisher.solving.selection import Normalization, SampleChoice, select
@@ -109,6 +110,8 @@ class Analyses:
             config=config,
             precision=RowPrecision(self.store.row_dtype, self.store.rows.unit_roundoff),
             metadata=metadata,
+            single=float32_grams(self.store, config, as_rows=unfinished is not None),
+            layers=layers_of(keys),
             tile_of=None if isinstance(source, PartialGrams) else source.tile,
             mean_products_of=(lambda name: None)
             if center or isinstance(source, PartialGrams)

@@ -54,12 +54,13 @@ def analyse(
 
     from streamfisher.reports.figures import picture
     from streamfisher.reports.text import table
+    from streamfisher.results.metrics import json_values
     from streamfisher.results.spectrum import write_spectra
 
     spectra = spectra_of(run, options, arguments, chosen)
     if arguments.json:
         contents = [spectrum.to_dict() for spectrum in spectra]
-        print(json.dumps(contents[0] if len(contents) == 1 else {"spectra": contents}))
+        print_json(json_values(contents[0] if len(contents) == 1 else {"spectra": contents}))
     else:
         print("\n" + "\n\n".join(table(spectrum) for spectrum in spectra) + "\n")
     target = Path(out) if out else (run.path / "spectrum.json" if write else None)

@@ -85,8 +85,10 @@ def model_producer(model: nn.Module, data: RunData, config: SpectralConfig) -> M
         shapes = {name: info.shape for name, info in engine.parameters.items()}
         engine.projection = Projection(config.project, config.seed, shapes)
 
+    skip = config.on_nonfinite == "skip"
+
     def first() -> dict[str, Tensor]:
-        return to_model(probe_batch(data, model, engine.tensors.values()), model)
+        return to_model(probe_batch(data, model, engine.tensors.values(), skip_nonfinite=skip), model)
 
     return ModelProducer(engine, first)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from streamfisher.byte_sizes import parse_bytes
@@ -34,6 +36,7 @@ def whole(least: int) -> Kind:
     """Return the kind of whole numbers from `least`."""
 
     def check(name: str, value: Any) -> int:
+        value = int(value) if isinstance(value, np.integer) else value
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={_show(value)} must be a whole number of at least {least}.")
         return value
@@ -82,9 +85,9 @@ def _number(name: str, value: Any) -> float:
 
 
 def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | np.bool_):
         raise ConfigError(f"{name}={_show(value)} must be true or false.")
-    return value
+    return bool(value)
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
@@ -113,6 +116,13 @@ def _device(name: str, value: Any) -> str:
     return str(value)
 
 
+def _solver_device(name: str, value: Any) -> str:
+    device = str(value) if isinstance(value, str | torch.device) else ""
+    if not re.fullmatch(r"auto|cpu|(cuda|mps)(:[0-9]+)?", device):
+        raise ConfigError(f"{name}={_show(value)} is unknown; choose one of auto, cpu, cuda, cuda:1, mps.")
+    return device
+
+
 def _show(value: Any) -> str:
     return dtype_name(value) if isinstance(value, torch.dtype) else repr(value)
 
@@ -123,5 +133,6 @@ PATTERNS = Kind(_patterns, nargs="+")
 KEPT = Kind(_kept, nargs="+")
 FOLDER = Kind(_folder)
 DEVICE = Kind(_device)
+SOLVER_DEVICE = Kind(_solver_device)
 DTYPE = Kind(lambda name, value: parse_dtype(value, name))
 SIZE = Kind(lambda name, value: parse_bytes(value, name))

@@ -7,9 +7,8 @@ from typing import Literal, get_args
 
 import torch
 
-from streamfisher.config.kinds import FLAG, NUMBER, dtype_among, one_of, optional, whole
+from streamfisher.config.kinds import FLAG, NUMBER, SOLVER_DEVICE, dtype_among, one_of, optional, whole
 from streamfisher.config.option import Section, documented, option
-from streamfisher.config.reduction import Processor
 from streamfisher.errors import ConfigError
 
 Solver = Literal["auto", "dense", "iterative"]
@@ -29,9 +28,9 @@ class SolvingOptions(Section):
     eps: float | None = option(
         None,
         optional(NUMBER),
-        "noise floor, relative to the largest eigenvalue",
+        "raise the noise floor to so much of the largest eigenvalue",
         group="spectrum",
-        unset="derived from the dtypes",
+        unset="what rounding leaves",
     )
     solver: Solver = option(
         "auto",
@@ -49,8 +48,11 @@ class SolvingOptions(Section):
     dtype_eigensolve: torch.dtype = option(
         torch.float64, dtype_among(torch.float32, torch.float64), "of the eigensolve, float32 or float64"
     )
-    eigensolve_device: Processor = option(
-        "auto", one_of(*get_args(Processor)), "where it is solved: auto, cpu, cuda", group="spectrum"
+    eigensolve_device: str = option(
+        "auto",
+        SOLVER_DEVICE,
+        "where it is solved: auto, cpu, cuda, cuda:1; mps, which has no such solver, is cpu",
+        group="spectrum",
     )
 
     def check(self) -> None:

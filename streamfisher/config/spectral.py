@@ -164,3 +164,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return dtype_name(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+def _refuse_assignment(self: SpectralConfig, name: str, value: Any) -> None:
+    """Say how to get what an assignment was to give; configs are frozen, so that a run's is what it was made with."""
+    check_keys({name: value}, SpectralConfig.names(), "option")
+    raise dataclasses.FrozenInstanceError(
+        f"a config does not change: write config = config.replace({name}={value!r}), which gives a checked copy."
+    )
+
+
+SpectralConfig.__setattr__ = _refuse_assignment  # type: ignore[assignment, method-assign]  # in place of the dataclass's own

@@ -6,6 +6,7 @@ because a mean scales each gradient by its sequence length and the Fisher is def
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -181,6 +182,12 @@ def resolve_loss(
             raise LossError(f"loss={loss!r} is unknown; choose one of {', '.join(get_args(LossName))} or a callable.")
         return PerSampleLoss(loss, REDUCTIONS[loss], "named by the user", labels_to_model=seq2seq and loss == "token")
     name, reason = _choose(model, batch, seq2seq)
+    if name == "causal" and _moved_by_one(batch):
+        warnings.warn(
+            "the labels are the inputs moved by one, so that they are aligned with the logits already, and the loss "
+            f"'causal' ({reason}) moves them once more. Give loss='token' (--loss token) if that is not meant.",
+            stacklevel=2,
+        )
     return PerSampleLoss(name, REDUCTIONS[name], reason, labels_to_model=seq2seq and name == "token")
 
 
@@ -239,6 +246,19 @@ def _choose(model: nn.Module, batch: Mapping[str, Any], seq2seq: bool) -> tuple[
         if bool(same.all()):
             return _shifted()
     return "token", "labels differ from the inputs: aligned with the logits"
+
+
+def _moved_by_one(batch: Mapping[str, Any]) -> bool:
+    """Return whether every label is the next position's input: `labels[t] = input_ids[t + 1]`."""
+    inputs, labels = batch.get("input_ids"), batch.get("labels")
+    if inputs is None or labels is None or inputs.shape != labels.shape or inputs.dim() != 2:
+        return False
+    now, following, own = labels[:, :-1], inputs[:, 1:], inputs[:, :-1]
+    counts = now != IGNORED_LABEL
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.shape == labels.shape:
+        counts = counts & (mask[:, 1:] != 0)
+    return bool(counts.any() and (now == following)[counts].all() and not (now == own)[counts].all())
 
 
 def _shifted() -> tuple[str, str]:

@@ -51,6 +51,7 @@ class GrownGram:
 
     known: int  # so many rows, whose products with each other it holds
     read: Callable[[str], np.ndarray]  # parameter -> (at least known, at least known) float64
+    single: bool = True  # float32 products are in it
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class ParameterGram:
     name: str  # the parameter's, or the group's key
     gram: np.ndarray  # (N, N) float64, exactly symmetric
     mean_products: np.ndarray | None  # (N + 1,): rows times the mean, and its square; only for centered rows
+    single: bool  # float32 products are in it; else all were formed in float64
 
 
 def gram_settings(config: SpectralConfig) -> dict[str, Any]:
@@ -148,7 +150,8 @@ def build_grams(
             n_folds += len(folds)
             for fold in folds:
                 total = fold if total is None else dask.delayed(_add, pure=False)(total, fold)
-        tasks.append(dask.delayed(_finish, pure=False)(key, total, grown.get(key), sink))
+        single = any(_in_float32(rows, name, config, as_factors=name in factored) for name in members)
+        tasks.append(dask.delayed(_finish, pure=False)(key, total, grown.get(key), single, sink))
     if client is not None:
         return compute_on(client, tasks, progress)
     with tqdm(total=n_folds, desc="Gram", unit="fold", disable=not progress) as bar:
@@ -220,6 +223,14 @@ def _product_dtype(rows: Any, name: str, dtype_gram: torch.dtype) -> np.dtype:
     return dtype_of_products(rows.parameters[name], dtype_gram, getattr(rows, "numpy_row_dtype", None))
 
 
+def _in_float32(rows: GradientSource, name: str, config: SpectralConfig, *, as_factors: bool) -> bool:
+    """Return whether products of a parameter are formed in float32; those of its factors are only where rows are."""
+    if _product_dtype(rows, name, config.dtype_gram) == np.float64:
+        return False
+    shape = matrix_shape(rows.shape(name)) if as_factors else (0, 0)
+    return not as_factors or choose_kernel(rows.segments(name), shape, rows.n_samples, single=True) == "slabs"
+
+
 def _fold_ranges(n_columns: int) -> list[tuple[int, int]]:
     return [(start, min(start + FOLD, n_columns)) for start in range(0, max(n_columns, 1), FOLD)]
 
@@ -279,7 +290,9 @@ def _add(total: _Fold, fold: _Fold) -> _Fold:
     return gram + more, None if products is None else products + more_products
 
 
-def _finish(name: str, total: _Fold, grown: GrownGram | None, sink: Callable[[ParameterGram], Any]) -> Any:
+def _finish(
+    name: str, total: _Fold, grown: GrownGram | None, single: bool, sink: Callable[[ParameterGram], Any]
+) -> Any:
     """Put the new rows to those that are known, check, and hand the Gram on."""
     gram, products = total
     gram = complete(gram, None if grown is None else grown.read(name)[: grown.known, : grown.known])
@@ -289,7 +302,7 @@ def _finish(name: str, total: _Fold, grown: GrownGram | None, sink: Callable[[Pa
             f"the Gram of {name} is not finite: the gradient rows of samples {_list(samples)} are missing, altered, or "
             f"too large for {gram.dtype} products. `streamfisher verify` tells which."
         )
-    return sink(ParameterGram(name, gram, products))
+    return sink(ParameterGram(name, gram, products, single or (grown is not None and grown.single)))
 
 
 def _list(samples: np.ndarray) -> str:

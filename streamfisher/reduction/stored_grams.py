@@ -104,7 +104,9 @@ class _HeldSink:
         key, moment = finished.name, None
         if has_moment(self.store, key):
             moment = moment_of(self.source, key, self.store.parameters[key], self.valid)
-        self.store.grams.write(key, finished.gram, finished.mean_products, self.settings, moment)
+        self.store.grams.write(
+            key, finished.gram, finished.mean_products, self.settings, moment, single=finished.single
+        )
         runlog.event("gram", stage="grams", gram=key, samples=len(finished.gram))
         return key, finished.gram.diagonal().copy()
 
@@ -158,7 +160,7 @@ def _grown(store: RunStore, settings: Mapping[str, Any], subsets: Mapping[str, A
     """Return the Grams that were made before samples were added; their products need not be formed again."""
     known = store.grams.of_fewer(settings)
     return {
-        key: grams.GrownGram(rows, _FewerSamples(store))
+        key: grams.GrownGram(rows, _FewerSamples(store), store.grams.marker(key).get("float32_products", True) is True)
         for key, rows in known.items()
         if not set(store.gram_members[key]).intersection(subsets)
     }
@@ -192,7 +194,9 @@ class GramSink:
         check_norms(self.store, finished, self.subsampled)
         difference = self._difference(finished) if self.compare else None
         moment = stored_moment(self.store, name, self.subsampled)
-        self.store.grams.write(name, finished.gram, finished.mean_products, self.settings, moment)
+        self.store.grams.write(
+            name, finished.gram, finished.mean_products, self.settings, moment, single=finished.single
+        )
         runlog.event("gram", stage="grams", gram=name, samples=len(finished.gram))
         return name, difference
 

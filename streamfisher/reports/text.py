@@ -13,7 +13,7 @@ _COLUMNS = ("block", "parameters", "trace", "largest", "gap", "condition", "eff.
 
 def table(spectrum: Spectrum) -> str:
     """Return the metrics of every block and of the whole as aligned text, with the facts that qualify them."""
-    rows = [_row(block) for block in spectrum.blocks.values()]
+    rows = [_row(block) for block in spectrum.reached.values()]
     if len(rows) > 1:
         rows.append(_row(spectrum.global_))
     widths = [max(len(row[i]) for row in [_COLUMNS, *rows]) for i in range(len(_COLUMNS))]
@@ -27,6 +27,10 @@ def table(spectrum: Spectrum) -> str:
         error = spectrum.global_.error_bars["trace"] if spectrum.global_.error_bars else None
         known = "" if error is None else f", trace to {100 * error:.2g} %"
         lines.append(f"Estimated from random projections to {projection['numbers']} numbers (--project){known}")
+    unreached = spectrum.metadata.get("parameters_without_gradient") or []
+    if unreached:
+        more = f" and {len(unreached) - 8} more" if len(unreached) > 8 else ""
+        lines.append(f"No gradient in any sample: {', '.join(unreached[:8])}{more}.")
     skipped = spectrum.metadata.get("skipped_samples") or {}
     if skipped:
         lines.append(f"Skipped, {len(skipped)} in all: sample {', '.join(list(skipped)[:8])}.")

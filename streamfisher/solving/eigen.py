@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,7 +43,8 @@ def solve(
     Args:
         K: (n, n) float64, symmetric.
         dtype: of the solve; float64 unless speed matters more than the tail.
-        device: 'auto' solves float64 on the CPU, and float32 on a GPU where there is one and the matrix is large.
+        device: 'auto' solves float64 on the CPU, and float32 on a GPU where there is one and the matrix is large;
+            'cuda', 'cuda:1' on that GPU, if there is one; all else on the CPU.
         regularization: relative size of the jitter.
         size: trace of what `K` was made from, where it is a difference: its rounding is relative to that, and may be
             all that is left of it.
@@ -95,13 +97,14 @@ def _solve_chain(
 ) -> tuple[np.ndarray, str, float]:
     working = K if dtype == torch.float64 else K.astype(np.float32)
     on_cuda = torch.cuda.is_available() and (
-        device == "cuda" or (device == "auto" and dtype == torch.float32 and len(K) >= _CUDA_SIZE)
+        device.startswith("cuda") or (device == "auto" and dtype == torch.float32 and len(K) >= _CUDA_SIZE)
     )
     failures = []
     drivers = (["torch-cuda"] if on_cuda else []) + ["lapack-syevd", "torch-cpu"]
     for driver in drivers:
         try:
-            return _drive(driver, working), driver, 0.0
+            with torch.cuda.device(device) if on_cuda and ":" in device else contextlib.nullcontext():
+                return _drive(driver, working), driver, 0.0
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError, RuntimeError) as error:
             failures.append(f"{driver}: {error}")
     jitter = max(regularization, 10 * float(torch.finfo(dtype).eps))

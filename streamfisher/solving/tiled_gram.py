@@ -59,11 +59,12 @@ class TiledGram:
         tile: int | None = None,
     ):
         self.read, self.names, self.n = read, list(names), len(selection)
-        self.n_samples = self.n
+        self.n_samples, self.samples = self.n, selection.samples
         self.parts = list(_parts(selection.samples, n_stored, tile or TILE))
         self.offsets = np.zeros(self.n)  # added to rows and to columns
         self.constant = 0.0
-        for products in (mean_products or {}).values():
+        self.mean_products = mean_products or {}
+        for products in self.mean_products.values():
             self.offsets += products[:-1][selection.samples]
             self.constant += float(products[-1])
         weights = np.ones(self.n) if selection.weights is None else selection.weights
@@ -105,6 +106,16 @@ class TiledGram:
     def _is_rounding(self, largest: float) -> bool:
         """Return whether nothing but rounding is left of the matrix, see `centering.without_rounding`."""
         return all(float(np.abs(K).max()) <= CENTERING_ROUNDING * largest for _, _, K in self.tiles())
+
+    def diagonals(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield each Gram's diagonal, (n,) float64, neither centered nor weighted: only tiles on it are read."""
+        for name in self.names:
+            tiles = (self.read(name, part.stored, part.stored)[part.inside, part.inside] for part in self.parts)
+            diagonal = np.concatenate(list(tiles))
+            products = self.mean_products.get(name)
+            if products is not None:
+                diagonal = diagonal + 2 * products[:-1][self.samples] + products[-1]
+            yield name, diagonal
 
     def matvec(self, X: np.ndarray) -> np.ndarray:
         """Return K X, (n, b) float64: one pass over the stored tiles."""

@@ -63,6 +63,7 @@ def solve_tiled(operator_of: Callable[[Sequence[str]], TiledGram], problem: Eige
     parameters, config, n = problem.parameters, problem.config, len(problem.selection)
     top_k = problem.top_k or config.top_k_eigenvalues
     blocks: dict[str, BlockSpectrum] = {}
+    traces = dict.fromkeys(problem.assignment, 0.0)
     squared, dominance = 0.0, 0.0
     groups = group_blocks(problem.assignment)
     for key, names in groups.items():
@@ -72,6 +73,7 @@ def solve_tiled(operator_of: Callable[[Sequence[str]], TiledGram], problem: Eige
             blocks[key] = empty_block(key, n, n_params)
             continue
         K = operator_of(names)
+        traces.update({name: problem.raw_trace(diagonal) for name, diagonal in K.diagonals()})
         squared, dominance = squared + K.squared_norm, max(dominance, K.dominance)
         blocks[key] = solved_block(
             key,
@@ -84,8 +86,7 @@ def solve_tiled(operator_of: Callable[[Sequence[str]], TiledGram], problem: Eige
             config=config,
             product=problem.product,
             roundoff=problem.precision.roundoff,
+            raw=problem.raw_scale(names, traces),
         )
     whole = K if len(groups) == 1 and any(problem.parameters.values()) else operator_of(list(problem.assignment))
-    return problem.combined(
-        blocks, whole.trace / n, squared=squared, whole_squared=whole.squared_norm, dominance=dominance
-    )
+    return problem.combined(blocks, traces, squared=squared, whole_squared=whole.squared_norm, dominance=dominance)

@@ -80,13 +80,24 @@ class GramStore:
         mean_products: np.ndarray | None,
         settings: Mapping[str, Any],
         moment: Moment | None = None,
+        *,
+        single: bool = True,
     ) -> None:
-        """Write one Gram, (N, N) float64, and what is kept beside it, then its marker."""
+        """Write one Gram, (N, N) float64, and what is kept beside it, then its marker.
+
+        Args:
+            key: of the Gram.
+            gram: itself.
+            mean_products: of its rows with their mean, (N + 1,), where they are centered.
+            settings: it was made with.
+            moment: kept beside it.
+            single: float32 products are in it.
+        """
         self.forget(key)
         facts = {**self._facts(key), **settings}
         write_array(self.run.path, f"gram/{node_name(key)}", gram, ("sample", "sample_j"), facts)
         content = {"settings": dict(settings), "n_samples": len(gram), "crc32c": codecs.checksum(gram)}
-        self._mark(key, content, mean_products, moment)
+        self._mark(key, content | {"float32_products": single}, mean_products, moment)
 
     def finish_tiles(
         self,
