@@ -14,17 +14,14 @@ from pathlib import Path
 import torch
 
 import streamfisher as sf
-from streamfisher.analysis.compare import compare
-from streamfisher.demo import ByteTransformer, demo_samples
-from streamfisher.demo.model import initialise
-from streamfisher.reports.comparison import comparison_picture
-from streamfisher.results.analyses import Comparison
+from streamfisher.demo import ByteTransformer, demo_samples, initialise
+from streamfisher.reports import comparison_picture
 
 CHECKPOINTS = (0, 10, 40, 120)  # steps
 N_SAMPLES, LENGTH = 48, 48
 
 
-def main(folder: Path) -> Comparison:
+def main(folder: Path) -> sf.Comparison:
     """Train, collect a run at each checkpoint, and compare them."""
     model = ByteTransformer()
     initialise(model, torch.Generator().manual_seed(0))
@@ -46,7 +43,7 @@ def main(folder: Path) -> Comparison:
         paths.append(folder / f"step-{stop:03d}.zarr")
         sf.collect(model, probe, paths[-1])
 
-    found = compare(paths, "layer", top=5)  # from here on no model is needed
+    found = sf.compare(paths, "layer", top=5)  # from here on no model is needed
     for block in found.shared_blocks:
         ranks = "  ".join(f"{value:5.1f}" for value in found.trajectory("effective_rank", block))
         overlaps = "  ".join(f"{o.mean_squared_cosine:.2f}" for o in found.overlaps if o.block == block)

@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 import streamfisher as sf
-from streamfisher.reports.text import table
+from streamfisher.reports import table
 
 
 def make(folder: Path) -> Path:

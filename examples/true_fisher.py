@@ -13,14 +13,12 @@ import tempfile
 from pathlib import Path
 
 import streamfisher as sf
-from streamfisher.analysis.compare import compare
 from streamfisher.demo import demo_samples, load_demo_model
-from streamfisher.results.analyses import Comparison
 
 N_SAMPLES, LENGTH = 64, 64
 
 
-def main(folder: Path) -> Comparison:
+def main(folder: Path) -> sf.Comparison:
     """Collect both runs and compare them."""
     model, samples = load_demo_model(), demo_samples(N_SAMPLES, LENGTH)
     runs = [
@@ -36,7 +34,7 @@ def main(folder: Path) -> Comparison:
                 f"  {name:10} trace {found['trace']:10.3e}  largest {found['largest_eigenvalue']:10.3e}  "
                 f"effective rank {found['effective_rank']:6.1f}"
             )
-    found = compare([run.path for run in runs], top=5)
+    found = sf.compare([run.path for run in runs], top=5)
     for overlap in found.overlaps:
         print(f"  {overlap.block:10} mean squared cosine of the leading 5-spaces {overlap.mean_squared_cosine:.2f}")
     return found

@@ -14,11 +14,8 @@ import torch.distributed.fsdp
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import streamfisher.cli.main
-import streamfisher.collection.collect
-import streamfisher.data.loading
 import streamfisher.demo
-import streamfisher.models.loading
-import streamfisher.verification.verify  # noqa: F401
+import streamfisher.verification  # noqa: F401
 
 torch.set_num_threads(1)
 gc.collect()

@@ -10,7 +10,7 @@ GRAMS = 8 * 11**2 * 21  # bytes of the Grams of 11 samples of the tiny Llama
 
 
 def collected(path, *, model=None, samples=None, **options):
-    settings = {"chunk_size": 4, "batch_tokens": 25, "dtype_compute": "float64"} | options
+    settings = {"hold": "disk", "chunk_size": 4, "batch_tokens": 25, "dtype_compute": "float64"} | options
     model = llama() if model is None else model
     samples = sequences() if samples is None else samples
     return sf.collect(model.double(), samples, path, config=sf.SpectralConfig(**settings))

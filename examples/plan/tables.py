@@ -17,12 +17,8 @@ import torch
 
 from streamfisher import SpectralConfig
 from streamfisher.byte_sizes import format_bytes
-from streamfisher.models.skeleton import build_skeleton
-from streamfisher.planning.model_trace import ModelTrace
-from streamfisher.planning.plan import Machine, plan_run
-from streamfisher.planning.rates import Rates
-from streamfisher.planning.run_plan import RunPlan, strategy_row
-from streamfisher.planning.tracing import trace_model
+from streamfisher.models import build_skeleton
+from streamfisher.planning import Machine, ModelTrace, Rates, RunPlan, plan_run, strategy_row, trace_model
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "planning.md"
@@ -74,7 +70,7 @@ def plan(model: str, setting: Setting) -> RunPlan:
     return plan_run(
         _trace(model),
         [TOKENS] * SAMPLES,
-        SpectralConfig(stream="auto"),
+        SpectralConfig(stream="auto", n_workers=1),
         machine=setting.machine(),
         rates=setting.rates(),
     )
@@ -82,7 +78,7 @@ def plan(model: str, setting: Setting) -> RunPlan:
 
 def command(model: str, setting: Setting) -> str:
     """Return the command that prints the plan."""
-    data = f"--samples {SAMPLES} --max-length {TOKENS} --stream auto"
+    data = f"--samples {SAMPLES} --max-length {TOKENS} --stream auto --workers 1"
     return f"streamfisher plan examples/plan/{model} {data} {setting.options()}"
 
 

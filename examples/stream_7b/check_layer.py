@@ -16,15 +16,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 import streamfisher as sf
-from streamfisher.data.batches import collate
-from streamfisher.data.loading import load_samples
-from streamfisher.data.samples import Samples
+from streamfisher.data import Samples, collate
 from streamfisher.gradients import ProbeReport
-from streamfisher.models.losses import resolve_loss
-from streamfisher.models.skeleton import load_skeleton
-from streamfisher.stream import LayerStream
-from streamfisher.stream.backward import grad_at
-from streamfisher.stream.replay import value_name
+from streamfisher.models import resolve_loss
+from streamfisher.stream import LayerStream, grad_at, value_name
 
 
 def layer_gradients(stream, batches, checked):
@@ -86,10 +81,10 @@ def main(options=None):
     arguments = parser.parse_args(options)
     run = sf.open_run(arguments.run)
     length = run.config.max_length
-    source = load_samples(arguments.data, max_length=length)
+    source = sf.load_samples(arguments.data, max_length=length)
     samples = Samples(source, run.store.n_samples, length)
     batches = {0: collate([samples[i] for i in range(len(samples))])}
-    model, weights = load_skeleton(arguments.checkpoint, dtype=torch.float32)
+    model, weights = sf.load_skeleton(arguments.checkpoint, dtype=torch.float32)
     loss = resolve_loss(model, batches[0], "causal")
     with LayerStream(model, loss, weights=weights) as stream:
         stream.study(batches[0], ProbeReport.from_dict(run.store.manifest.probe))

@@ -21,8 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import trange
 
-from streamfisher.demo.model import ByteTransformer, initialise
-from streamfisher.demo.text import split_text
+from streamfisher.demo import ByteTransformer, initialise, split_text
 
 SEED = 42
 THREADS = 2  # part of the recipe: sums are split over threads, and another split rounds differently

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,21 @@ from streamfisher.analysis.eigenvectors import compute_eigenvectors
 from streamfisher.analysis.growth import grow
 from streamfisher.analysis.partial_run import PartialGrams
 from streamfisher.analysis.projection_errors import with_error_bars
-from streamfisher.blocks.gram_keys import check_grouping
+from streamfisher.analysis.unstored_grams import UnstoredGrams
+from streamfisher.blocks.gram_keys import check_grouping, layers_of
 from streamfisher.blocks.structures import assign_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import RunError
+from streamfisher.reduction.gram import gram_settings
+from streamfisher.reduction.product_dtypes import float32_grams
 from streamfisher.results.analyses import Alignment, Growth, Scale, SpectralDensity
 from streamfisher.results.spectrum import Spectrum
 from streamfisher.solving.selection import Normalization, SampleChoice, select
 from streamfisher.solving.solve import RowPrecision
 from streamfisher.store import Manifest, RunStore
 from streamfisher.store.eigenvectors import Eigenvectors
+from streamfisher.store.grams import GramStore
+from streamfisher.store.moments import Moment
 
 
 class Analyses:
@@ -37,6 +43,7 @@ class Analyses:
     n_samples: Any  # a property of `Run`: N
     build_grams: Any
     metadata: Any
+    _unstored: tuple[dict[str, Any], UnstoredGrams] | None = None  # settings, and Grams that were made for an answer
 
     def block_grams(
         self,
@@ -51,6 +58,8 @@ class Analyses:
         progress: bool = False,
     ) -> BlockGrams:
         """Return the Grams of the blocks, built where they are missing; what every analysis starts from.
+
+        Grams of other settings than the run's own are built in memory, and what is stored stays as it is.
 
         Args:
             block_structure: 'layer', 'module', 'parameter', 'none', or a mapping from glob pattern to block key; `None`
@@ -84,15 +93,14 @@ class Analyses:
             normalization=normalization,
             n_targets=self.store.samples.per_sample("n_targets"),
         )
-        if unfinished is None:
-            self.build_grams(config, progress=progress)
+        source: GramStore | PartialGrams | UnstoredGrams
+        source = unfinished if unfinished is not None else self._grams(config, progress=progress)
         metadata = self.metadata(config) | selection.facts() | {"partial": unfinished is not None}
         if unfinished is not None:
             metadata["samples_collected"] = unfinished.rows.n_samples
         if samples is not None:
             metadata["samples"] = f"{len(selection)} selected of {self.n_samples}"
         metadata["block_structure"] = structure if isinstance(structure, str) else dict(structure)
-        source = self.store.grams if unfinished is None else unfinished
         return BlockGrams(
             gram_of=lambda name: stored_gram(source, name, center),
             parameters={key: sum(self.parameters[name] for name in members) for key, members in keys.items()},
@@ -102,13 +110,70 @@ class Analyses:
             config=config,
             precision=RowPrecision(self.store.row_dtype, self.store.rows.unit_roundoff),
             metadata=metadata,
-            tile_of=self.store.grams.tile if unfinished is None else None,
-            mean_products_of=(lambda name: None) if center else self.store.grams.mean_products,
-            # Drawn columns and unfinished runs have none; a moment left from before would be of other rows.
-            moment_of=self.store.moments.read
-            if unfinished is None and config.max_params_per_block is None
-            else lambda name: None,
+            single=float32_grams(self.store, config, as_rows=unfinished is not None),
+            layers=layers_of(keys),
+            tile_of=None if isinstance(source, PartialGrams) else source.tile,
+            mean_products_of=(lambda name: None)
+            if center or isinstance(source, PartialGrams)
+            else source.mean_products,
+            moment_of=self._moments(source, config),
         )
+
+    def _moments(
+        self, source: GramStore | PartialGrams | UnstoredGrams, config: SpectralConfig
+    ) -> Callable[[str], Moment | None]:
+        """Return what reads moments; drawn columns and unfinished runs have none, one from before is of other rows."""
+        if isinstance(source, PartialGrams) or config.max_params_per_block is not None:
+            return lambda name: None
+        return source.moment
+
+    def _grams(self, config: SpectralConfig, *, progress: bool) -> GramStore | UnstoredGrams:
+        """Return the Grams that `config` asks for, from the run, or for this answer only.
+
+        Those that are missing are built and stored, if they are of the run's own settings. Stored Grams are never
+        replaced by those of other settings because somebody looks at the run; `build_grams` does that.
+
+        Raises:
+            RunError: the run is not fully collected.
+        """
+        self.store.markers.require_collected()
+        settings = gram_settings(config)
+        if self._unstored is not None and self._unstored[0] == settings:
+            return self._unstored[1]
+        done = self.store.grams.done(settings)
+        if len(done) == len(self.store.gram_members):
+            return self.store.grams
+        if settings == gram_settings(self.config) and not self._would_replace() and os.access(self.store.path, os.W_OK):
+            self.build_grams(config, progress=progress)
+            return self.store.grams
+        unstored = UnstoredGrams(self.store, config, progress=progress)
+        self._unstored = (settings, unstored)
+        return unstored
+
+    def _would_replace(self) -> bool:
+        """Return whether a Gram of all samples is stored that was made with other settings than the run's own."""
+        settings = gram_settings(self.config)
+        markers = [self.store.grams.marker(key) for key in self.store.gram_members]
+        return any(
+            marker.get("n_samples") == self.n_samples and marker.get("settings") != settings for marker in markers
+        )
+
+    def _require_stored(self, config: SpectralConfig) -> None:
+        """Refuse Grams that are not the stored ones, where what is written into the run names those it is made of.
+
+        Raises:
+            RunError: the stored ones were made with other settings.
+        """
+        settings = gram_settings(config)
+        for key in self.store.gram_members:
+            marker = self.store.grams.marker(key)
+            if marker.get("n_samples") == self.n_samples and marker.get("settings") != settings:
+                raise RunError(
+                    f"{self.store.path}: the stored Gram of {key} was made with {marker.get('settings')}, not with "
+                    f"{settings}, and eigenvectors are of the stored ones. `streamfisher gram` with the same options "
+                    "replaces them."
+                )
+        self.build_grams(config)
 
     def require_exact(self, what: str, config: SpectralConfig | None = None) -> None:
         """Refuse what projected gradients or drawn columns cannot give.
@@ -265,6 +330,8 @@ class Analyses:
         Raises:
             StreamfisherError: as `eigenvectors.compute_eigenvectors`.
         """
-        self.require_exact("eigenvectors", options.get("config"))
+        config = options.get("config") or self.config
+        self.require_exact("eigenvectors", config)
+        self._require_stored(config)
         found = self.block_grams(block_structure, center, **options)
         return compute_eigenvectors(self.store, found, block, top, overwrite=overwrite, progress=progress)

@@ -6,13 +6,14 @@ Every analysis without the model starts here: a spectrum, the alignment of block
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from streamfisher.analysis.partial_run import PartialGrams
+from streamfisher.analysis.unstored_grams import UnstoredGrams
 from streamfisher.blocks.structures import group_blocks
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig
@@ -47,6 +48,8 @@ class BlockGrams:
     tile_of: ReadTile | None = None  # reads a part of a Gram; None: Grams are only at hand whole
     mean_products_of: Callable[[str], np.ndarray | None] = lambda name: None  # of Grams whose mean is to be put back
     moment_of: Callable[[str], Moment | None] = lambda name: None  # of parameters with P < N, over all valid samples
+    single: Collection[str] | None = None  # Grams that hold products in `dtype_gram`; None: all do
+    layers: Mapping[str, str] | None = None  # Gram -> layer; None: rounding may come from anywhere
 
     @property
     def blocks(self) -> dict[str, list[str]]:
@@ -151,6 +154,8 @@ class BlockGrams:
             self.metadata,
             self.selection,
             top_k,
+            self.single,
+            self.layers,
         )
         if not fits_dense(self.n_stored, len(self.selection), self.config):
             return solve_tiled(self.operator, problem)
@@ -159,7 +164,7 @@ class BlockGrams:
         )
 
 
-def stored_gram(source: GramStore | PartialGrams, name: str, center: bool) -> np.ndarray:
+def stored_gram(source: GramStore | PartialGrams | UnstoredGrams, name: str, center: bool) -> np.ndarray:
     """Return the Gram of all rows, (N, N); where rows are stored centered, with the mean put back unless `center`."""
     gram, mean_products = source.read(name)
     if mean_products is not None and not center:

@@ -15,21 +15,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import zarr
 from tqdm import tqdm
 
 from streamfisher.analysis.block_grams import BlockGrams
 from streamfisher.errors import ConfigError, CorruptRunError, RunError
 from streamfisher.runtime.durable import read_json, write_json, write_marker
+from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import RunLock, RunStore, codecs
 from streamfisher.store.eigenvectors import Eigenvectors, folder_name, open_eigenvectors
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 
 _SLAB_BYTES = 64 << 20
 
@@ -88,9 +88,7 @@ class _Job:
         return read_json(self.marks / f"{what}.json")
 
     def array(self, name: str) -> np.ndarray:
-        stored = self.group[name]
-        assert isinstance(stored, zarr.Array), f"{self.folder / name} is a group"
-        return np.asarray(stored[...])
+        return np.asarray(open_array(self.folder / name)[...])
 
     def put(self, name: str, values: np.ndarray, dimensions: Sequence[str]) -> None:
         array = self.group.create_array(
@@ -156,8 +154,8 @@ def _prepare(store: RunStore, folder: str, identity: dict[str, Any], overwrite: 
                 "--overwrite replaces them."
             )
     # Markers first: a kill in between must not leave markers of arrays that are gone.
-    shutil.rmtree(marks, ignore_errors=True)
-    shutil.rmtree(group, ignore_errors=True)
+    remove_tree(store.path, marks)
+    remove_tree(store.path, group)
     marks.mkdir(parents=True)
     codecs.quiet_open(store.path, mode="r+").require_group("eigenvectors").create_group(folder, attributes=identity)
     write_json(marks / "identity.json", identity)
@@ -227,7 +225,7 @@ def _refine(job: _Job, coefficients: np.ndarray, progress: bool) -> None:
 def _write(job: _Job, progress: bool) -> None:
     """Second pass: write V parameter by parameter, each with its marker, and say how orthonormal the whole is."""
     if job.marker("solved").get("coefficients") not in (None, chunk_digest(job.folder / "coefficients")):
-        raise CorruptRunError(f"{job.folder} is not what was written; `streamfisher verify` clears it.")
+        raise CorruptRunError(f"{job.folder} is not what was written; `streamfisher verify --repair` clears it.")
     coefficients = job.array("coefficients")
     k = coefficients.shape[1]
     dtype = codecs.stored_dtype(job.store.row_dtype)

@@ -101,6 +101,13 @@ def check_grouping(
     return {key: assignment[members[0]] for key, members in keys.items()}
 
 
+def layers_of(keys: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Return `{gram key: layer}`; a Gram that holds parameters of several layers is one of its own."""
+    layers = assign_blocks([name for members in keys.values() for name in members], "layer")
+    divided = _divided(keys, layers)
+    return {key: key if key in divided else layers[members[0]] for key, members in keys.items()}
+
+
 def _divided(keys: Mapping[str, Sequence[str]], assignment: Mapping[str, str]) -> dict[str, list[str]]:
     """Return the Grams whose parameters lie in more than one block, with those blocks."""
     found = {key: list(dict.fromkeys(assignment[name] for name in members)) for key, members in keys.items()}

@@ -6,11 +6,12 @@ import argparse
 import json
 from pathlib import Path
 
-from streamfisher.cli.arguments import add_analysis_options
+from streamfisher.cli.arguments import ANALYSIS, add_options
 from streamfisher.cli.options import read_run_options
 from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.cli.selection import add_selection_options, check_target, selection_options
 from streamfisher.errors import ConfigError
+from streamfisher.runtime.printable import printable
 
 FORMATS = ("csv", "json", "npz", "parquet", "safetensors")
 
@@ -23,7 +24,7 @@ def add_commands(add: AddCommand) -> None:
     eigenvectors.add_argument("--top", type=int, default=20, help="how many (default: %(default)s)")
     eigenvectors.add_argument("--out", default=None, metavar="FILE.safetensors", help="copy them into this file")
     eigenvectors.add_argument("--overwrite", action="store_true", help="replace those stored with other options")
-    add_analysis_options(eigenvectors)
+    add_options(eigenvectors, *ANALYSIS)
 
     density = add("density", _density, "how many eigenvalues of a block lie where, by stochastic Lanczos quadrature")
     density.add_argument("run", metavar="RUN.zarr", help="the folder of a run")
@@ -33,20 +34,20 @@ def add_commands(add: AddCommand) -> None:
     density.add_argument("--sigma", type=float, default=None, help="smoothing: decades, or eigenvalues (default: 0.1)")
     density.add_argument("--scale", default="log", metavar="log|linear", help="of the eigenvalues (default: log)")
     density.add_argument("--out", default=None, metavar="FILE.json", help="write grid, density and errors to this file")
-    add_analysis_options(density)
+    add_options(density, *ANALYSIS)
 
     compare = add("compare", _compare, "two or more runs side by side")
     compare.add_argument("runs", metavar="RUN.zarr", nargs="+", help="folders of runs, in order")
     compare.add_argument("--top", type=int, default=10, help="dimension of eigenspaces; 0: none (default: %(default)s)")
     compare.add_argument("--out", default=None, metavar="FILE", help="overlay the spectra in this .png, .svg or .pdf")
-    add_analysis_options(compare)
+    add_options(compare, *ANALYSIS)
     add_selection_options(compare)
 
     export = add("export", _export, "spectra and metrics in other programs' formats")
     export.add_argument("run", metavar="RUN.zarr", help="the folder of a run")
     export.add_argument("--to", required=True, metavar="|".join(FORMATS), help="the format")
     export.add_argument("--out", default=None, metavar="FILE", help="default: spectrum.SUFFIX in the working directory")
-    add_analysis_options(export)
+    add_options(export, *ANALYSIS)
     add_selection_options(export)
 
 
@@ -72,7 +73,8 @@ def _eigenvectors(arguments: argparse.Namespace) -> int:
         print(json.dumps(found.to_dict()))
         return 0
     values = ", ".join(f"{value:.4g}" for value in found.eigenvalues[:5])
-    print(f"{len(found)} eigenvectors of {found.block}, orthonormal to {found.orthonormality_error:.1e}: {found.path}")
+    error = found.orthonormality_error
+    print(f"{len(found)} eigenvectors of {printable(found.block)}, orthonormal to {error:.1e}: {found.path}")
     print(f"  eigenvalues {values}{', ...' if len(found) > 5 else ''}")
     if arguments.out:
         print(f"  copied to {arguments.out}")
@@ -102,7 +104,8 @@ def _density(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(found.to_dict())
         return 0
-    print(f"{found.n_eigenvalues} eigenvalues of {found.block}, {found.n_vectors} vectors, {found.n_steps} steps:")
+    block = printable(found.block)
+    print(f"{found.n_eigenvalues} eigenvalues of {block}, {found.n_vectors} vectors, {found.n_steps} steps:")
     errors = zip(found.counts, found.count_errors, found.count_quadrature_errors, strict=True)
     for low, high, (count, error, of_steps) in zip(found.edges, found.edges[1:], errors, strict=False):
         print(f"  {low:9.2e} to {high:9.2e}  {count:10.1f} +- {error:.1f} (vectors), {of_steps:.1f} (steps)")

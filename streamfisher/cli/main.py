@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from streamfisher import __version__
 from streamfisher.cli.analyse import add_commands
 from streamfisher.cli.arguments import (
-    add_analysis_options,
-    add_cluster_options,
+    ANALYSIS,
+    ELSEWHERE,
     add_collection_options,
     add_common_options,
     add_deep_options,
-    add_product_options,
+    add_options,
 )
 from streamfisher.cli.collect import collect_command, demo_command, run_command
 from streamfisher.cli.options import read_run_options
@@ -31,10 +32,12 @@ from streamfisher.cli.selection import add_selection_options, check_target, sele
 from streamfisher.cli.verify import verify_command
 from streamfisher.errors import CapacityError, ConfigError, RunError, StreamfisherError, first_line, no_memory
 from streamfisher.runtime.dask_pool import dask_client
+from streamfisher.runtime.printable import printable, printable_message
 from streamfisher.runtime.signals import die_with_launcher, stopping_at_once
 
 _EPILOG = """exit codes: 0 done; 2 wrong input or settings; 3 a loss or gradient is not finite;
 4 something stored is damaged; 5 no room on disk or in memory; 6 another rank failed, died or was given other work;
+7 `verify` found a run intact and not finished;
 130 SIGINT, 143 SIGTERM, 138 SIGUSR1: stopped, with what was in flight written; the same command goes on there"""
 
 
@@ -51,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", message=".*not recognized as a component of a Zarr hierarchy.*")
     die_with_launcher()
     try:
-        with stopping_at_once():
+        with stopping_at_once(), _printable_warnings():
             return arguments.command(arguments)
     except StreamfisherError as error:
         if arguments.debug:
             raise
-        print(f"streamfisher: error: {error}", file=sys.stderr)
+        print(f"streamfisher: error: {printable_message(error)}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has left, as in `streamfisher info RUN | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if arguments.debug:
             raise
-        print(f"streamfisher: error: {error}. What is finished is kept; --debug shows where.", file=sys.stderr)
+        print(
+            f"streamfisher: error: {printable(error)}. What is finished is kept; --debug shows where.", file=sys.stderr
+        )
         return (
             CapacityError.exit_code
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
@@ -85,6 +90,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+@contextlib.contextmanager
+def _printable_warnings() -> Iterator[None]:
+    """Print warnings, which may quote what a run says, so that nothing in them acts on the terminal."""
+    plain = warnings.formatwarning
+
+    def shown(message: Warning | str, *more: Any) -> str:
+        return plain(printable_message(message), *more)
+
+    warnings.formatwarning = shown  # type: ignore[assignment]  # takes whatever more there is
+    try:
+        yield
+    finally:
+        warnings.formatwarning = plain
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
@@ -102,8 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     run = _command(commands, "run", run_command, "collect, reduce, solve and report; the same line again resumes")
     add_collection_options(run)
-    add_analysis_options(run)
-    add_cluster_options(run)
+    add_options(run, *ANALYSIS, *ELSEWHERE)
     collect = _command(
         commands, "collect", collect_command, "per-sample gradients into a run; the same line again resumes"
     )
@@ -112,20 +131,18 @@ def build_parser() -> argparse.ArgumentParser:
     gram = _command(commands, "gram", _gram, "build the Gram matrices of a collected run")
     _add_run(gram)
     gram.add_argument("--rebuild", action="store_true", help="build all of them again from the stored rows")
-    add_product_options(gram)
-    add_cluster_options(gram)
+    add_options(gram, "reduction", *ELSEWHERE)
 
     spectrum = _command(commands, "spectrum", _spectrum, "solve a stored run, without the model")
     _add_run(spectrum)
-    add_analysis_options(spectrum)
-    add_cluster_options(spectrum)
+    add_options(spectrum, *ANALYSIS, *ELSEWHERE)
     add_selection_options(spectrum)
     spectrum.add_argument("--exact", action="store_true", help="refuse a run whose eigenvalues are estimates")
     spectrum.add_argument("--out", default=None, help="write the spectrum to this JSON file")
 
     report = _command(commands, "report", _report, "a page about a stored run, or a picture of its eigenvalues")
     _add_run(report)
-    add_analysis_options(report)
+    add_options(report, *ANALYSIS)
     add_selection_options(report)
     report.add_argument(
         "--out", default=None, help=".html, .png, .svg or .pdf (default: report.html and spectrum.png in the run)"
@@ -141,9 +158,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verify = _command(commands, "verify", verify_command, "read everything and compare checksums")
     _add_run(verify)
-    verify.add_argument(
-        "--dry-run", action="store_true", help="only say what is damaged; otherwise the next `run` computes it again"
+    repair = verify.add_mutually_exclusive_group()
+    repair.add_argument(
+        "--repair",
+        action="store_true",
+        help="remove the markers of what is damaged, so that the next `run` computes it again, with model and data",
     )
+    repair.add_argument("--dry-run", action="store_true", help="only say what is damaged: what happens anyway")
     add_deep_options(verify)
     return parser
 
@@ -188,9 +209,8 @@ def _print_rebuilt(differences: dict[str, float | None], arguments: argparse.Nam
     print(f"{len(differences)} Gram matrices built again from the stored rows.")
     if known:
         worst = max(known, key=known.__getitem__)
-        print(
-            f"{len(known)} were there before; they agree to {known[worst]:.1e} (relative, Frobenius; worst: {worst})."
-        )
+        how = f"{known[worst]:.1e} (relative, Frobenius; worst: {printable(worst)})"
+        print(f"{len(known)} were there before; they agree to {how}.")
     if len(known) < len(differences):
         print(f"{len(differences) - len(known)} were missing or could not be read.")
     return 0
@@ -219,7 +239,7 @@ def _report(arguments: argparse.Namespace) -> int:
     for target in targets:
         check_target(target, (".html", ".png", ".svg", ".pdf"))
     chosen = selection_options(arguments, run.n_samples, run)
-    if arguments.block_structure is None and targets[-1].suffix.lower() == ".html":
+    if arguments.structures is None and targets[-1].suffix.lower() == ".html":
         options = dataclasses.replace(options, structures=("layer", "module", "none"))
     spectra = spectra_of(run, options, arguments, chosen)
     for target in targets:

@@ -1,28 +1,66 @@
-"""What a command was asked for: options of the command line and of `--config` files, put together.
-
-Every option is defined once: those of a `SpectralConfig` in `config/sections.py`, and here those that only commands
-have. `cli/arguments.py` makes the command line of them.
-"""
+"""What the command line and a `--config` file ask for: a `SpectralConfig`, and what only a command needs."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from streamfisher.blocks.structures import STRUCTURES
 from streamfisher.cli.config_file import read_config_file, read_mapping
-from streamfisher.config import SpectralConfig, check_keys, option_of
-from streamfisher.config.option import option, yes_or_no
+from streamfisher.config import SpectralConfig, check_keys
+from streamfisher.config.kinds import FLAG, Kind
+from streamfisher.config.option import option, options_of
 from streamfisher.errors import ConfigError
 
 _CENTER = {"no": (False,), "yes": (True,), "both": (False, True)}
+#: Fields of the config that a command takes several of, and the options that hold them.
+SEVERAL = {"block_structure": "structures", "center_gradients": "centers"}
+Structure = str | dict[str, str]  # a dict: own patterns, pattern -> block
 
 
-def _as_it_is(field: str, value: Any) -> Any:
-    return value
+def _structures(name: str, value: Any) -> tuple[Structure, ...]:
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not names:
+        raise ConfigError(f"--blocks {value!r} names no structure; choose among {', '.join(STRUCTURES)}.")
+    return tuple(_structure(item.strip() if isinstance(item, str) else item) for item in names)
+
+
+def _structure(name: Any) -> Structure:
+    """Return the name of a block structure, or the patterns that a file holds."""
+    if isinstance(name, str) and name.endswith((".yaml", ".yml", ".toml", ".json")):
+        patterns = read_mapping(name, "--blocks")
+        if not patterns or not all(isinstance(item, str | int) for pair in patterns.items() for item in pair):
+            raise ConfigError(f"--blocks {name} must map patterns of parameter names to names of blocks.")
+        return {str(pattern): str(block) for pattern, block in patterns.items()}
+    if not isinstance(name, str) or name not in STRUCTURES:
+        raise ConfigError(f"--blocks {name!r} is unknown; choose among {', '.join(STRUCTURES)}, or name a .yaml file.")
+    return name
+
+
+def _centers(name: str, value: Any) -> tuple[bool, ...]:
+    if isinstance(value, bool):
+        return (value,)
+    if not isinstance(value, str) or value not in _CENTER:
+        raise ConfigError(f"--center {value!r} is unknown; choose no, yes or both.")
+    return _CENTER[value]
+
+
+def _at_least(least: int, remedy: str) -> Kind:
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"--{name.replace('_', '-')} {value!r} must be a whole number.")
+        if value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: {remedy}.")
+        return value
+
+    return Kind(check, parse=int)
+
+
+_ANY = Kind(lambda name, value: value)
+_TEXT = Kind(lambda name, value: str(value))
 
 
 @dataclass(frozen=True)
@@ -30,50 +68,87 @@ class RunOptions:
     """What a command was asked for: the config, and what only the command line needs."""
 
     config: SpectralConfig = field(default_factory=SpectralConfig)
-    structures: tuple[str | dict[str, str], ...] = ("layer",)  # a dict: own patterns, pattern -> block
-    centers: tuple[bool, ...] = (False,)
-    model: str = option("", "a Hugging Face folder or id, or package.module:callable", _as_it_is)
+    model: str = option("", _TEXT, "a Hugging Face folder or id, or package.module:callable", metavar="MODEL")
     data: str = option(
         "",
+        _TEXT,
         "a text file, a folder of them, a .jsonl, .npy or .npz file, or package.module:callable that gives dicts",
-        _as_it_is,
+        metavar="DATA",
     )
-    out: str = option("", "the run's folder; an unfinished run there is resumed", _as_it_is, metavar="RUN.zarr")
-    samples: int | None = option(None, "how many, from the first (default: all)", _as_it_is, group="data", type=int)
-    field: str = option("text", "of a .jsonl that holds the text (default: text)", _as_it_is, group="data")
-    tokenizer: str | None = option(
-        None, "a Hugging Face folder or id, or 'bytes' (default: the model's own)", _as_it_is, group="data"
+    out: str = option("", _TEXT, "the run's folder; an unfinished run there is resumed", metavar="RUN.zarr")
+    samples: int | None = option(
+        None,
+        _at_least(2, "a spectrum needs at least 2 samples"),
+        "how many, from the first",
+        group="data",
+        unset="all",
     )
-    trust_remote_code: bool = option(
-        False, "run code of a checkpoint", yes_or_no, group="gradients", action="store_true"
+    field: str = option("text", _ANY, "of a .jsonl that holds the text", group="data")
+    tokenizer_spec: str | None = option(
+        None,
+        _ANY,
+        "a Hugging Face folder or id, or 'bytes'",
+        name="tokenizer",
+        group="data",
+        unset="the model's own",
     )
+    trust_remote_code: bool = option(False, FLAG, "run code of a checkpoint", group="model and devices")
     device_map: str | None = option(
         None,
+        _ANY,
         "spread a large model: auto, balanced, sequential, or a .json or .yaml file of modules and devices",
-        _as_it_is,
-        group="gradients",
+        group="model and devices",
         metavar="MAP",
     )
     offload_folder: str | None = option(
-        None, "for weights that a device map puts on disk (default: RUN.zarr.offload)", _as_it_is, group="gradients"
+        None,
+        _ANY,
+        "for weights that a device map puts on disk",
+        group="model and devices",
+        unset="RUN.zarr.offload",
     )
-    fsdp: bool = option(
-        False, "spread the weights over the ranks (FSDP2)", yes_or_no, group="gradients", action="store_true"
+    fsdp: bool = option(False, FLAG, "spread the weights over the ranks (FSDP2)", group="model and devices")
+    structures: tuple[Structure, ...] = option(
+        ("layer",),
+        Kind(_structures),
+        f"one or more of {','.join(STRUCTURES)}, with commas, or a file: pattern -> block",
+        name="blocks",
+        group="spectrum",
+        metavar="LIST",
+        unset="layer",
     )
-    dask_scheduler: str | None = option(
-        None, "of a running Dask cluster (default: threads here)", _as_it_is, group="reduction", metavar="ADDRESS"
+    centers: tuple[bool, ...] = option(
+        (False,),
+        Kind(_centers, nargs="?", const="yes"),
+        "subtract the mean gradient: the covariance instead of the Fisher",
+        name="center",
+        group="spectrum",
+        metavar="no|yes|both",
+        unset="no",
     )
     top_k: int | None = option(
-        None, "list only the largest eigenvalues of each block", _as_it_is, group="spectrum", type=int
+        None,
+        _at_least(1, "ask for at least 1 eigenvalue, or leave it out for all"),
+        "list only the largest eigenvalues of each block",
+        group="spectrum",
+        unset="all",
+    )
+    dask_scheduler: str | None = option(
+        None,
+        _ANY,
+        "of a running Dask cluster",
+        group="reduction on a GPU or cluster",
+        metavar="ADDRESS",
+        unset="threads here",
     )
 
-    def encode(self) -> Any:
+    def tokenizer(self) -> Any:
         """Return text -> token ids: the model's own tokenizer for Hugging Face models, bytes for callables."""
         from streamfisher.data.loading import tokenize_bytes
         from streamfisher.models.loading import load_tokenizer
         from streamfisher.runtime.callables import is_callable_spec
 
-        spec = self.tokenizer or ("bytes" if is_callable_spec(self.model) else self.model)
+        spec = self.tokenizer_spec or ("bytes" if is_callable_spec(self.model) else self.model)
         if spec == "bytes":
             return tokenize_bytes
         if self.data.endswith((".npy", ".npz")) or is_callable_spec(self.data):
@@ -88,7 +163,7 @@ class RunOptions:
             "data": self.data,
             "samples": self.samples,
             "field": self.field,
-            "tokenizer": self.tokenizer,
+            "tokenizer": self.tokenizer_spec,
             "trust_remote_code": self.trust_remote_code,
             "blocks": list(self.structures),
             "center": ["yes" if center else "no" for center in self.centers],
@@ -97,31 +172,18 @@ class RunOptions:
 
     def analysis_config(self, of_run: SpectralConfig) -> SpectralConfig:
         """Return the run's config with this command's solver and Gram options."""
-        fields: tuple[str, ...] = (
-            "eps",
-            "n_workers",
-            "memory_budget",
-            "eigensolve_device",
-            "dtype_gram",
-            "dtype_eigensolve",
-        )
-        fields += ("gram_device", "solver", "fsync")
+        fields = ["eps", "n_workers", "memory_budget", "eigensolve_device", "dtype_gram", "dtype_eigensolve"]
+        fields += ["gram_device", "solver", "fsync"]
         return of_run.replace(**{name: getattr(self.config, name) for name in fields})
+
+
+RUN_OPTIONS = options_of(RunOptions)
+#: Every option there is, by its field: those of a command, then those of the config.
+OPTIONS = RUN_OPTIONS | options_of(SpectralConfig)
 
 
 def _token_ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text)["input_ids"])
-
-
-#: Fields of `RunOptions` that are options.
-_OWN = {item.name: item for item in dataclasses.fields(RunOptions) if "option" in item.metadata}
-
-#: Name on the command line and in files -> the field that it sets, where they differ.
-FIELDS = {"blocks": "block_structure", "center": "center_gradients", "compute_dtype": "dtype_compute"} | {
-    (option_of(item).flag or "").removeprefix("--").replace("-", "_"): item.name
-    for item in dataclasses.fields(SpectralConfig)
-    if option_of(item).flag
-}
 
 
 def read_run_options(arguments: argparse.Namespace, base: SpectralConfig | None = None) -> RunOptions:
@@ -134,37 +196,37 @@ def read_run_options(arguments: argparse.Namespace, base: SpectralConfig | None 
     Raises:
         ConfigError: an option is unknown, missing or has a value that cannot be used.
     """
-    given = {key: value for key, value in vars(arguments).items() if value is not None}
-    values: dict[str, Any] = {}
-    if "config" in given:
-        values |= {FIELDS.get(key, key): value for key, value in read_config_file(given["config"]).items()}
-    known = [item.name for item in dataclasses.fields(SpectralConfig)] + list(_OWN)
-    check_keys(values, known, "option")
-    values |= {key: value for key, value in given.items() if key in known}
-    structures = values.pop("block_structure", None)
-    centers = values.pop("center_gradients", None)
-    extra = {key: values.pop(key) for key in _OWN if key in values}
     base = base or SpectralConfig()
-    structures = _structures(structures if structures is not None else base.block_structure)
-    centers = _centers(centers if centers is not None else base.center_gradients)
+    collects = "model" in vars(arguments)
+    given = {name: value for name, value in vars(arguments).items() if value is not None and name in OPTIONS}
+    if not collects:
+        given.pop("samples", None)  # there it is a slice of a stored run
+    values = (_from_file(arguments.config) if collects and arguments.config is not None else {}) | given
+    own: dict[str, Any] = {"structures": base.block_structure, "centers": base.center_gradients}
+    own |= {name: value for name in RUN_OPTIONS if (value := values.pop(name, None)) is not None}
+    own = {name: RUN_OPTIONS[name].kind.check(name, value) for name, value in own.items()}
+    named = next((name for name in own["structures"] if isinstance(name, str)), base.block_structure)
+    values |= {"block_structure": named, "center_gradients": own["centers"][0]}
     try:
-        config = base.replace(**values, block_structure=_named(structures, base), center_gradients=centers[0])
+        config = base.replace(**values)
     except TypeError as error:
         raise ConfigError(str(error)) from error
-    if hasattr(arguments, "out") and "model" in vars(arguments):
-        for key in ("model", "data", "out"):
-            if not extra.get(key):
-                raise ConfigError(
-                    f"{'--out' if key == 'out' else key.upper()} is missing; see `streamfisher run --help`."
-                )
-    samples = extra.get("samples") if "model" in vars(arguments) else None  # a slice where a run is re-analysed
-    _require_whole("samples", samples, 2, "a spectrum needs at least 2 samples")
-    _require_whole("top-k", extra.get("top_k"), 1, "ask for at least 1 eigenvalue, or leave it out for all")
-    own = {
-        item.name: option_of(item).check(item.name, extra[item.name]) for item in _OWN.values() if item.name in extra
-    }
-    own |= {key: str(own[key]) for key in ("model", "data", "out") if key in own} | {"samples": samples}
-    return RunOptions(config=config, structures=structures, centers=centers, **own)
+    if collects and "out" in vars(arguments):
+        for name in ("model", "data", "out"):
+            if not own.get(name):
+                option_name = "--out" if name == "out" else name.upper()
+                raise ConfigError(f"{option_name} is missing; see `streamfisher run --help`.")
+    return RunOptions(config=config, **own)
+
+
+def _from_file(path: str) -> dict[str, Any]:
+    """Return the options of a file by their fields; a file may name an option as the field or the command line does."""
+    fields = {name: name for name in SpectralConfig.names()} | SEVERAL
+    fields |= {item.name or name: name for name, item in RUN_OPTIONS.items()}
+    fields |= {item.name: name for name, item in OPTIONS.items() if item.name}
+    values: Mapping[str, Any] = read_config_file(path)
+    check_keys(values, fields, "option")
+    return {fields[key]: value for key, value in values.items()}
 
 
 def read_deep_options(arguments: argparse.Namespace, base: SpectralConfig) -> RunOptions:
@@ -177,59 +239,11 @@ def read_deep_options(arguments: argparse.Namespace, base: SpectralConfig) -> Ru
     Raises:
         ConfigError: model or data are missing, or a value cannot be used.
     """
-    _require_whole("deep", arguments.deep, 1, "compare at least 1 sample")
-    for key in ("model", "data"):
-        if not getattr(arguments, key):
+    _at_least(1, "compare at least 1 sample").check("deep", arguments.deep)
+    for name in ("model", "data"):
+        if not getattr(arguments, name):
             raise ConfigError(
-                f"{key.upper()} is missing: streamfisher verify RUN.zarr MODEL DATA --deep {arguments.deep}"
+                f"{name.upper()} is missing: streamfisher verify RUN.zarr MODEL DATA --deep {arguments.deep}"
             )
-    return RunOptions(
-        config=base if arguments.device is None else base.replace(device=arguments.device),
-        model=arguments.model,
-        data=arguments.data,
-        field=arguments.field,
-        tokenizer=arguments.tokenizer,
-        trust_remote_code=arguments.trust_remote_code,
-        device_map=arguments.device_map,
-    )
-
-
-def _require_whole(option: str, value: Any, least: int, remedy: str) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"--{option} {value!r} must be a whole number.")
-    if value < least:
-        raise ConfigError(f"--{option} {value}: {remedy}.")
-
-
-def _named(structures: tuple[str | dict[str, str], ...], base: SpectralConfig) -> str:
-    """Return the first structure that has a name."""
-    return next((name for name in structures if isinstance(name, str)), base.block_structure)
-
-
-def _structures(value: Any) -> tuple[str | dict[str, str], ...]:
-    names = value.split(",") if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not names:
-        raise ConfigError(f"--blocks {value!r} names no structure; choose among {', '.join(STRUCTURES)}.")
-    return tuple(_structure(name.strip() if isinstance(name, str) else name) for name in names)
-
-
-def _structure(name: Any) -> str | dict[str, str]:
-    """Return the name of a block structure, or the patterns that a file holds."""
-    if isinstance(name, str) and name.endswith((".yaml", ".yml", ".toml", ".json")):
-        patterns = read_mapping(name, "--blocks")
-        if not patterns or not all(isinstance(item, str | int) for pair in patterns.items() for item in pair):
-            raise ConfigError(f"--blocks {name} must map patterns of parameter names to names of blocks.")
-        return {str(pattern): str(block) for pattern, block in patterns.items()}
-    if name not in STRUCTURES:
-        raise ConfigError(f"--blocks {name!r} is unknown; choose among {', '.join(STRUCTURES)}, or name a .yaml file.")
-    return name
-
-
-def _centers(value: Any) -> tuple[bool, ...]:
-    if isinstance(value, bool):
-        return (value,)
-    if not isinstance(value, str) or value not in _CENTER:
-        raise ConfigError(f"--center {value!r} is unknown; choose no, yes or both.")
-    return _CENTER[value]
+    given = {name: value for name, value in vars(arguments).items() if name in RUN_OPTIONS and value is not None}
+    return RunOptions(config=base if arguments.device is None else base.replace(device=arguments.device), **given)

@@ -11,6 +11,7 @@ from typing import Any
 
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.cli.options import RunOptions
+from streamfisher.runtime.printable import printable
 
 #: Makes the parser of one command: (name, function, description) -> parser.
 AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
@@ -53,12 +54,13 @@ def analyse(
 
     from streamfisher.reports.figures import picture
     from streamfisher.reports.text import table
+    from streamfisher.results.metrics import json_values
     from streamfisher.results.spectrum import write_spectra
 
     spectra = spectra_of(run, options, arguments, chosen)
     if arguments.json:
         contents = [spectrum.to_dict() for spectrum in spectra]
-        print(json.dumps(contents[0] if len(contents) == 1 else {"spectra": contents}))
+        print_json(json_values(contents[0] if len(contents) == 1 else {"spectra": contents}))
     else:
         print("\n" + "\n\n".join(table(spectrum) for spectrum in spectra) + "\n")
     target = Path(out) if out else (run.path / "spectrum.json" if write else None)
@@ -81,18 +83,19 @@ def print_info(run: Any, arguments: argparse.Namespace) -> None:
         print(json.dumps(facts))
         return
     state = "complete" if facts["complete"] else "not finished"
-    print(f"{facts['path']}: {state}, {facts['samples_done']} of {facts['n_samples']} {facts['data']['sample_unit']}s")
-    size = f"{facts['total_params']:,} parameters in {facts['n_parameters']} tensors"
-    print(f"  model       {facts['model']['class']}, {size}")
-    print(f"  Grams       {facts['grams_done']} of {facts['n_grams']}")
-    print(f"  on disk     {format_bytes(facts['bytes_on_disk'])}, rows in {facts['layout']['dtype_store']}")
     described = facts["data"]["description"]
-    print(f"  data        {described['data'] if isinstance(described, dict) else described or 'not described'}")
-    print(f"  loss        {facts['loss']['loss']}: {facts['loss']['loss_reduction']}")
-    for name, reason in facts["excluded"].items():
-        print(f"  excluded    {name}: {reason}")
-    for sample, reason in facts["skipped"].items():
-        print(f"  skipped     sample {sample}: {reason}")
+    size = f"{facts['total_params']:,} parameters in {facts['n_parameters']} tensors"
+    lines = [
+        f"{facts['path']}: {state}, {facts['samples_done']} of {facts['n_samples']} {facts['data']['sample_unit']}s",
+        f"  model       {facts['model']['class']}, {size}",
+        f"  Grams       {facts['grams_done']} of {facts['n_grams']}",
+        f"  on disk     {format_bytes(facts['bytes_on_disk'])}, rows in {facts['layout']['dtype_store']}",
+        f"  data        {described['data'] if isinstance(described, dict) else described or 'not described'}",
+        f"  loss        {facts['loss']['loss']}: {facts['loss']['loss_reduction']}",
+        *(f"  excluded    {name}: {reason}" for name, reason in facts["excluded"].items()),
+        *(f"  skipped     sample {sample}: {reason}" for sample, reason in facts["skipped"].items()),
+    ]
+    print("\n".join(map(printable, lines)))
     from streamfisher.gradients import ProbeReport
 
     print(ProbeReport.from_dict(facts["probe"]).summary())

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from streamfisher.byte_sizes import parse_bytes
-from streamfisher.cli.arguments import add_analysis_options, add_cluster_options, add_collection_options
+from streamfisher.cli.arguments import ANALYSIS, ELSEWHERE, add_collection_options, add_options
 from streamfisher.cli.options import RunOptions, read_run_options
 from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError, ConfigError, DataError, StreamfisherError
+from streamfisher.planning.machine import Machine, this_machine
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import UNKNOWN, Rates, measure
+from streamfisher.runtime.memory import of_one_rank
 
 if TYPE_CHECKING:
     from streamfisher.planning.run_plan import RunPlan
@@ -32,8 +34,7 @@ def add_plan_command(add: AddCommand) -> None:
     """Add `plan`, which takes the options of `run` and those that describe a machine."""
     plan = add("plan", _plan, "bytes, passes, memory and time of a run before it runs; needs no weights and no data")
     add_collection_options(plan)
-    add_analysis_options(plan)
-    add_cluster_options(plan)
+    add_options(plan, *ANALYSIS, *ELSEWHERE)
     machine = plan.add_argument_group("machine (default: this one, measured in a few seconds)")
     machine.add_argument("--flops", type=float, default=None, help="operations/s of passes and products, as 400e12")
     machine.add_argument("--solve-flops", type=float, default=None, help="operations/s of the float64 eigensolve")
@@ -72,21 +73,13 @@ def plan_of(options: RunOptions, machine_options: argparse.Namespace, folder: Pa
         DataError: neither data nor the number and length of samples are given.
     """
     from streamfisher.models.skeleton import build_skeleton
-    from streamfisher.planning.machine import this_machine
     from streamfisher.planning.plan import plan_run
 
     arguments, config = machine_options, options.config
     model = build_skeleton(options.model, dtype=config.dtype_model, trust_remote_code=options.trust_remote_code)
     lengths, batch = _samples(options, source)
     trace = _trace(model, batch, lengths, config)
-    device_memory = parse_bytes(arguments.device_memory, "--device-memory") if arguments.device_memory else None
-    machine = this_machine(config, folder, devices=arguments.devices, device_memory=device_memory)
-    if any((arguments.flops, arguments.solve_flops, arguments.disk, arguments.devices)):  # another: budgets as stated
-        machine = dataclasses.replace(
-            machine,
-            memory=machine.memory if config.memory_budget is None else parse_bytes(config.memory_budget),
-            disk=machine.disk if config.disk_budget is None else parse_bytes(config.disk_budget),
-        )
+    config, machine = _machine(arguments, config, folder)
     structures = len(options.structures) * len(options.centers)
     plan = partial(plan_run, trace, lengths, config, machine=machine, structures=structures)
     if source is not None:
@@ -94,6 +87,22 @@ def plan_of(options: RunOptions, machine_options: argparse.Namespace, folder: Pa
         if sum(stage.flops for stage in short.chosen.stages) < _WORTH_MEASURING:
             return short
     return plan(rates=_rates(arguments, config, trace, lengths, folder))
+
+
+def _machine(arguments: argparse.Namespace, config: SpectralConfig, folder: Path) -> tuple[SpectralConfig, Machine]:
+    """Return what there is to work with: one rank's part of this machine, or another machine as it is described.
+
+    The config is returned with the budgets of that machine.
+    """
+    device_memory = parse_bytes(arguments.device_memory, "--device-memory") if arguments.device_memory else None
+    here = partial(this_machine, path=folder, devices=arguments.devices, device_memory=device_memory)
+    if not any((arguments.flops, arguments.solve_flops, arguments.disk, arguments.devices)):
+        config = of_one_rank(config)
+        return config, here(config)
+    machine = here(config)
+    if config.disk_budget is not None:  # whatever is free here
+        machine = dataclasses.replace(machine, disk=parse_bytes(config.disk_budget))
+    return config, machine
 
 
 def announce_plan(options: RunOptions, source: Any) -> None:
@@ -115,7 +124,7 @@ def _samples(options: RunOptions, source: Any) -> tuple[list[int], dict[str, tor
     config = options.config
     if options.data:
         source = source or load_samples(
-            options.data, tokenize=options.encode(), field=options.field, max_length=config.max_length
+            options.data, tokenize=options.tokenizer(), field=options.field, max_length=config.max_length
         )
         samples = Samples(source, options.samples, config.max_length)
         lengths = [sequence_length(samples[index]) or 1 for index in range(len(samples))]

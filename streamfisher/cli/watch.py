@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from streamfisher.errors import RunError
+from streamfisher.runtime.own_files import require_own
+from streamfisher.runtime.printable import printable
 from streamfisher.runtime.run_log import read_log
 from streamfisher.store import RunStore, stage_of
 
@@ -44,7 +46,7 @@ def follow(
         for line in lines:
             text = _words(line)
             if text:
-                show(text)
+                show(printable(text))
         state, complete = _state(path)
         if state != before or lines:
             heard, silent = clock(), False
@@ -64,6 +66,8 @@ def _state(path: Path) -> tuple[str, bool]:
     if not (path / "manifest.json").is_file():
         if path.is_file():
             raise RunError(f"{path} is a file, not a run.")
+        if path.is_dir():
+            require_own(path, path / "manifest.json")  # which may be there, and no file
         return f"{path}: not there yet", False
     store = RunStore(path)
     parts = []

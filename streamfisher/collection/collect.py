@@ -27,6 +27,7 @@ from streamfisher.gradients.state import without_packing
 from streamfisher.models.sharding import is_sharded, reshard
 from streamfisher.models.weights import Resident
 from streamfisher.planning.run_layout import boundary_room
+from streamfisher.runtime.caller_state import modes_of_its_own
 from streamfisher.runtime.determinism import deterministic
 from streamfisher.runtime.disk import disk_limit
 from streamfisher.runtime.memory import local_ranks, of_one_rank
@@ -37,6 +38,7 @@ from streamfisher.runtime.threads import chunks_at_a_time
 from streamfisher.store import RankLock, RunStore
 
 
+@modes_of_its_own()
 def collect_gradients(
     model: nn.Module,
     samples: Any,

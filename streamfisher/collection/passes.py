@@ -10,7 +10,6 @@ import numpy as np
 from streamfisher.collection.guard import Guard
 from streamfisher.data.batches import Unit
 from streamfisher.errors import DataError, LossError, NonFiniteError
-from streamfisher.gradients.norms import batch_norms
 from streamfisher.gradients.producer import GradientProducer, Wave
 from streamfisher.sinks.interface import GradientSink, UnitFacts
 
@@ -54,7 +53,7 @@ def run_pass(
             guard.step(batch, gradients)
             after_batch()
             losses[where], targets[where] = gradients.losses.numpy(), gradients.n_targets.numpy()
-            for name, values in batch_norms(gradients.rows, gradients.factors, len(batch)).items():
+            for name, values in sink.norms(gradients, len(batch)).items():
                 norms[name][where] = values
             bad = _nonfinite(batch.samples, losses[where], norms, where)
             if bad and not skip_nonfinite:

@@ -28,25 +28,29 @@ def first_samples(data: RunData, model: nn.Module) -> dict[str, Tensor]:
     return to_model(collate([data.samples[number] for number in numbers]), model)
 
 
-def probe_batch(data: RunData, model: nn.Module, parameters: Iterable[Tensor]) -> dict[str, Tensor]:
+def probe_batch(
+    data: RunData, model: nn.Module, parameters: Iterable[Tensor], *, skip_nonfinite: bool = False
+) -> dict[str, Tensor]:
     """Return the first samples whose gradients are finite, the second of another length where there is one.
 
     Args:
         data: of the run.
         model: on its device.
         parameters: the captured ones; whether they require a gradient does not matter.
+        skip_nonfinite: look through all samples, as those that are not finite are left out.
 
     Raises:
-        NonFiniteError: not even two of the first samples have finite gradients.
+        NonFiniteError: not even two of the samples that are looked at have finite gradients.
     """
     parameters = list(parameters)
-    first = range(min(_SEARCHED, len(data.samples)))
+    first = range(len(data.samples) if skip_nonfinite else min(_SEARCHED, len(data.samples)))
     numbers = list(itertools.islice((n for n in first if _is_finite(data, model, parameters, n)), PROBE_SAMPLES))
     if len(numbers) < 2:
         bad = next(n for n in first if n not in numbers)
         raise NonFiniteError(
-            f"sample {bad}: the loss or its gradient is not finite, as for all but {len(numbers)} of the first "
-            f"{len(first)} samples. Look for NaN in the data and in the model's parameters, or use a wider --dtype."
+            f"sample {bad}: the loss or its gradient is not finite, as for all but {len(numbers)} of the "
+            f"{'' if skip_nonfinite else 'first '}{len(first)} samples. Look for NaN in the data and in the model's "
+            "parameters, or use a wider --dtype."
         )
     length = data.lengths[numbers[0]]
     if all(data.lengths[number] == length for number in numbers):

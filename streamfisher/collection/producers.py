@@ -27,6 +27,7 @@ from streamfisher.runtime.ranks import Ranks
 from streamfisher.store import RunStore
 from streamfisher.stream.layer_stream import LayerStream
 from streamfisher.stream.producer import StreamProducer
+from streamfisher.stream.settings import check_settings
 
 #: What says that a producer cannot be had, so that with `stream='auto'` the other one is.
 REFUSALS = {False: (CapacityError,), True: (CapacityError, StreamError, ConfigError)}
@@ -84,8 +85,10 @@ def model_producer(model: nn.Module, data: RunData, config: SpectralConfig) -> M
         shapes = {name: info.shape for name, info in engine.parameters.items()}
         engine.projection = Projection(config.project, config.seed, shapes)
 
+    skip = config.on_nonfinite == "skip"
+
     def first() -> dict[str, Tensor]:
-        return to_model(probe_batch(data, model, engine.tensors.values()), model)
+        return to_model(probe_batch(data, model, engine.tensors.values(), skip_nonfinite=skip), model)
 
     return ModelProducer(engine, first)
 
@@ -123,21 +126,7 @@ def check_streamable(model: nn.Module, config: SpectralConfig) -> None:
     Raises:
         ConfigError: the message names the setting.
     """
-    if config.store_centered:
-        raise ConfigError(
-            "store_centered=True takes a pass over all parameters at once, and stream='layers' has none. Leave it out: "
-            "--center gives the covariance of uncentered gradients too."
-        )
-    if config.project is not None:
-        raise ConfigError(
-            f"project={config.project} and stream='layers' do not go together. Use --stream none, where waves keep "
-            "within the budgets, or leave out --project: a stream deletes its exact gradients layer by layer."
-        )
-    if config.labels == "model":
-        raise ConfigError(
-            "labels='model' draws labels from the whole model's output before each batch, which stream='layers' does "
-            "not have. Use --stream none, or labels of the data."
-        )
+    check_settings(config)
     if is_sharded(model):
         raise ConfigError("stream='layers' and --fsdp both split the model; use one of them.")
 

@@ -64,7 +64,7 @@ def create_or_resume(
     new = prepared or prepare(path, model, producer, data, config, streamed=streamed)
     if progress:
         tqdm.write(new.report.summary())
-    if progress and len(new.plan.waves) > 1:
+    if progress and (len(new.plan.waves) > 1 or new.plan.hold == "host"):
         tqdm.write(_announced(new.plan))
     path.mkdir(parents=True, exist_ok=True)
     locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
@@ -74,7 +74,10 @@ def create_or_resume(
 
 def _announced(plan: RunLayout) -> str:
     parts = ", ".join(format_bytes(wave.disk) for wave in plan.waves)
+    where = "In memory" if plan.hold == "host" else "On disk, uncompressed"
+    if len(plan.waves) == 1:
+        return f"Gradients stay in memory until they are reduced: {parts}"
     return (
         f"{len(plan.waves)} waves: each is a pass over the data that captures some of the parameters, is reduced "
-        f"to its Grams, and deleted before the next. On disk, uncompressed: {parts}"
+        f"to its Grams, and deleted before the next. {where}: {parts}"
     )

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from streamfisher.collection.padding import kept_apart, lengths_of
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import Unit, collate, make_units, sequence_length
-from streamfisher.data.samples import Samples, TokenSamples
+from streamfisher.data.samples import Samples, TokenSamples, add_contents, check_unchanged, sample_digest
 from streamfisher.errors import ConfigError, DataError, LossError, ModelError, StreamfisherError
 from streamfisher.gradients import select_parameters
+from streamfisher.gradients.modes import check_modes
 from streamfisher.gradients.probe import PROBE_SAMPLES
 from streamfisher.models.batches import ModelBatches
 from streamfisher.models.losses import PerSampleLoss, resolve_loss
 from streamfisher.models.offload import to_model
+from streamfisher.models.own_loss import reproducing
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class RunData:
     lengths: list[int]  # tokens of each sample; 1 where it is no sequence
     chunk_digests: list[str]  # SHA-256 of the contents of each unit
     n_sequences: int | None  # how many sequences the tokens come from; None unless the unit is the token
+    sample_digests: list[bytes]  # of the contents of each sample, compared whenever it is read again
     fields: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (N,) float64: scalars that every sample has
     apart: list[int] | None = None  # samples with different numbers never share a batch, see `padding`
 
@@ -60,6 +63,7 @@ class RunData:
             loss=self.loss,
             label_seed=config.seed if config.labels == "model" else None,
             apart=self.apart,
+            digests=self.sample_digests,
         )
 
     def data_manifest(self, config: SpectralConfig, description: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -101,9 +105,12 @@ def survey(
     if len(samples) < 2 and config.sample_unit != "token":
         raise DataError(f"{len(samples)} sample was given; a spectrum needs at least 2.")
     select_parameters(model, config.include, config.exclude)  # a model that cannot be captured is not run first
+    check_modes(model)
     first = collate([samples[index] for index in range(min(PROBE_SAMPLES, len(samples)))])
     try:
-        chosen = resolve_loss(model, to_model(first, model), loss if loss is not None else config.loss)
+        on_device = to_model(first, model)
+        chosen = resolve_loss(model, on_device, loss if loss is not None else config.loss)
+        chosen = reproducing(model, on_device, chosen)
     except StreamfisherError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
@@ -129,17 +136,28 @@ def survey(
         if len(samples) < 2:
             raise DataError("the data holds 1 target token; a spectrum needs at least 2.")
     units = make_units(len(samples), config.chunk_size)
-    lengths, scalars, axes = [], [], []
+    lengths, scalars, digests, axes = [], [], [], []
     for index in range(len(samples)):
         sample = samples[index]
         lengths.append(sequence_length(sample) or 1)
+        digests.append(sample_digest(sample))
         axes.append(lengths_of(sample))
         _require_targets(chosen, sample, index)
         scalars.append({key: float(value) for key, value in sample.items() if value.ndim == 0})
     fields = {key: np.array([values[key] for values in scalars]) for key in _common_keys(scalars)}
-    digests = [samples.digest(unit) for unit in units]
+    chunk_digests = [_read_again(samples, unit, digests) for unit in units]
     apart = kept_apart(model, samples, axes, chosen, config)
-    return RunData(samples, chosen, lengths, digests, n_sequences, fields, apart)
+    return RunData(samples, chosen, lengths, chunk_digests, n_sequences, digests, fields, apart)
+
+
+def _read_again(samples: Samples, unit: Unit, digests: Sequence[bytes]) -> str:
+    """Return the digest of a unit, read for the second time; its samples must be what they were."""
+    whole = hashlib.sha256()
+    for index in range(unit.start, unit.stop):
+        sample = samples[index]
+        check_unchanged(index, sample, digests[index])
+        add_contents(whole, sample)
+    return whole.hexdigest()
 
 
 def _common_keys(scalars: list[dict[str, float]]) -> list[str]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig
 from streamfisher.reduction import gram as grams
-from streamfisher.reduction.stored_grams import build_stored_grams
+from streamfisher.reduction.stored_grams import build_held_grams, build_stored_grams
 from streamfisher.runtime.memory import local_ranks
 from streamfisher.runtime.ranks import Ranks
-from streamfisher.store import RunStore
+from streamfisher.sinks.memory import MemorySink
+from streamfisher.store import RunStore, UnitRecord
 
 
 def is_reduced(store: RunStore, wave: int, config: SpectralConfig) -> bool:
@@ -60,6 +62,45 @@ def reduce_wave(store: RunStore, wave: int, config: SpectralConfig, ranks: Ranks
     if ranks.is_main:
         store.kept.delete(wave)
     ranks.wait("for the end of the wave")
+
+
+def forget_wave(store: RunStore, wave: int) -> None:
+    """Let a wave be collected again that is held in memory, where nothing of it is left."""
+    for unit in store.units:
+        store.forget_unit(unit, wave)
+    store.kept.want(wave)
+
+
+def reduce_held(store: RunStore, wave: int, sink: MemorySink, config: SpectralConfig, *, progress: bool) -> None:
+    """Build the missing Grams of a wave from memory, and then mark its units: their gradients are gone.
+
+    Raises:
+        CorruptRunError: a gradient is not finite.
+        CapacityError: the reduction does not fit the memory budget.
+    """
+    done = store.grams.done(grams.gram_settings(config))
+    keys = [key for key in store.grams.keys_of(store.waves[wave]) if key not in done]
+    source = sink.source(all_samples=True)
+    valid = np.array([number not in sink.skipped for number in range(store.n_samples)])
+    build_held_grams(store, source, valid, _share_of_host(config), keys, progress=progress)
+    norms = {}
+    if not sink.every_norm:
+        for name in store.waves[wave]:
+            norms[name] = store.grams.read(name)[0].diagonal()
+    store.kept.delete(wave)  # before any unit counts as done
+    for unit in store.units:
+        facts = sink.facts[unit.index]
+        squared = {name: values[unit.start : unit.stop].copy() for name, values in norms.items()}
+        record = UnitRecord(
+            unit,
+            {},
+            facts.losses,
+            facts.n_targets,
+            squared or facts.squared_norms,
+            facts.skipped,
+            wave=wave,
+        )
+        store.write_unit(record)
 
 
 def _claimed(todo: list[str], wave: int, config: SpectralConfig, ranks: Ranks):

@@ -10,7 +10,7 @@ from streamfisher.collection.claims import Claims, idle_batches
 from streamfisher.collection.guard import Guard, OwnGuard, SharedGuard
 from streamfisher.collection.passes import run_pass
 from streamfisher.collection.progress import Progress
-from streamfisher.collection.wave_reduction import is_reduced, reduce_wave, reopen_wave
+from streamfisher.collection.wave_reduction import forget_wave, is_reduced, reduce_held, reduce_wave, reopen_wave
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import BatchRef, Unit
 from streamfisher.gradients.producer import GradientProducer, Wave
@@ -21,7 +21,8 @@ from streamfisher.sinks.centered import CenteredSink
 from streamfisher.sinks.disk import DiskSink
 from streamfisher.sinks.interface import GradientSink, UnitFacts
 from streamfisher.sinks.mean import MeanSink
-from streamfisher.store import RunStore
+from streamfisher.sinks.memory import MemorySink
+from streamfisher.store import RunStore, stage_of
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,54 @@ class Collection:
         store, ranks = self.store, self.ranks
         products = SpectralConfig.from_dict(store.manifest.config).gram_options(self.config)
         means = self._means() if store.centered else {}
+        held = store.run.hold == "host"
         for index, names in enumerate(store.waves):
+            title = "gradients" if len(store.waves) == 1 else f"wave {index + 1} of {len(store.waves)}"
+            passing = len(store.waves) > 1 or "*" not in store.keep
+            todo = store.markers.todo(stage_of(index))
+            whole = passing and is_reduced(store, index, products) and not todo
+            if ranks.share(f"whether wave {index} is reduced", whole):
+                if not held:
+                    reduce_wave(store, index, products, ranks, progress=self.progress)  # what is left to be deleted
+                continue
+            if held:
+                self._through_memory(index, names, title, products)
+                continue
             disk = DiskSink(store, index, self.producer)
             sink = CenteredSink(disk, means) if store.centered else disk
-            passing = len(store.waves) > 1 or "*" not in store.keep
-            whole = passing and is_reduced(store, index, products) and not sink.todo()
-            reduced = ranks.share(f"whether wave {index} is reduced", whole)
-            wave = None
-            if not reduced:
-                if ranks.is_main:
-                    reopen_wave(store, index, products)
-                ranks.wait("for the wave")
-                title = "gradients" if len(store.waves) == 1 else f"wave {index + 1} of {len(store.waves)}"
-                wave = self._wave(index, names, sink)
-                self.producer.begin(wave)
-                self._pass(sink, wave, title, "for the other ranks' gradients")
-                give_back()
+            if ranks.is_main:
+                reopen_wave(store, index, products)
+            ranks.wait("for the wave")
+            wave = self._wave(index, names, sink)
+            self.producer.begin(wave)
+            self._pass(sink, wave, title, "for the other ranks' gradients")
+            give_back()
             if passing:
                 reduce_wave(store, index, products, ranks, progress=self.progress)
-            if wave is not None:
-                self.producer.finish(wave)
+            self.producer.finish(wave)
         self.producer.close()
+
+    def _through_memory(self, index: int, names: list[str], title: str, products: SpectralConfig) -> None:
+        """Take a wave whose gradients are in memory until its Grams are written; a kill costs the wave."""
+        store = self.store
+        factored = [name for name in names if store.rows.representation(name) == "factors"]
+        alone = all(store.gram_members[key] == [key] for key in store.grams.keys_of(names))
+        sink = MemorySink(
+            self.producer,
+            store.units,
+            factored,
+            parameters=names,
+            columns=store.parameters,
+            every_norm=not alone,
+        )
+        forget_wave(store, index)
+        wave = self._wave(index, names, sink)
+        self.producer.begin(wave)
+        self._pass(sink, wave, title, "for the other ranks' gradients")
+        reduce_held(store, index, sink, products, progress=self.progress)
+        del sink
+        give_back()
+        self.producer.finish(wave)
 
     def collect_mean(self) -> None:
         """Add up the rows of every unit in float64; the mean is their sum over the valid samples."""

@@ -1,28 +1,17 @@
-"""Every knob of an analysis, once: typed, validated, documented with its unit, in sections."""
+"""Every knob of an analysis, once: typed, checked, documented; in sections, and flat in `SpectralConfig`."""
 
-from streamfisher.config.option import Option, dtype_name, option_of, parse_dtype
-from streamfisher.config.sections import (
-    Codec,
-    GradientOptions,
-    GramPer,
-    HeldAs,
-    Labels,
-    LossName,
-    OnNonfinite,
-    ReductionOptions,
-    ResourceOptions,
-    SampleOptions,
-    SampleUnit,
-    Solver,
-    SolvingOptions,
-    StorageMode,
-    StorageOptions,
-    Stream,
-)
-from streamfisher.config.spectral import IDENTITY_FIELDS, SpectralConfig, check_keys
+from streamfisher.config.dtypes import dtype_name, parse_dtype
+from streamfisher.config.gradients import GradientOptions, LossName, OnNonfinite
+from streamfisher.config.kinds import check_keys
+from streamfisher.config.reduction import GramPer, ReductionOptions
+from streamfisher.config.resources import ResourceOptions, Stream
+from streamfisher.config.samples import Labels, SampleOptions, SampleUnit
+from streamfisher.config.solving import Solver, SolvingOptions
+from streamfisher.config.spectral import IDENTITY_FIELDS, SECTIONS, SpectralConfig
+from streamfisher.config.storage import Codec, HeldAs, Hold, StorageMode, StorageOptions
 
 __all__ = [
-    # The whole, and its sections
+    # the config and its sections
     "SpectralConfig",
     "SampleOptions",
     "GradientOptions",
@@ -30,22 +19,21 @@ __all__ = [
     "ReductionOptions",
     "SolvingOptions",
     "ResourceOptions",
+    "SECTIONS",
     "IDENTITY_FIELDS",
-    # What one option is
-    "Option",
-    "option_of",
-    "check_keys",
-    "parse_dtype",
-    "dtype_name",
-    # What options may be
-    "Codec",
-    "GramPer",
-    "HeldAs",
+    # what their fields take
+    "SampleUnit",
     "Labels",
     "LossName",
     "OnNonfinite",
-    "SampleUnit",
-    "Solver",
     "StorageMode",
+    "Codec",
+    "HeldAs",
+    "Hold",
+    "GramPer",
+    "Solver",
     "Stream",
+    "dtype_name",
+    "parse_dtype",
+    "check_keys",
 ]

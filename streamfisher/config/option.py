@@ -1,180 +1,87 @@
-"""One definition of an option: its default, what it means, what it may be, and its place on the command line.
+"""One definition of an option for Python, files, the command line and the documents: the metadata of a field.
 
-A field of a section is made by one of the functions here. What they put into the field's metadata checks a value
-wherever it comes from, makes the command line's argument (`cli/options.py`), and documents the field.
+A section of the config is a frozen dataclass whose fields are made by `option`. What is said there is all there is:
+`Section` checks values by it, `documented` writes docstrings from it, and the command line makes its arguments of it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Mapping
+import inspect
 from dataclasses import dataclass
-from typing import Any, get_args, overload
+from typing import Any, Literal, TypeVar
 
 import torch
 
-from streamfisher.byte_sizes import parse_bytes
-from streamfisher.errors import ConfigError
+from streamfisher.config.dtypes import dtype_name
+from streamfisher.config.kinds import Kind
 
-_FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-#: Takes the name of a field and a value; returns the value as it is kept, or raises `ConfigError`.
-Check = Callable[[str, Any], Any]
+T = TypeVar("T")
+Group = Literal[
+    "data", "model and devices", "gradients", "store", "spectrum", "reduction", "reduction on a GPU or cluster"
+]
 
 
 @dataclass(frozen=True)
 class Option:
-    """What is known of a field beside its default and type."""
+    """What is known of an option besides its type."""
 
-    help: str  # what it means, with its unit; ends in the default where that is not plain
-    check: Check
-    identity: bool  # it decides the bits of stored gradients or Grams, so that a run does not resume with another
-    group: str | None  # of the command line; None: in Python and files only
-    flag: str | None  # on the command line, where it differs from the field's name
-    argument: Mapping[str, Any]  # what `argparse` needs to know beside that
+    default: Any
+    kind: Kind
+    help: str
+    name: str  # on the command line and in files; empty: that of the field
+    group: Group | None  # its heading in `--help`; None: in Python and in files only
+    metavar: str  # what stands for a value in `--help`; empty: the name in capitals
+    unset: str  # what the default means, where the value does not say it
+
+    @property
+    def description(self) -> str:
+        """What the option is for, and its default."""
+        default = self.unset
+        if not default and self.default is not None and self.default not in (False, "", ()):
+            default = dtype_name(self.default) if isinstance(self.default, torch.dtype) else str(self.default)
+        return f"{self.help} (default: {default})" if default else self.help
 
 
 def option(
-    default: Any,
+    default: T,
+    kind: Kind,
     help: str,
-    check: Check,
     *,
-    identity: bool = False,
-    group: str | None = None,
-    flag: str | None = None,
-    **argument: Any,
-) -> Any:
-    """Return a dataclass field with its `Option`; further arguments go to `argparse`."""
-    return dataclasses.field(default=default, metadata={"option": Option(help, check, identity, group, flag, argument)})
+    name: str = "",
+    group: Group | None = None,
+    metavar: str = "",
+    unset: str = "",
+) -> T:
+    """Return a dataclass field that is an option; its parameters are the attributes of `Option`."""
+    about = Option(default, kind, help, name, group, metavar, unset)
+    return dataclasses.field(default=default, metadata={"option": about})
 
 
-def option_of(item: dataclasses.Field[Any]) -> Option:
-    """Return the option of a dataclass field that `option` made."""
-    found: Option = item.metadata["option"]
-    return found
+def options_of(cls: type[Any]) -> dict[str, Option]:
+    """Return the options of a dataclass by the names of their fields."""
+    return {field.name: field.metadata["option"] for field in dataclasses.fields(cls) if "option" in field.metadata}
 
 
-def choice(kind: Any, *, optional: bool = False) -> Check:
-    """Return a check for one of the values of a `Literal`, or of a tuple; `None` too, where it is optional."""
-    allowed = kind if isinstance(kind, tuple) else get_args(kind)
-    allowed = (None, *allowed) if optional else allowed
-
-    def check(field: str, value: Any) -> Any:
-        if value not in allowed:
-            names = ", ".join(str(known).removeprefix("torch.") for known in allowed)
-            raise ConfigError(f"{field}={show(value)} is unknown; choose one of {names}.")
-        return value
-
-    return check
+def documented(cls: type[T]) -> type[T]:
+    """List the options of a dataclass in its docstring."""
+    lines = [f"    {name}: {item.description}" for name, item in options_of(cls).items()]
+    cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *lines])
+    return cls
 
 
-def whole(least: int, *, optional: bool = False) -> Check:
-    """Return a check for a whole number of at least `least`."""
-
-    def check(field: str, value: Any) -> Any:
-        if optional and value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{field}={show(value)} must be a whole number of at least {least}.")
-        return value
-
-    return check
-
-
-def yes_or_no(field: str, value: Any) -> bool:
-    """Check a truth value."""
-    if not isinstance(value, bool):
-        raise ConfigError(f"{field}={show(value)} must be true or false.")
-    return value
-
-
-def dtype(*allowed: torch.dtype, optional: bool = False) -> Check:
-    """Return a check for a floating dtype, by its name too; of `allowed`, where any are named."""
-    among = choice(allowed) if allowed else None
-
-    def check(field: str, value: Any) -> torch.dtype | None:
-        parsed: torch.dtype | None = parse_dtype(value, field)
-        if among is not None and not (optional and parsed is None):
-            among(field, parsed)
-        return parsed
-
-    return check
-
-
-def patterns(field: str, value: Any) -> tuple[str, ...]:
-    """Check one or more patterns of parameter names."""
-    several = (value,) if isinstance(value, str) else value
-    if not isinstance(several, list | tuple) or not all(isinstance(pattern, str) for pattern in several):
-        raise ConfigError(f"{field}={value!r} must be a pattern of parameter names, or a list of patterns.")
-    return tuple(several)
-
-
-def kept(field: str, value: Any) -> tuple[str, ...] | None:
-    """Check which gradients stay: `('*',)` for 'all', `()` for 'none', or patterns; `None`: decided by the budgets."""
-    if value is None:
-        return None
-    if value in ("all", ("all",), ["all"]):
-        return ("*",)
-    return () if value in ("none", ("none",), ["none"]) else patterns(field, value)
-
-
-def number(field: str, value: Any) -> float | None:
-    """Check a number; text counts where it is one, because YAML reads `1e-6` as text."""
-    if value is None:
-        return None
-    try:
-        if isinstance(value, bool):
-            raise ValueError
-        return float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{field}={value!r} must be a number.") from None
-
-
-def size(field: str, value: Any) -> int | None:
-    """Check bytes, as a number or as `'2GB'`."""
-    return None if value is None else parse_bytes(value, field)
-
-
-def folder(field: str, value: Any) -> str | None:
-    """Check the path of a folder."""
-    if value is None:
-        return None
-    if not isinstance(value, str | os.PathLike):
-        raise ConfigError(f"{field}={value!r} must name a folder.")
-    return str(os.fspath(value))
-
-
-def device(field: str, value: Any) -> str:
-    """Check the name of a device."""
-    if not isinstance(value, str | torch.device) or not str(value):
-        raise ConfigError(f"{field}={value!r} is no device; write auto, cpu, cuda or cuda:1.")
-    return str(value)
-
-
-@overload
-def parse_dtype(value: None, field: str = "dtype") -> None: ...
-@overload
-def parse_dtype(value: torch.dtype | str, field: str = "dtype") -> torch.dtype: ...
-def parse_dtype(value: torch.dtype | str | None, field: str = "dtype") -> torch.dtype | None:
-    """Return the floating `torch.dtype` that `value` names; `None` stays `None`.
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Options that belong together and are checked when they are set.
 
     Raises:
-        ConfigError: `value` is not one of float64, float32, bfloat16, float16.
+        ConfigError: a field has a value that cannot be used; the message names the field and the value.
     """
-    if value is None:
-        return None
-    name = str(value).removeprefix("torch.")
-    if name not in _FLOATS:
-        raise ConfigError(f"{field}={value!r} is not a floating dtype; choose one of {', '.join(_FLOATS)}.")
-    return _FLOATS[name]
 
+    def __post_init__(self) -> None:
+        for name, item in options_of(type(self)).items():
+            object.__setattr__(self, name, item.kind.check(name, getattr(self, name)))
+        self.check()
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return `'float32'` for `torch.float32`, and so on."""
-    return str(dtype).removeprefix("torch.")
-
-
-def show(value: Any) -> str:
-    """Return a value as a message shows it."""
-    return dtype_name(value) if isinstance(value, torch.dtype) else repr(value)
+    def check(self) -> None:
+        """Refuse values that are good alone and not together."""

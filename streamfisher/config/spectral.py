@@ -1,4 +1,4 @@
-"""`SpectralConfig`: every knob of an analysis, from all sections, under flat names.
+"""Every option of an analysis, flat: the sections in one.
 
 A field is either part of a run's *identity* (it changes stored gradients or Grams, so a run refuses to resume when it
 differs) or it is not (it changes where and how fast, never what). `IDENTITY_FIELDS` is that list.
@@ -7,82 +7,125 @@ differs) or it is not (it changes where and how fast, never what). `IDENTITY_FIE
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from streamfisher.config.option import dtype_name, option_of
-from streamfisher.config.sections import (
-    GradientOptions,
-    ReductionOptions,
-    ResourceOptions,
+from streamfisher.config.dtypes import dtype_name
+from streamfisher.config.gradients import GradientOptions
+from streamfisher.config.kinds import check_keys
+from streamfisher.config.option import Section, documented, options_of
+from streamfisher.config.reduction import ReductionOptions
+from streamfisher.config.resources import ResourceOptions
+from streamfisher.config.samples import SampleOptions
+from streamfisher.config.solving import SolvingOptions
+from streamfisher.config.storage import StorageOptions
+
+S = TypeVar("S", bound=Section)
+
+SECTIONS: tuple[type[Section], ...] = (
     SampleOptions,
-    SolvingOptions,
+    GradientOptions,
     StorageOptions,
+    ReductionOptions,
+    SolvingOptions,
+    ResourceOptions,
 )
-from streamfisher.errors import ConfigError
 
-Section = TypeVar("Section")
+#: Fields that decide the bits of stored gradients and Grams.
+IDENTITY_FIELDS = (
+    "seed",
+    "chunk_size",
+    "batch_tokens",
+    "max_length",
+    "sample_unit",
+    "tokens_per_sequence",
+    "labels",
+    "loss",
+    "include",
+    "exclude",
+    "dtype_model",
+    "dtype_compute",
+    "dtype_store",
+    "bitround",
+    "store_centered",
+    "representation",
+    "project",
+    "gram_per",
+    "on_nonfinite",
+    "use_deterministic",
+)
 
-_SECTIONS = (SampleOptions, GradientOptions, StorageOptions, ReductionOptions, SolvingOptions, ResourceOptions)
+# The order in which manifests list what they have listed from the first; a field that is not here comes after these.
+_LISTED_FIRST = (
+    *("block_structure", "center_gradients", "sample_unit", "tokens_per_sequence", "labels", "loss"),
+    *("include", "exclude", "max_length", "max_params_per_block"),
+    *("seed", "chunk_size", "batch_tokens", "guard_every", "on_nonfinite"),
+    *("dtype_model", "dtype_compute", "dtype_store", "bitround", "dtype_gram", "dtype_eigensolve", "eps"),
+    *("top_k_eigenvalues", "solver", "regularization", "eigensolve_device"),
+    *("storage_mode", "store_path", "store_centered", "representation", "project", "keep_gradients", "gram_per"),
+    *("codec", "device", "gram_device", "n_workers", "memory_budget", "disk_budget", "stream", "rank_timeout"),
+    *("fsync", "use_deterministic"),
+)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SpectralConfig(ResourceOptions, SolvingOptions, ReductionOptions, StorageOptions, GradientOptions, SampleOptions):
+@documented
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SpectralConfig(  # a dataclass lists the fields of its last base first
+    ResourceOptions, SolvingOptions, ReductionOptions, StorageOptions, GradientOptions, SampleOptions
+):
     """How gradients are taken, held, multiplied and solved.
 
-    Every option is a keyword: `SpectralConfig(seed=1, memory_budget="8GB")`. Options belong to sections, which
-    `config.samples`, `.gradients`, `.storage`, `.reduction`, `.solving` and `.resources` give back.
+    Every option is a keyword and an attribute; `samples`, `gradients`, `storage`, `reduction`, `solving` and
+    `resources` are the same options by section.
 
     Raises:
         ConfigError: a field has a value that cannot be used; the message names the field and the value.
     """
 
-    def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            object.__setattr__(self, item.name, option_of(item).check(item.name, getattr(self, item.name)))
-        for section in _SECTIONS:
+    def check(self) -> None:
+        """Check each section."""
+        for section in SECTIONS:
             section.check(self)
 
     @property
     def samples(self) -> SampleOptions:
-        """What N counts, and what a sample's loss is."""
+        """What a sample is, and how samples are put together."""
         return self._section(SampleOptions)
 
     @property
     def gradients(self) -> GradientOptions:
-        """Whose gradients are taken, and how."""
+        """Which gradients are taken, and how."""
         return self._section(GradientOptions)
 
     @property
     def storage(self) -> StorageOptions:
-        """How gradients are held until they are reduced, and what stays of them."""
+        """What is stored of gradients, and how."""
         return self._section(StorageOptions)
 
     @property
     def reduction(self) -> ReductionOptions:
-        """How gradients are multiplied to Grams."""
+        """How gradients become Gram matrices."""
         return self._section(ReductionOptions)
 
     @property
     def solving(self) -> SolvingOptions:
-        """From Grams to eigenvalues."""
+        """How Gram matrices become spectra."""
         return self._section(SolvingOptions)
 
     @property
     def resources(self) -> ResourceOptions:
-        """With what: devices, memory, disk, workers."""
+        """Devices, memory, disk and time that a run may take."""
         return self._section(ResourceOptions)
 
-    def _section(self, kind: type[Section]) -> Section:
-        return kind(**{item.name: getattr(self, item.name) for item in dataclasses.fields(kind)})  # type: ignore[arg-type]
+    def _section(self, section: type[S]) -> S:
+        return section(**{name: getattr(self, name) for name in options_of(section)})
 
     def to_dict(self) -> dict[str, Any]:
         """Return every field as plain JSON values."""
-        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {name: _plain(getattr(self, name)) for name in self.names()}
 
     def identity(self) -> dict[str, Any]:
         """Return the fields that decide stored bits, as plain JSON values."""
@@ -99,18 +142,22 @@ class SpectralConfig(ResourceOptions, SolvingOptions, ReductionOptions, StorageO
         return dataclasses.replace(self, **changes)
 
     @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return the names of all fields, in the order in which manifests list them."""
+        return tuple(dict.fromkeys((*_LISTED_FIRST, *(field.name for field in dataclasses.fields(cls)))))
+
+    @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SpectralConfig:
         """Build a config from plain values.
 
         Raises:
             ConfigError: a key is not an option; the message names it and the nearest ones.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        check_keys(values, known, "option")
+        check_keys(values, cls.names(), "option")
         return cls(**values)
 
-    def check(self) -> None:
-        """Every section checks its own fields, see `__post_init__`."""
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.names())})"
 
 
 def _plain(value: Any) -> Any:
@@ -119,29 +166,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-#: Fields that decide the bits of stored gradients and Grams.
-IDENTITY_FIELDS = tuple(item.name for item in dataclasses.fields(SpectralConfig) if option_of(item).identity)
+def _refuse_assignment(self: SpectralConfig, name: str, value: Any) -> None:
+    """Say how to get what an assignment was to give; configs are frozen, so that a run's is what it was made with."""
+    check_keys({name: value}, SpectralConfig.names(), "option")
+    raise dataclasses.FrozenInstanceError(
+        f"a config does not change: write config = config.replace({name}={value!r}), which gives a checked copy."
+    )
 
 
-def _documented() -> str:
-    """Return the class's docstring with a line for each field, section by section."""
-    lines = [(SpectralConfig.__doc__ or "").rstrip(), ""]
-    for section in _SECTIONS:
-        lines.append(f"    {(section.__doc__ or '').splitlines()[0]}")
-        lines += [
-            f"        {item.name} (default {_plain(item.default)!r}): {option_of(item).help}"
-            for item in dataclasses.fields(section)
-        ]
-    return "\n".join(lines) + "\n"
-
-
-SpectralConfig.__doc__ = _documented()
-
-
-def check_keys(values: Mapping[str, Any], known: list[str], what: str) -> None:
-    """Raise `ConfigError` naming the first key of `values` that is not in `known`, with near matches."""
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=3)
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(known)}."
-            raise ConfigError(f"{key!r} is not a known {what}. {hint}")
+SpectralConfig.__setattr__ = _refuse_assignment  # type: ignore[assignment, method-assign]  # in place of the dataclass's own

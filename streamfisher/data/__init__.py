@@ -1,1 +1,21 @@
 """Samples: numbered, cut into units and batches, and read from files."""
+
+from streamfisher.data.batches import BatchRef, Unit, batches_of, collate, make_batches, make_units, sequence_length
+from streamfisher.data.loading import load_samples
+from streamfisher.data.samples import Samples, SampleSource, TokenSamples
+
+__all__ = [
+    # Samples
+    "Samples",
+    "TokenSamples",
+    "SampleSource",
+    "load_samples",
+    # Units and batches
+    "Unit",
+    "BatchRef",
+    "make_units",
+    "make_batches",
+    "batches_of",
+    "collate",
+    "sequence_length",
+]

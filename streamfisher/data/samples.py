@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from streamfisher.data.batches import IGNORED_LABEL, Unit, sequence_length
+from streamfisher.data.cutting import TokenCutter
 from streamfisher.errors import DataError
 
 Sample = dict[str, Tensor]
@@ -45,6 +46,7 @@ class Samples:
     def __init__(self, source: Any, n_samples: int | None = None, max_length: int | None = None):
         self.source = _as_source(source)
         self.max_length = max_length
+        self._cutter = TokenCutter(_Whole(self))
         available = len(self.source)
         if available == 0:
             raise DataError("The data holds no samples; at least 2 are needed for a spectrum.")
@@ -63,26 +65,52 @@ class Samples:
         Raises:
             DataError: it is not a dict of tensors, or it is a sequence of fewer than one token.
         """
+        tensors = self._whole(index)
+        length = sequence_length(tensors)
+        if self.max_length is not None and length is not None and length > self.max_length:
+            tensors = self._cutter.cut(tensors, length, self.max_length)
+        return tensors
+
+    def _whole(self, index: int) -> Sample:
+        """Return sample `index` as CPU tensors, not cut."""
         sample = self.source[index]
         if not isinstance(sample, Mapping) or not sample:
             raise DataError(f"sample {index} is a {type(sample).__name__}, not a dict of tensors.")
-        tensors = {str(key): _tensor(value, str(key), index) for key, value in sample.items()}
-        length = sequence_length(tensors)
-        if self.max_length is not None and length is not None and length > self.max_length:
-            tensors = {
-                key: value[: self.max_length] if value.ndim and value.shape[0] == length else value
-                for key, value in tensors.items()
-            }
-        return tensors
+        return {str(key): _tensor(value, str(key), index) for key, value in sample.items()}
 
     def digest(self, unit: Unit) -> str:
         """Return the SHA-256 of the contents of the samples of `unit`: keys, dtypes, shapes and bytes."""
         digest = hashlib.sha256()
         for index in range(unit.start, unit.stop):
-            for key, value in sorted(self[index].items()):
-                digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
-                digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            add_contents(digest, self[index])
         return digest.hexdigest()
+
+
+def add_contents(digest: hashlib._Hash, sample: Mapping[str, Tensor]) -> None:
+    """Feed a digest with the contents of a sample: keys, dtypes, shapes and bytes."""
+    for key, value in sorted(sample.items()):
+        digest.update(f"{key}:{value.dtype}:{tuple(value.shape)};".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def sample_digest(sample: Mapping[str, Tensor]) -> bytes:
+    """Return a digest of the contents of one sample, short and for comparing within one process only."""
+    digest = hashlib.sha256()
+    add_contents(digest, sample)
+    return digest.digest()[:16]
+
+
+def check_unchanged(index: int, sample: Mapping[str, Tensor], digest: bytes) -> None:
+    """Refuse a sample that is not what it was when it was first read.
+
+    Raises:
+        DataError: it is another one now.
+    """
+    if sample_digest(sample) != digest:
+        raise DataError(
+            f"sample {index} is another one each time it is read: the data changes at random or while the run goes on. "
+            "Every pass must see the same samples; switch augmentation off, or draw it once and keep it."
+        )
 
 
 class TokenSamples:
@@ -104,6 +132,7 @@ class TokenSamples:
     def __init__(self, sequences: Samples, *, shifted: bool, per_sequence: int | None = None, seed: int = 0):
         self.sequences = sequences
         self.shifted = shifted
+        self._cutter = TokenCutter(sequences)
         self.targets: list[tuple[int, int]] = []  # (sequence, position) of each sample
         for index in range(len(sequences)):
             sample = sequences[index]
@@ -116,7 +145,8 @@ class TokenSamples:
             valid = labels != IGNORED_LABEL
             if "attention_mask" in sample:
                 valid = valid & (sample["attention_mask"] != 0)
-            if shifted:
+            if shifted:  # what comes first, or first after left padding, is predicted by nothing
+                valid[1:] &= sample["attention_mask"][:-1] != 0 if "attention_mask" in sample else True
                 valid[0] = False
             positions = valid.nonzero().flatten().numpy()
             if per_sequence is not None and len(positions) > per_sequence:
@@ -138,11 +168,21 @@ class TokenSamples:
         length = sample["input_ids"].shape[0]
         sample["labels"] = labels
         if self.shifted:
-            sample = {
-                key: value[: position + 1] if value.ndim and value.shape[0] == length else value
-                for key, value in sample.items()
-            }
+            sample = self._cutter.cut(sample, length, position + 1)
         return sample
+
+
+class _Whole:
+    """The samples as they are before they are cut."""
+
+    def __init__(self, samples: Samples):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples.source)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples._whole(index)
 
 
 class _BatchedTensors:
@@ -178,7 +218,8 @@ def _as_source(source: Any) -> SampleSource:
 
 def _tensor(value: Any, key: str, index: int) -> Tensor:
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        value = value.detach().cpu()
+        return value.clone() if value.is_inference() else value  # autograd can save none of inference mode
     try:
         return torch.as_tensor(np.asarray(value))
     except (TypeError, ValueError) as error:

@@ -13,9 +13,24 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from streamfisher.demo.model import ByteTransformer as ByteTransformer
-from streamfisher.demo.model import ByteTransformerConfig as ByteTransformerConfig
-from streamfisher.demo.text import demo_samples as demo_samples
+from streamfisher.demo.model import ByteTransformer, ByteTransformerConfig, initialise
+from streamfisher.demo.text import demo_samples, source_files, split_of, split_text
+
+__all__ = [
+    # The trained model and its text
+    "load_demo_model",
+    "demo_dataset",
+    "demo_samples",
+    "WEIGHTS",
+    # The same, untrained, to be trained
+    "ByteTransformer",
+    "ByteTransformerConfig",
+    "initialise",
+    # Python's standard library as text
+    "source_files",
+    "split_of",
+    "split_text",
+]
 
 WEIGHTS = Path(__file__).with_name("weights.safetensors")  # float32, made by examples/train_demo_model
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 #: Beside what autograd saves, forward and backward hold temporary tensors of about half its size.
-_TEMPORARY = 1.5
+TEMPORARY = 1.5
 
 
 class SavedBytes:
@@ -38,7 +38,7 @@ class SavedBytes:
     @property
     def peak(self) -> float:
         """Return an estimate of the most bytes that the pass takes in host memory at one time."""
-        return _TEMPORARY * self.host
+        return TEMPORARY * self.host
 
 
 def _has_storage(tensor: Tensor) -> bool:

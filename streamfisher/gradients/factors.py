@@ -115,6 +115,16 @@ def _samples(pairs: Sequence[FactorPair]) -> range:
     return range(pairs[0].right.shape[0])
 
 
+def on_host(factors: Mapping[str, Sequence[FactorPair]]) -> dict[str, list[FactorPair]]:
+    """Return factors in host memory, a tensor that several pairs share copied once."""
+    copies: dict[int, Tensor] = {}
+
+    def take(side: Tensor) -> Tensor:
+        return copies.setdefault(id(side), side.cpu())
+
+    return {name: [FactorPair(take(pair.left), take(pair.right)) for pair in pairs] for name, pairs in factors.items()}
+
+
 @dataclass(frozen=True)
 class BatchFactors:
     """The factors of a batch as they are stored: each tensor once, without what contributes nothing at its end."""

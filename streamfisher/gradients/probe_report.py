@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from streamfisher.runtime.printable import printable
+
 
 @dataclass(frozen=True)
 class ParameterReport:
@@ -96,7 +98,7 @@ class ProbeReport:
         if frozen:
             lines.append(f"frozen: {frozen} parameter tensors")
         lines.extend(self.notes)
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; `from_dict` reads them back."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from torch import Tensor, nn
 
 from streamfisher.data.batches import BatchRef, Unit, batches_of, collate
-from streamfisher.data.samples import Samples
+from streamfisher.data.samples import Samples, check_unchanged
 from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.model_labels import draw_labels, sample_seed
 from streamfisher.models.offload import to_model
@@ -23,6 +23,7 @@ class ModelBatches(Mapping[BatchRef, dict[str, Tensor]]):
         units: whose batches.
         batch_tokens: padded tokens of one batch.
         loss: of the run; it counts where labels are drawn.
+        digests: of each sample as it was first read; a sample that has changed since is refused. Empty: not compared.
         label_seed: of labels drawn from the model's own prediction; `None`: labels are those of the data.
         apart: see `batches_of`.
     """
@@ -38,7 +39,9 @@ class ModelBatches(Mapping[BatchRef, dict[str, Tensor]]):
         loss: PerSampleLoss,
         label_seed: int | None = None,
         apart: Sequence[int] | None = None,
+        digests: Sequence[bytes] = (),
     ) -> None:
+        self.digests = digests
         self.model, self.samples, self.loss, self.label_seed = model, samples, loss, label_seed
         self._of = {unit.index: batches_of(unit, lengths, batch_tokens, apart) for unit in units}
         self._known = {batch: batch for batches in self._of.values() for batch in batches}
@@ -63,12 +66,19 @@ class ModelBatches(Mapping[BatchRef, dict[str, Tensor]]):
         """Return a view of some of them."""
         part = object.__new__(ModelBatches)
         part.model, part.samples, part.loss, part.label_seed = self.model, self.samples, self.loss, self.label_seed
+        part.digests = self.digests
         part._of, part._known = self._of, {batch: batch for batch in batches}
         return part
 
     def of_samples(self, numbers: Sequence[int]) -> dict[str, Tensor]:
         """Return any samples as one batch."""
-        batch = to_model(collate([self.samples[number] for number in numbers]), self.model)
+        batch = to_model(collate([self._sample(number) for number in numbers]), self.model)
         if self.label_seed is None:
             return batch
         return draw_labels(self.model, batch, self.loss, [sample_seed(self.label_seed, number) for number in numbers])
+
+    def _sample(self, number: int) -> dict[str, Tensor]:
+        sample = self.samples[number]
+        if self.digests:
+            check_unchanged(number, sample, self.digests[number])
+        return sample

@@ -6,6 +6,7 @@ because a mean scales each gradient by its sequence length and the Fisher is def
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -29,7 +30,7 @@ from streamfisher.models.calling import (
 )
 from streamfisher.models.sharding import class_of
 
-_REDUCTION = {
+REDUCTIONS = {
     "causal": "sum over target tokens of cross-entropy, targets shifted by one",
     "token": "sum over target tokens of cross-entropy, targets aligned with the logits",
     "classification": "cross-entropy of the sample's class",
@@ -179,9 +180,15 @@ def resolve_loss(
     if loss is not None:
         if loss not in get_args(LossName):
             raise LossError(f"loss={loss!r} is unknown; choose one of {', '.join(get_args(LossName))} or a callable.")
-        return PerSampleLoss(loss, _REDUCTION[loss], "named by the user", labels_to_model=seq2seq and loss == "token")
+        return PerSampleLoss(loss, REDUCTIONS[loss], "named by the user", labels_to_model=seq2seq and loss == "token")
     name, reason = _choose(model, batch, seq2seq)
-    return PerSampleLoss(name, _REDUCTION[name], reason, labels_to_model=seq2seq and name == "token")
+    if name == "causal" and _moved_by_one(batch):
+        warnings.warn(
+            "the labels are the inputs moved by one, so that they are aligned with the logits already, and the loss "
+            f"'causal' ({reason}) moves them once more. Give loss='token' (--loss token) if that is not meant.",
+            stacklevel=2,
+        )
+    return PerSampleLoss(name, REDUCTIONS[name], reason, labels_to_model=seq2seq and name == "token")
 
 
 def _choose(model: nn.Module, batch: Mapping[str, Any], seq2seq: bool) -> tuple[str, str]:
@@ -209,6 +216,13 @@ def _choose(model: nn.Module, batch: Mapping[str, Any], seq2seq: bool) -> tuple[
             )
         labels = inputs
     if labels.is_floating_point():
+        per_sample = logits.numel() // logits.shape[0]
+        if per_sample == 1 and labels.numel() > 1 and bool(((labels == 0) | (labels == 1)).all()):
+            raise LossError(
+                f"{class_name} has one output per sample and the first labels are only 0.0 and 1.0: that may be a "
+                "classification by one logit or a regression. Give loss='regression', or for one logit a "
+                "loss(model, batch) -> (B,) of binary_cross_entropy_with_logits(..., reduction='none')."
+            )
         return "regression", "float labels"
     if logits.dim() == 2 and labels.numel() == labels.shape[0]:
         return "classification", "one class per sample"
@@ -232,6 +246,19 @@ def _choose(model: nn.Module, batch: Mapping[str, Any], seq2seq: bool) -> tuple[
         if bool(same.all()):
             return _shifted()
     return "token", "labels differ from the inputs: aligned with the logits"
+
+
+def _moved_by_one(batch: Mapping[str, Any]) -> bool:
+    """Return whether every label is the next position's input: `labels[t] = input_ids[t + 1]`."""
+    inputs, labels = batch.get("input_ids"), batch.get("labels")
+    if inputs is None or labels is None or inputs.shape != labels.shape or inputs.dim() != 2:
+        return False
+    now, following, own = labels[:, :-1], inputs[:, 1:], inputs[:, :-1]
+    counts = now != IGNORED_LABEL
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.shape == labels.shape:
+        counts = counts & (mask[:, 1:] != 0)
+    return bool(counts.any() and (now == following)[counts].all() and not (now == own)[counts].all())
 
 
 def _shifted() -> tuple[str, str]:

@@ -7,6 +7,8 @@ place. So it is named by module and attribute here, and its gradient is taken fr
 from __future__ import annotations
 
 import contextlib
+import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from streamfisher.errors import ModelError
+
+#: Names of what is compared with the output, or counts time: its values are data, not activations.
+_EXACT = re.compile(r"^(t|labels?|targets?|y|times?|sigmas?)$|labels?$|targets?$|time_?steps?$")
 
 
 def offload_hook(module: nn.Module) -> Any:
@@ -140,12 +145,22 @@ def used_leaves(model: nn.Module, places: Mapping[str, Sequence[str]]) -> Iterat
 
 
 def to_model(batch: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return the batch on the model's device, floating inputs in the model's dtype."""
+    """Return the batch on the model's device, floating inputs in the model's dtype.
+
+    Labels, time steps and numbers that the forward does not name are not rounded to a half-width model's dtype: they
+    are in float32 at least, because 901 and 300.4 are no numbers of bfloat16.
+    """
     parameter = next(iter(model.parameters()), None)
     if parameter is None:
         return batch
+    named = inspect.signature(model.forward).parameters
     dtype = parameter.dtype if parameter.is_floating_point() else None
-    return {
-        key: value.to(input_device(model), dtype if value.is_floating_point() else None, non_blocking=True)
-        for key, value in batch.items()
-    }
+
+    def wanted(key: str, value: Tensor) -> torch.dtype | None:
+        if dtype is None or not value.is_floating_point():
+            return None
+        exact = _EXACT.search(key) is not None or (value.ndim < 2 and key not in named)
+        return torch.promote_types(dtype, torch.float32) if exact else dtype
+
+    device = input_device(model)
+    return {key: value.to(device, wanted(key, value), non_blocking=True) for key, value in batch.items()}

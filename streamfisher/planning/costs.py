@@ -11,9 +11,7 @@ from dataclasses import dataclass
 
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.planning.model_trace import BlockCost
-from streamfisher.reduction.factor_gram import FLOAT64_COST, Kernel, cheapest_kernel, kernel_operations, slab_memory
-from streamfisher.reduction.slabs import sums_bytes
-from streamfisher.store.layout import chunk_columns
+from streamfisher.reduction.factor_gram import FLOAT64_COST, Kernel, cheapest_kernel, kernel_operations
 
 
 @dataclass(frozen=True)
@@ -67,13 +65,13 @@ def norm_flops(shapes: Collection[GradientShape], held: Mapping[str, str]) -> fl
 
 
 def product_cost(shape: GradientShape, held: str, n_samples: int, single: bool = True) -> ProductCost:
-    """Return what the Gram of a parameter costs.
+    """Return what the Gram of a parameter costs, whose rows are multiplied in float32 where `single`.
 
     Rows: `N^2 P`, a symmetric product. Of factors, rows are formed first (slabs, `2 N T P`), or all positions are
     multiplied with all (pairwise, `(N T)^2 (m + n)`), or, for an embedding, those of the same token (at most
     `N^2 T n`).
     """
-    rows = float(n_samples) ** 2 * shape.numel
+    rows = float(n_samples) ** 2 * shape.columns
     if held == "dense":
         return ProductCost("slabs", 0.0, rows)
     positions = n_samples * sum(shape.positions)
@@ -87,32 +85,6 @@ def product_cost(shape: GradientShape, held: str, n_samples: int, single: bool =
         return ProductCost("slabs", 2.0 * positions * shape.numel, rows)
     _, pairwise = kernel_operations(positions, matrix, n_samples)
     return ProductCost("pairwise", 0.0, FLOAT64_COST * pairwise)
-
-
-def reduction_bytes(
-    shapes: Collection[GradientShape],
-    held: Mapping[str, str],
-    n_samples: int,
-    chunk_rows: int,
-    row_itemsize: int,
-    stored_itemsize: int,
-) -> float:
-    """Return the memory that one worker of the reduction takes where it has room: sums, and its largest slabs.
-
-    Of rows, two slabs of a chunk's columns; of factors, a slab of formed rows and the factors that it is formed from.
-    """
-    largest = 0
-    for shape in shapes:
-        if held[shape.name] == "dense":
-            width = chunk_columns(shape.numel, n_samples, chunk_rows, stored_itemsize)
-            decoding = stored_itemsize if stored_itemsize != row_itemsize else 0
-            largest = max(largest, n_samples * width * (2 * row_itemsize + decoding))
-        elif product_cost(shape, "factors", n_samples).kernel == "slabs":
-            width = shape.pairs[0][1].width
-            positions = n_samples * sum(shape.positions)
-            _, whole = slab_memory(int(positions), (shape.numel // width, width), n_samples, row_itemsize)
-            largest = max(largest, whole - sums_bytes(n_samples))
-    return float(sums_bytes(n_samples) + largest)
 
 
 def eigensolve_flops(n_samples: int) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from streamfisher.config import SpectralConfig
 from streamfisher.runtime.disk import disk_limit
-from streamfisher.runtime.memory import of_one_rank, working_memory
+from streamfisher.runtime.memory import working_memory
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,11 @@ class Machine:
     loaded: bool = False  # the whole model is there already, beside `memory`
 
 
+def or_any(limit: int | None) -> float:
+    """Return a limit, or one that nothing reaches."""
+    return float(limit) if limit is not None else 2.0**62
+
+
 def this_machine(
     config: SpectralConfig,
     path: Path,
@@ -32,14 +37,14 @@ def this_machine(
     """Return what one rank of a run has here: its budgets, at most what is free, or what is free with a margin.
 
     Args:
-        config: the budgets, as they were stated for the host.
+        config: the budgets of one rank, see `of_one_rank`: a run has shared its host's out before it looks here.
         path: of the run, for what is free on its disk.
         devices: accelerators.
         device_memory: bytes of each.
         loaded: the whole model is there already.
     """
     return Machine(
-        memory=working_memory(of_one_rank(config).memory_budget),
+        memory=working_memory(config.memory_budget),
         disk=disk_limit(config, path),
         devices=devices,
         device_memory=device_memory,

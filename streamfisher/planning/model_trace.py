@@ -85,6 +85,18 @@ class ModelTrace:
         """Return the operations of one sample's forward pass."""
         return sum(block.forward_flops for block in self.blocks)
 
+    def segments(self) -> list[list[str]]:
+        """Return the parameters of each segment that has any, in the order in which a stream goes back through them.
+
+        A layer is one; so is all that comes after the last layer, and all that comes before the first.
+        """
+        layers = [place for place, block in enumerate(self.blocks) if block.is_layer] or [len(self.blocks)]
+        first, last = layers[0], layers[-1]
+        groups = [self.blocks[last + 1 :], *([block] for block in reversed(self.blocks[first : last + 1]))]
+        groups.append(self.blocks[:first])
+        names = [[name for block in group for name in block.parameters] for group in groups]
+        return [segment for segment in names if segment]
+
     def scaled(self, tokens: float) -> ModelTrace:
         """Return the trace for samples of `tokens` positions on average.
 

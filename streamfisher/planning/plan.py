@@ -68,6 +68,7 @@ def plan_run(
             "dtype_gram": dtype_name(config.dtype_gram),
             "codec": config.codec,
         },
+        notes=tuple(planner.stages.notes()),
     )
 
 

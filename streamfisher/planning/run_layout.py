@@ -18,13 +18,17 @@ from streamfisher.gradients.shapes import GradientShape
 from streamfisher.planning.representation import choose_representation, sample_bytes
 from streamfisher.planning.waves import FACTOR_COPIES, WaveLimits, WaveSize, WaveSizes, cut_waves
 from streamfisher.runtime.disk import disk_limit
-from streamfisher.runtime.memory import working_memory
+from streamfisher.runtime.memory import working_memory, world_size
 
 #: Of a memory budget, at most these shares are for the activations of a batch, and for them and its factors.
-_ACTIVATION_SHARE = 0.5
+ACTIVATION_SHARE = 0.5
 _BATCH_SHARE = 0.8
 #: Of the disk, at most this share is for the boundaries of streamed layers.
 BOUNDARY_SHARE = 0.25
+#: Gradients held in memory take at most this share of it; the rest is for the pass and the reduction.
+HOST_SHARE = 0.6
+#: Waves more than on the disk that holding gradients in memory is worth.
+HOST_WAVES = 3
 #: Batches are not made smaller than this for the sake of factors; then there are more waves instead.
 _LEAST_TOKENS = 512
 
@@ -39,6 +43,7 @@ class RunLayout:
     keep: list[str]  # patterns of parameters whose gradients stay
     batch_tokens: int  # padded tokens of one backward pass
     gram_bytes: int  # 8 N^2 for each Gram
+    hold: str = "disk"  # where gradients are until they are reduced: 'host' or 'disk'
 
     def layout(self) -> dict[str, Any]:
         """Return the part of the manifest's layout that says so, as plain JSON values."""
@@ -48,11 +53,14 @@ class RunLayout:
             "grams": self.grams,
             "keep": self.keep,
             "batch_tokens": self.batch_tokens,
+            "hold": self.hold,
         }
 
     @property
     def disk(self) -> int:
         """Return the most bytes that are on disk at one time, uncompressed, kept gradients counted in every wave."""
+        if self.hold == "host":
+            return self.gram_bytes
         largest = max(wave.disk for wave in self.waves)
         return self.gram_bytes + (sum(wave.disk for wave in self.waves) if self.keep else largest)
 
@@ -67,13 +75,52 @@ def plan_layout(
     activations: float = 0.0,
     segments: Sequence[Sequence[str]] | None = None,
 ) -> RunLayout:
-    """Decide how a new run is laid out, within its budgets.
+    """Decide how a new run is laid out within its budgets and what is free here: `layout_within`, which says the rest.
 
     Args:
         shapes: of all parameters, in the model's order.
         lengths: tokens of each sample.
         config: budgets, and everything about how gradients are held.
         path: of the run, for what is free on its disk.
+        row_dtype: in which rows are computed.
+        activations: bytes in host memory that a backward pass takes for each padded token.
+        segments: parameters that share no wave with those of another segment.
+
+    Raises:
+        CapacityError: something does not fit.
+        ConfigError: settings exclude one another.
+    """
+    return layout_within(
+        shapes,
+        lengths,
+        config,
+        disk=disk_limit(config, path),
+        memory=working_memory(config.memory_budget),
+        row_dtype=row_dtype,
+        activations=activations,
+        segments=segments,
+    )
+
+
+def layout_within(
+    shapes: Sequence[GradientShape],
+    lengths: Sequence[int],
+    config: SpectralConfig,
+    *,
+    disk: int,
+    memory: int,
+    row_dtype: torch.dtype,
+    activations: float = 0.0,
+    segments: Sequence[Sequence[str]] | None = None,
+) -> RunLayout:
+    """Decide how a run is laid out within limits, of this machine or of another: what plans and runs both ask.
+
+    Args:
+        shapes: of all parameters, in the model's order.
+        lengths: tokens of each sample.
+        config: everything about how gradients are held, and which budgets were stated.
+        disk: bytes that the run may take.
+        memory: bytes that one rank may take.
         row_dtype: in which rows are computed.
         activations: bytes in host memory that a backward pass takes for each padded token.
         segments: parameters that share no wave with those of another segment, in this order; `None`: any may.
@@ -88,7 +135,6 @@ def plan_layout(
     chosen = choose_representation(
         shapes, config.representation, row_itemsize=stored_itemsize, centered=config.store_centered
     )
-    memory = working_memory(config.memory_budget)
     _, factors = sample_bytes(shapes, chosen, 1)
     batch_tokens = fit_batches(config, lengths, activations, factors, memory)
     sizes = WaveSizes(
@@ -103,11 +149,11 @@ def plan_layout(
     names = [shape.name for shape in shapes]
     n_grams = len(gram_keys(names, config.gram_per))
     gram_bytes = 8 * n_samples**2 * n_grams
-    limits = wave_limits(
+    limits = _wave_limits(
         shapes,
         n_samples,
         config,
-        disk=disk_limit(config, path),
+        disk=disk,
         memory=memory,
         gram_bytes=gram_bytes,
         activations=activations * batch_tokens if config.memory_budget else 0.0,
@@ -115,26 +161,79 @@ def plan_layout(
     if limits.disk <= 0:
         raise CapacityError(
             f"{n_grams} Grams of {n_samples} samples take {format_bytes(gram_bytes)} and {limits.disk_why} is "
-            f"{format_bytes(disk_limit(config, path))}. Take fewer samples, or keep fewer Grams with --gram-per layer."
+            f"{format_bytes(disk)}. Take fewer samples, or keep fewer Grams with --gram-per layer."
         )
     keep = config.keep_gradients
     if keep is None:
         whole = sizes.of(names)
         keep = ("*",) if whole.disk <= limits.disk and whole.memory <= limits.memory else ()
-    if segments is None:
-        waves = cut_waves(sizes, limits, keep)
-    else:
-        waves = [wave for names in segments for wave in cut_waves(sizes, limits, keep, names)]
+    waves, hold = _cut_and_hold(sizes, limits, keep, config, segments)
     if len(waves) > 1 and config.store_centered:
         raise ConfigError(
             f"store_centered=True takes one pass over all parameters, and within the budgets the run takes {len(waves)}"
             ". Leave it out (--center gives the covariance of uncentered gradients too), or give more disk and memory."
         )
     cut = [list(wave.parameters) for wave in waves]
-    return RunLayout(dict(chosen), waves, gram_keys(names, config.gram_per, cut), list(keep), batch_tokens, gram_bytes)
+    return RunLayout(
+        dict(chosen), waves, gram_keys(names, config.gram_per, cut), list(keep), batch_tokens, gram_bytes, hold
+    )
 
 
-def wave_limits(
+def _cut_and_hold(
+    sizes: WaveSizes,
+    limits: WaveLimits,
+    keep: Sequence[str],
+    config: SpectralConfig,
+    segments: Sequence[Sequence[str]] | None,
+) -> tuple[list[WaveSize], str]:
+    """Return the waves, and where their gradients are until they are reduced.
+
+    In memory, unless that takes clearly more waves than the disk does: each is another pass, and the disk costs some.
+
+    Raises:
+        CapacityError: one parameter alone does not fit.
+        ConfigError: gradients are to be held in memory, and what else was asked for needs the disk.
+    """
+
+    def cut(sizes: WaveSizes, limits: WaveLimits) -> list[WaveSize]:
+        groups: Sequence[Sequence[str] | None] = [None] if segments is None else segments
+        return [wave for names in groups for wave in cut_waves(sizes, limits, keep, names)]
+
+    needs_disk = held_on_disk_for(config, keep)
+    if config.hold == "host" and needs_disk is not None:
+        raise ConfigError(f"hold='host' holds gradients in memory, and {needs_disk}; leave out --hold.")
+    if config.hold == "disk" or needs_disk is not None:
+        return cut(sizes, limits), "disk"
+    room = HOST_SHARE * limits.memory
+    in_memory = WaveLimits(int(room), limits.memory - int(room), limits.memory_why, limits.memory_why)
+    try:
+        held = cut(sizes.in_memory(), in_memory)
+    except CapacityError:
+        if config.hold == "host":
+            raise
+        return cut(sizes, limits), "disk"
+    if config.hold == "auto" and len(held) > HOST_WAVES:
+        try:
+            stored = cut(sizes, limits)
+        except CapacityError:
+            return held, "host"
+        if len(held) > HOST_WAVES + len(stored):
+            return stored, "disk"
+    return held, "host"
+
+
+def held_on_disk_for(config: SpectralConfig, keep: Sequence[str]) -> str | None:
+    """Return why gradients go to the disk whatever memory there is; `None`: nothing asks for it."""
+    if keep:
+        return "some are to be kept"
+    if config.store_centered or config.bitround is not None or config.dtype_store is not None:
+        return "they are asked for as a store would hold them (store_centered, store_dtype, bitround)"
+    if world_size() > 1:
+        return "several ranks have parts of them, which meet on the disk"
+    return None
+
+
+def _wave_limits(
     shapes: Sequence[GradientShape],
     n_samples: int,
     config: SpectralConfig,
@@ -172,15 +271,15 @@ def fit_batches(config: SpectralConfig, lengths: Sequence[int], activations: flo
     longest = max(lengths)
     if config.memory_budget is None or activations <= 0:
         return config.batch_tokens
-    if activations * longest > _ACTIVATION_SHARE * memory:
-        needed = int(longest * activations / _ACTIVATION_SHARE)
+    if activations * longest > ACTIVATION_SHARE * memory:
+        needed = int(longest * activations / ACTIVATION_SHARE)
         raise CapacityError(
             f"one sample of {longest} tokens needs about {format_bytes(longest * activations)} for its activations and "
-            f"--memory-budget {format_bytes(memory)} leaves {format_bytes(_ACTIVATION_SHARE * memory)} for them. Give "
+            f"--memory-budget {format_bytes(memory)} leaves {format_bytes(ACTIVATION_SHARE * memory)} for them. Give "
             f"at least {format_bytes(needed)}, or cut the samples with --max-length."
         )
     each = activations + FACTOR_COPIES * factors * len(lengths) / sum(lengths)
-    fits = min(int(_ACTIVATION_SHARE * memory / activations), max(int(_BATCH_SHARE * memory / each), _LEAST_TOKENS))
+    fits = min(int(ACTIVATION_SHARE * memory / activations), max(int(_BATCH_SHARE * memory / each), _LEAST_TOKENS))
     return min(config.batch_tokens, max(fits, longest))
 
 

@@ -29,6 +29,7 @@ class RunPlan:
     chosen: Strategy
     least: Mapping[str, float]  # the smallest disk and memory budgets, in bytes, with which waves would do
     settings: Mapping[str, Any]  # of the config, as far as they decide
+    notes: tuple[str, ...] = ()  # what comes out otherwise than with more memory
 
     def problems(self) -> list[str]:
         """Return what keeps the chosen way from fitting, a sentence each; empty if it fits."""
@@ -58,6 +59,7 @@ class RunPlan:
             "chosen": self.chosen.name,
             "fits": self.chosen.fits,
             "problems": self.problems(),
+            "notes": list(self.notes),
             "bytes_least": dict(self.least),
         }
 
@@ -81,6 +83,7 @@ def plan_table(plan: RunPlan) -> str:
         *_columns([("stage", "operations", "read", "written", "memory", "time"), *map(_stage_row, plan.chosen.stages)]),
         "Memory is the host's, beside the model's weights. Rates: " + _rates(plan),
     ]
+    lines += plan.notes
     if plan.chosen.fits:
         lines.append("It fits.")
     else:
@@ -102,6 +105,7 @@ def strategies_table(plan: RunPlan) -> list[str]:
 def strategy_row(way: Strategy) -> tuple[str, ...]:
     """Return one way as cells of text."""
     name = f"{way.name} ({way.waves})" if way.name == "waves" else way.name
+    name += ", in memory" if way.hold == "host" else ""
     boundaries = "" if not way.boundaries else format_bytes(way.boundaries)
     if way.every > 1:
         boundaries += f" (1 in {way.every})"

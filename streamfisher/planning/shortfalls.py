@@ -7,37 +7,16 @@ from dataclasses import dataclass
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig
 from streamfisher.planning.machine import Machine
-from streamfisher.solving.tiled_solve import dense_bytes
 
 
 @dataclass(frozen=True)
 class Shortfalls:
-    """Compares what a run of N samples needs with what there is."""
+    """Compares what a run needs with what there is."""
 
     machine: Machine
     config: SpectralConfig
-    n_samples: int
     gram_bytes: float
     weight_bytes: int
-
-    def of_reduction(self, least: float) -> list[str]:
-        """Return what the reduction, which needs at least so many bytes, and the solver lack."""
-        if self.machine.memory is None:
-            return []
-        problems = []
-        if least > self.machine.memory:
-            problems.append(
-                f"the reduction of {self.n_samples} samples needs at least {format_bytes(least)} of memory and the "
-                f"budget is {format_bytes(self.machine.memory)}; give --memory-budget {round_up(least)}, or take "
-                "fewer samples."
-            )
-        solve = float(dense_bytes(self.n_samples, self.n_samples))
-        if solve > self.machine.memory:
-            problems.append(
-                f"solving a Gram of {self.n_samples} samples needs {format_bytes(solve)} of memory and the budget is "
-                f"{format_bytes(self.machine.memory)}; take at most {most_samples(self.machine.memory)} samples."
-            )
-        return problems
 
     def of_disk(self, needed: float, itemsize: int) -> list[str]:
         """Return what the disk lacks; a stored number of a row has so many bytes."""
@@ -73,15 +52,6 @@ class Shortfalls:
             "(--stream layers), or offload them (--device-map auto)."
         ]
 
-    def of_boundaries(self, needed: float, room: float) -> list[str]:
-        """Return what the share of the disk lacks that is for boundaries."""
-        if needed <= room:
-            return []
-        return [
-            f"the hidden states at one boundary between layers and their gradient take {format_bytes(needed)}, and "
-            f"{format_bytes(room)} of the disk are for them: give more disk, or take fewer samples."
-        ]
-
     def of_segments(self, weights: float, activations: float) -> list[str]:
         """Return what a device lacks for the weights at work and the activations of a batch in one layer."""
         limit = self.machine.device_memory if self.machine.devices else None
@@ -92,16 +62,6 @@ class Shortfalls:
             f"{format_bytes(weights + activations)} and a device has {format_bytes(limit)}: lower --batch-tokens "
             f"{self.config.batch_tokens}, or take devices with more memory."
         ]
-
-
-def most_samples(memory: float) -> int:
-    """Return the largest number of samples whose Gram is solved in so many bytes."""
-    return int((memory / dense_bytes(1, 1)) ** 0.5)
-
-
-def or_any(limit: int | None) -> float:
-    """Return a limit, or one that nothing reaches."""
-    return float(limit) if limit is not None else 2.0**62
 
 
 def round_up(size: float) -> str:

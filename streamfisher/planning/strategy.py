@@ -33,6 +33,7 @@ class Strategy:
     problems: tuple[str, ...]  # what does not fit, and what would make it fit
     representation: Mapping[str, str] = field(default_factory=dict)
     boundaries: float = 0.0  # bytes of hidden states between layers, where they are streamed
+    hold: str = "disk"  # where gradients are until they are reduced: 'host' or 'disk'
     every: int = 1  # only every so-maniest boundary is kept
 
     @property
@@ -57,6 +58,7 @@ class Strategy:
             "fits": self.fits,
             "problems": list(self.problems),
             "waves": self.waves,
+            "hold": self.hold,
             "passes": self.passes,
             "bytes_gradients": self.gradients,
             "bytes_disk": self.disk,

@@ -22,6 +22,7 @@ import numpy as np
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.errors import CapacityError
 from streamfisher.reduction.products import ArrayModule, PanelSum
+from streamfisher.reduction.slabs import sums_bytes
 from streamfisher.store.factors import FactorSegment
 from streamfisher.store.layout import PANEL
 
@@ -86,8 +87,28 @@ def slab_heights(shape: tuple[int, int], n_samples: int) -> tuple[int, int]:
 def slab_memory(positions: int, shape: tuple[int, int], n_samples: int, itemsize: int) -> tuple[int, int]:
     """Return the least bytes that the slab form needs, and those that let it read every factor once."""
     height, width = slab_heights(shape, n_samples)
-    fixed = positions * width * itemsize + n_samples * height * width * itemsize + 24 * n_samples**2
+    fixed = positions * width * itemsize + n_samples * height * width * itemsize + sums_bytes(n_samples)
     return fixed + positions * height * itemsize, fixed + positions * shape[0] * itemsize
+
+
+def least_kernel_bytes(
+    kernel: Kernel, positions: int, longest: int, shape: tuple[int, int], n_samples: int, itemsize: int
+) -> int:
+    """Return the least bytes in which one worker makes the Gram of a parameter's factors.
+
+    Args:
+        kernel: how.
+        positions: of all samples and uses.
+        longest: positions of the largest batch.
+        shape: (m, n), of a gradient.
+        n_samples: N.
+        itemsize: bytes of a number of a formed row.
+    """
+    if kernel == "slabs":
+        return slab_memory(positions, shape, n_samples, itemsize)[0]
+    if kernel == "tokens":
+        return sums_bytes(n_samples) + 64 * 32 * positions  # the sums of 64 columns
+    return sums_bytes(n_samples) + 24 * longest * sum(shape)  # the factors of two batches
 
 
 def add_slabs(

@@ -26,9 +26,9 @@ from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig, dtype_name
 from streamfisher.errors import CapacityError, CorruptRunError
 from streamfisher.gradients.factors import matrix_shape
-from streamfisher.reduction.factor_gram import choose_kernel, factor_gram, slab_memory
+from streamfisher.reduction.factor_gram import choose_kernel, factor_gram, least_kernel_bytes
 from streamfisher.reduction.products import complete, panel_sum
-from streamfisher.reduction.slabs import SlabBuffers, least_bytes, plan_slabs, read_slabs, sums_bytes
+from streamfisher.reduction.slabs import SlabBuffers, least_bytes, plan_slabs, read_slabs
 from streamfisher.reduction.subsets import ColumnSubset
 from streamfisher.runtime.dask_pool import TaskBar, active_client, compute, compute_on
 from streamfisher.runtime.memory import working_memory
@@ -51,6 +51,7 @@ class GrownGram:
 
     known: int  # so many rows, whose products with each other it holds
     read: Callable[[str], np.ndarray]  # parameter -> (at least known, at least known) float64
+    single: bool = True  # float32 products are in it
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class ParameterGram:
     name: str  # the parameter's, or the group's key
     gram: np.ndarray  # (N, N) float64, exactly symmetric
     mean_products: np.ndarray | None  # (N + 1,): rows times the mean, and its square; only for centered rows
+    single: bool  # float32 products are in it; else all were formed in float64
 
 
 def gram_settings(config: SpectralConfig) -> dict[str, Any]:
@@ -148,7 +150,8 @@ def build_grams(
             n_folds += len(folds)
             for fold in folds:
                 total = fold if total is None else dask.delayed(_add, pure=False)(total, fold)
-        tasks.append(dask.delayed(_finish, pure=False)(key, total, grown.get(key), sink))
+        single = any(_in_float32(rows, name, config, as_factors=name in factored) for name in members)
+        tasks.append(dask.delayed(_finish, pure=False)(key, total, grown.get(key), single, sink))
     if client is not None:
         return compute_on(client, tasks, progress)
     with tqdm(total=n_folds, desc="Gram", unit="fold", disable=not progress) as bar:
@@ -163,16 +166,31 @@ def _share_memory(
     Raises:
         CapacityError: not even one worker can work within the budget.
     """
-    budget = working_memory(config.memory_budget)
-    workers = worker_count(config)
     of_factors = max((_factor_memory(rows, name, config) for name in factored), default=0)
     of_rows = least_bytes(rows.n_samples) if len(factored) < len(names) else 0
+    return share_memory(rows.n_samples, of_rows, of_factors, config, working_memory(config.memory_budget))
+
+
+def share_memory(n_samples: int, of_rows: int, of_factors: int, config: SpectralConfig, budget: int) -> tuple[int, int]:
+    """Return workers, and bytes for each: what plans and runs both ask.
+
+    Args:
+        n_samples: N.
+        of_rows: least bytes in which one worker reduces rows; 0 where there are none.
+        of_factors: and factors.
+        config: `n_workers` counts.
+        budget: bytes of all workers.
+
+    Raises:
+        CapacityError: not even one worker can work within the budget.
+    """
+    workers = worker_count(config)
     least, what = max((of_factors, " of factors"), (of_rows, ""))
     if config.n_workers is None:
         workers = max(1, min(workers, int(budget // max(least, 1))))
     if least > budget // workers:
         raise CapacityError(
-            f"{rows.n_samples} samples need {format_bytes(least * workers)} for the reduction{what} with "
+            f"{n_samples} samples need {format_bytes(least * workers)} for the reduction{what} with "
             f"{workers} workers and the budget is {format_bytes(budget)}. Lower n_workers (1 needs "
             f"{format_bytes(least)}) or raise memory_budget."
         )
@@ -184,19 +202,33 @@ def _factor_memory(rows: Any, name: str, config: SpectralConfig) -> int:
     segments, shape = rows.segments(name), matrix_shape(rows.shape(name))
     itemsize = _product_dtype(rows, name, config.dtype_gram).itemsize
     kernel = choose_kernel(segments, shape, rows.n_samples, single=itemsize == 4)
-    positions = sum(sum(segment.lengths) for segment in segments)
-    if kernel == "slabs":
-        return slab_memory(positions, shape, rows.n_samples, itemsize)[0]
-    if kernel == "tokens":
-        return sums_bytes(rows.n_samples) + 64 * 32 * positions  # the sums of 64 columns
-    longest = max((sum(segment.lengths) for segment in segments), default=0)
-    return sums_bytes(rows.n_samples) + 24 * longest * sum(shape)  # the factors of two batches
+    lengths = [sum(segment.lengths) for segment in segments]
+    return least_kernel_bytes(kernel, sum(lengths), max(lengths, default=0), shape, rows.n_samples, itemsize)
+
+
+def dtype_of_products(columns: int, dtype_gram: torch.dtype, row_dtype: np.dtype | None) -> np.dtype:
+    """Return the dtype in which the products of rows of so many columns are formed.
+
+    Args:
+        columns: of a row.
+        dtype_gram: what the config asks for.
+        row_dtype: in which rows were computed.
+    """
+    wide = dtype_gram == torch.float64 or columns < WIDE or row_dtype == np.float64
+    return np.dtype("float64" if wide else "float32")
 
 
 def _product_dtype(rows: Any, name: str, dtype_gram: torch.dtype) -> np.dtype:
     """Return the dtype in which a parameter's products are formed."""
-    wide = dtype_gram == torch.float64 or rows.parameters[name] < WIDE
-    return np.dtype("float64" if wide or getattr(rows, "numpy_row_dtype", None) == np.float64 else "float32")
+    return dtype_of_products(rows.parameters[name], dtype_gram, getattr(rows, "numpy_row_dtype", None))
+
+
+def _in_float32(rows: GradientSource, name: str, config: SpectralConfig, *, as_factors: bool) -> bool:
+    """Return whether products of a parameter are formed in float32; those of its factors are only where rows are."""
+    if _product_dtype(rows, name, config.dtype_gram) == np.float64:
+        return False
+    shape = matrix_shape(rows.shape(name)) if as_factors else (0, 0)
+    return not as_factors or choose_kernel(rows.segments(name), shape, rows.n_samples, single=True) == "slabs"
 
 
 def _fold_ranges(n_columns: int) -> list[tuple[int, int]]:
@@ -258,7 +290,9 @@ def _add(total: _Fold, fold: _Fold) -> _Fold:
     return gram + more, None if products is None else products + more_products
 
 
-def _finish(name: str, total: _Fold, grown: GrownGram | None, sink: Callable[[ParameterGram], Any]) -> Any:
+def _finish(
+    name: str, total: _Fold, grown: GrownGram | None, single: bool, sink: Callable[[ParameterGram], Any]
+) -> Any:
     """Put the new rows to those that are known, check, and hand the Gram on."""
     gram, products = total
     gram = complete(gram, None if grown is None else grown.read(name)[: grown.known, : grown.known])
@@ -268,7 +302,7 @@ def _finish(name: str, total: _Fold, grown: GrownGram | None, sink: Callable[[Pa
             f"the Gram of {name} is not finite: the gradient rows of samples {_list(samples)} are missing, altered, or "
             f"too large for {gram.dtype} products. `streamfisher verify` tells which."
         )
-    return sink(ParameterGram(name, gram, products))
+    return sink(ParameterGram(name, gram, products, single or (grown is not None and grown.single)))
 
 
 def _list(samples: np.ndarray) -> str:

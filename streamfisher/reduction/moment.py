@@ -9,10 +9,12 @@ Gram. A block of several parameters has cross terms that are in none of their S;
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
 
+from streamfisher.store import RunStore
 from streamfisher.store.moments import Moment
 
 #: Rows of one product.
@@ -51,3 +53,21 @@ def moment_of(rows: RowRanges, name: str, n_columns: int, valid: np.ndarray | No
         total += part.sum(axis=0)
     count = rows.n_samples if valid is None else int(valid.sum())
     return Moment(second, total, count, rows.mean(name, 0, n_columns))
+
+
+def stored_moment(store: RunStore, key: str, subsampled: Collection[str]) -> Moment | None:
+    """Return the moment that is kept beside a Gram of a run; `None` where none is: it is then not the smaller side.
+
+    Args:
+        store: of the run.
+        key: of the Gram; a group of parameters has no moment.
+        subsampled: parameters of whose columns some are drawn.
+    """
+    if key in subsampled or not has_moment(store, key):
+        return None
+    return moment_of(store.rows, key, store.parameters[key], store.samples.per_sample("valid") == 1)
+
+
+def has_moment(store: RunStore, key: str) -> bool:
+    """Return whether a Gram is kept beside a second moment: of a single parameter, with fewer elements than samples."""
+    return store.gram_members[key] == [key] and store.parameters[key] < store.n_samples

@@ -50,11 +50,26 @@ def plan_slabs(rows: GradientSource, name: str, product_dtype: np.dtype, budget:
         product_dtype: in which it is multiplied.
         budget: bytes of one worker.
     """
-    n, columns = rows.n_samples, rows.parameters[name]
-    chunk = max(min(rows.chunk_columns(name) // PANEL, -(-columns // PANEL)), 1)  # in panels
-    free = budget - sums_bytes(n)
     held = rows.numpy_read_dtype.itemsize
     beside = rows.decoding_bytes + (8 if product_dtype.itemsize > held else 0)
+    return slabs_within(
+        rows.n_samples, rows.parameters[name], rows.chunk_columns(name), held=held, beside=beside, budget=budget
+    )
+
+
+def slabs_within(n: int, columns: int, chunk_columns: int, *, held: int, beside: int, budget: int) -> SlabPlan:
+    """Return the slabs of a parameter from its sizes, see `plan_slabs`: what plans and runs both ask.
+
+    Args:
+        n: N.
+        columns: of a row.
+        chunk_columns: columns that are read together at no extra cost.
+        held: bytes of an entry of a slab.
+        beside: what it takes once more while it is decoded and multiplied.
+        budget: bytes of one worker.
+    """
+    chunk = max(min(chunk_columns // PANEL, -(-columns // PANEL)), 1)  # in panels
+    free = budget - sums_bytes(n)
     for slabs in (2, 1):
         panel = n * PANEL * (slabs * held + beside)
         panels = min(max(free // panel, 1), chunk)

@@ -12,12 +12,13 @@ from streamfisher.blocks.structures import assign_blocks, group_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CorruptRunError
 from streamfisher.reduction import gram as grams
-from streamfisher.reduction.moment import moment_of
+from streamfisher.reduction.moment import has_moment, moment_of, stored_moment
 from streamfisher.reduction.stored_tiles import StoredTiles
 from streamfisher.reduction.subsets import ColumnSubset, draw_columns
 from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles
 from streamfisher.runtime import run_log as runlog
 from streamfisher.runtime.memory import give_back, working_memory
+from streamfisher.sinks.interface import GradientSource
 from streamfisher.solving.tiled_gram import TILE
 from streamfisher.store import RunStore
 
@@ -57,6 +58,76 @@ def build_stored_grams(
     return dict(built)
 
 
+def build_held_grams(
+    store: RunStore,
+    source: GradientSource,
+    valid: np.ndarray,
+    config: SpectralConfig,
+    keys: Sequence[str],
+    *,
+    progress: bool = False,
+) -> dict[str, np.ndarray]:
+    """Build Grams of gradients that are held in memory, and write them to a run, with their moments.
+
+    Args:
+        store: of the run.
+        source: the gradients of all its samples, of the parameters of `keys`.
+        valid: (N,) bool, which samples count.
+        config: precision, workers and memory budget.
+        keys: of the Grams.
+        progress: show a bar.
+
+    Returns:
+        Gram key -> its diagonal, (N,) float64.
+
+    Raises:
+        CorruptRunError: a gradient is not finite.
+        CapacityError: the reduction does not fit the memory budget.
+    """
+    sink = _HeldSink(store, grams.gram_settings(config), source, valid)
+    members = {key: store.gram_members[key] for key in keys}
+    built = dict(grams.build_grams(source, config, sink, keys=members, progress=progress))
+    give_back()
+    return built
+
+
+@dataclass(frozen=True)
+class _HeldSink:
+    """Writes a finished Gram and its moment; picklable for Dask workers."""
+
+    store: RunStore
+    settings: Mapping[str, Any]
+    source: GradientSource
+    valid: np.ndarray  # (N,) bool
+
+    def __call__(self, finished: grams.ParameterGram) -> tuple[str, np.ndarray]:
+        key, moment = finished.name, None
+        if has_moment(self.store, key):
+            moment = moment_of(self.source, key, self.store.parameters[key], self.valid)
+        self.store.grams.write(
+            key, finished.gram, finished.mean_products, self.settings, moment, single=finished.single
+        )
+        runlog.event("gram", stage="grams", gram=key, samples=len(finished.gram))
+        return key, finished.gram.diagonal().copy()
+
+
+def build_unstored_grams(
+    store: RunStore, config: SpectralConfig, keys: Sequence[str], *, progress: bool = False
+) -> list[grams.ParameterGram]:
+    """Build some Grams of a run in memory, checked as those that are stored; nothing is written.
+
+    Raises:
+        StreamfisherError: as `build_stored_grams`.
+    """
+    blocks = group_blocks(assign_blocks(store.parameters, config.block_structure))
+    subsets = draw_columns(store.parameters, blocks, config.max_params_per_block, config.seed)
+    members = {key: store.gram_members[key] for key in keys}
+    sink = _CheckedGram(store, frozenset(subsets))
+    built = grams.build_grams(store.rows, config, sink, keys=members, subsets=subsets, progress=progress)
+    give_back()
+    return built
+
+
 def _build_tiles(
     store: RunStore,
     config: SpectralConfig,
@@ -74,8 +145,6 @@ def _build_tiles(
     built = build_tiled_grams(
         store.rows, config, sink, members, budget=budget, subsets=subsets, size=TILE, progress=progress
     )
-    for key in members:
-        keep_moment(store, key, subsampled)
     return {key: _relative_change(built[key]) if key in old else None for key in members}
 
 
@@ -91,7 +160,7 @@ def _grown(store: RunStore, settings: Mapping[str, Any], subsets: Mapping[str, A
     """Return the Grams that were made before samples were added; their products need not be formed again."""
     known = store.grams.of_fewer(settings)
     return {
-        key: grams.GrownGram(rows, _FewerSamples(store))
+        key: grams.GrownGram(rows, _FewerSamples(store), store.grams.marker(key).get("float32_products", True) is True)
         for key, rows in known.items()
         if not set(store.gram_members[key]).intersection(subsets)
     }
@@ -122,23 +191,13 @@ class GramSink:
             CorruptRunError: its diagonal is not what was seen while collecting.
         """
         name = finished.name
-        members = self.store.gram_members[name]
-        if not self.subsampled.intersection(members):
-            columns = [list(self.store.parameters).index(member) for member in members]
-            expected = self.store.samples.per_sample("squared_norm")[:, columns].sum(axis=1)
-            found = finished.gram.diagonal()
-            tolerance = self.store.rows.norm_tolerance
-            wrong = np.flatnonzero(np.abs(found - expected) > tolerance * expected)
-            if len(wrong):
-                raise CorruptRunError(
-                    f"{self.store.path}: the stored rows of {name} do not have the norms they were collected with "
-                    f"(samples {', '.join(map(str, wrong[:8]))}{' and more' if len(wrong) > 8 else ''}). "
-                    "`streamfisher verify` tells which chunks are affected."
-                )
+        check_norms(self.store, finished, self.subsampled)
         difference = self._difference(finished) if self.compare else None
-        self.store.grams.write(name, finished.gram, finished.mean_products, self.settings)
+        moment = stored_moment(self.store, name, self.subsampled)
+        self.store.grams.write(
+            name, finished.gram, finished.mean_products, self.settings, moment, single=finished.single
+        )
         runlog.event("gram", stage="grams", gram=name, samples=len(finished.gram))
-        keep_moment(self.store, name, self.subsampled)
         return name, difference
 
     def _difference(self, finished: grams.ParameterGram) -> float | None:
@@ -154,8 +213,33 @@ class GramSink:
         return distance / norm if norm else distance
 
 
-def keep_moment(store: RunStore, key: str, subsampled: frozenset[str]) -> None:
-    """Write the second moment of a parameter that has fewer elements than there are samples, and a Gram of its own."""
-    if store.gram_members[key] == [key] and key not in subsampled and store.parameters[key] < store.n_samples:
-        valid = store.samples.per_sample("valid") == 1
-        store.moments.write(key, moment_of(store.rows, key, store.parameters[key], valid))
+@dataclass(frozen=True)
+class _CheckedGram:
+    """Checks a finished Gram and hands it back; picklable for Dask workers."""
+
+    store: RunStore
+    subsampled: frozenset[str]
+
+    def __call__(self, finished: grams.ParameterGram) -> grams.ParameterGram:
+        check_norms(self.store, finished, self.subsampled)
+        return finished
+
+
+def check_norms(store: RunStore, finished: grams.ParameterGram, subsampled: frozenset[str]) -> None:
+    """Refuse a Gram whose diagonal is not what was seen while collecting; one of drawn columns has another.
+
+    Raises:
+        CorruptRunError: it names the samples.
+    """
+    members = store.gram_members[finished.name]
+    if subsampled.intersection(members):
+        return
+    columns = [list(store.parameters).index(member) for member in members]
+    expected = store.samples.per_sample("squared_norm")[:, columns].sum(axis=1)
+    wrong = np.flatnonzero(np.abs(finished.gram.diagonal() - expected) > store.rows.norm_tolerance * expected)
+    if len(wrong):
+        raise CorruptRunError(
+            f"{store.path}: the stored rows of {finished.name} do not have the norms they were collected with "
+            f"(samples {', '.join(map(str, wrong[:8]))}{' and more' if len(wrong) > 8 else ''}). "
+            "`streamfisher verify` tells which chunks are affected."
+        )

@@ -6,21 +6,22 @@ tile, instead of a checksum of the whole, which nobody could compute without hol
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
 from streamfisher.errors import CorruptRunError
+from streamfisher.reduction.moment import stored_moment
 from streamfisher.reduction.tiles import FinishedTile, Tile
 from streamfisher.runtime.durable import read_json, write_json, write_marker
+from streamfisher.runtime.own_files import remove_tree
 from streamfisher.solving.tiled_gram import TILE
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 from streamfisher.store.run_store import RunStore
 
 
@@ -57,7 +58,7 @@ class StoredTiles:
         before = _read(folder / "identity.json")
         array = self.store.path / "gram" / node_name(key)
         if {name: before.get(name) for name in identity} != identity or not (array / "zarr.json").is_file():
-            shutil.rmtree(folder, ignore_errors=True)  # markers first: none may speak of an array that is gone
+            remove_tree(self.store.path, folder)  # markers first: none may speak of an array that is gone
             folder.mkdir(parents=True)
             self.store.grams.create(key, min(CHUNK, self.size), self.settings)
         # A last unit of rows that was not full has been computed again.
@@ -71,7 +72,7 @@ class StoredTiles:
             if path.stem not in done:
                 path.unlink()
         write_json(folder / "identity.json", identity | {"n_samples": n})
-        stored = zarr.open_array(array, mode="r+")
+        stored = open_array(array, "r+")
         if stored.shape != (n, n):
             stored.resize((n, n))
         return [tile for tile in tiles if tile.key not in done]
@@ -88,7 +89,7 @@ class StoredTiles:
         tile, values = finished.tile, finished.values
         if tile.row == tile.column:
             self._check_norms(key, tile, values.diagonal())
-        array = zarr.open_array(self.store.path / "gram" / node_name(key), mode="r+")
+        array = open_array(self.store.path / "gram" / node_name(key), "r+")
         change = None
         if self.rebuild:
             old, times = array[tile.rows, tile.columns], 1 if tile.row == tile.column else 2
@@ -110,17 +111,15 @@ class StoredTiles:
         return change
 
     def finish(self, key: str, tiles: Sequence[Tile]) -> None:
-        """Mark the Gram as complete; for centered rows, write their products with the mean."""
+        """Write what is kept beside the Gram, and mark it as complete."""
+        products = None
         if self.store.centered:
             parts = [
                 read_json(self._folder(key) / f"{t.key}.json")["mean_products"] for t in tiles if t.row == t.column
             ]
-            self.store.grams.write_mean_products(
-                key, np.array([v for part in parts for v in part[:-1]] + [parts[0][-1]])
-            )
-        marker = {"settings": self.settings, "n_samples": self.store.n_samples, "tiles": self.size}
-        path = self.store.path / "done" / f"gram-{node_name(key)}.json"
-        write_marker(path, marker, fsync=self.store.fsync)
+            products = np.array([v for part in parts for v in part[:-1]] + [parts[0][-1]])
+        moment = stored_moment(self.store, key, self.subsampled)
+        self.store.grams.finish_tiles(key, self.size, products, self.settings, moment)
 
     def _folder(self, key: str) -> Path:
         return self.store.path / "done" / f"tiles-{node_name(key)}"
@@ -132,14 +131,14 @@ class StoredTiles:
         same = same and marker.get("columns") == [tile.columns.start, tile.columns.stop]
         return same and max(tile.rows.stop, tile.columns.stop) <= known
 
-    def _check_norms(self, key: str, tile: Tile, found: np.ndarray) -> None:
+    def _check_norms(self, key: str, tile: Tile, squares: np.ndarray) -> None:
         names = self.keys[key]
         if self.subsampled & set(names):
             return
         order = list(self.store.parameters)
         columns = [order.index(name) for name in names]
         expected = self.store.samples.per_sample("squared_norm")[tile.rows][:, columns].sum(axis=1)
-        wrong = tile.rows.start + np.flatnonzero(np.abs(found - expected) > self.store.rows.norm_tolerance * expected)
+        wrong = tile.rows.start + np.flatnonzero(np.abs(squares - expected) > self.store.rows.norm_tolerance * expected)
         if len(wrong):
             raise CorruptRunError(
                 f"{self.store.path}: the stored rows of {key} do not have the norms they were collected with "

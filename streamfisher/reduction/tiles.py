@@ -15,13 +15,12 @@ from typing import Any, Protocol
 
 import dask
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError, CorruptRunError
-from streamfisher.reduction.gram import WIDE
+from streamfisher.reduction.gram import dtype_of_products
 from streamfisher.reduction.products import scaled_product
 from streamfisher.reduction.slabs import least_bytes
 from streamfisher.reduction.subsets import ColumnSubset
@@ -220,12 +219,11 @@ def _slab_product(
     config: SpectralConfig,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Return the tile of one slab of columns, and what its rows have in common with the mean that was subtracted."""
-    wide = config.dtype_gram == torch.float64 or rows.parameters[name] < WIDE
     diagonal = tile.row == tile.column
 
     def read(samples: slice) -> np.ndarray:
         found = rows.columns(name, left, right, samples)[:, inside]
-        return found.astype(np.float64 if wide or found.dtype == np.float64 else np.float32, copy=False)
+        return found.astype(dtype_of_products(rows.parameters[name], config.dtype_gram, found.dtype), copy=False)
 
     upper = read(tile.rows)
     lower = upper if diagonal else read(tile.columns)

@@ -1,1 +1,21 @@
 """What a person reads: tables, pictures, one HTML page, exports."""
+
+from streamfisher.reports.comparison import comparison_picture, comparison_table
+from streamfisher.reports.export import FORMATS, eigenvalue_table, metric_table, to_frame
+from streamfisher.reports.figures import picture
+from streamfisher.reports.page import html_report
+from streamfisher.reports.text import table
+
+__all__ = [
+    # To read
+    "table",
+    "html_report",
+    "picture",
+    "comparison_table",
+    "comparison_picture",
+    # For other programs
+    "FORMATS",
+    "to_frame",
+    "metric_table",
+    "eigenvalue_table",
+]

@@ -10,6 +10,7 @@ from streamfisher.errors import require
 from streamfisher.reports.figures import COLOURS, STYLES, band
 from streamfisher.results.analyses import Comparison
 from streamfisher.results.notebook import structure_name
+from streamfisher.runtime.printable import printable
 
 _METRICS = ("trace", "largest_eigenvalue", "spectral_gap", "condition_number", "effective_rank", "stable_rank")
 
@@ -45,7 +46,7 @@ def comparison_table(comparison: Comparison) -> str:
             table.append((overlap.block, " / ".join(overlap.runs), str(overlap.k), *shown, *degrees))
         lines += _aligned(table)
     lines += [f"Note: {text}." for text in comparison.warnings]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def comparison_picture(comparison: Comparison, path: str | Path) -> Path:
@@ -90,5 +91,6 @@ def comparison_picture(comparison: Comparison, path: str | Path) -> Path:
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

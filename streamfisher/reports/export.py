@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from streamfisher.errors import ConfigError, require
-from streamfisher.results.metrics import SCALAR_METRICS
+from streamfisher.results.metrics import SCALAR_METRICS, json_values
 from streamfisher.results.notebook import structure_name
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum, write_spectra
 
@@ -120,7 +120,8 @@ def export(
     if kind == "json":
         return [write_spectra(spectra, path)]
     arrays = _arrays(spectra) | {f"samples/{name}": np.asarray(values) for name, values in (per_sample or {}).items()}
-    facts = json.dumps([_without_eigenvalues(spectrum.to_dict()) for spectrum in spectra], allow_nan=False)
+    contents = [json_values(_without_eigenvalues(spectrum.to_dict())) for spectrum in spectra]
+    facts = json.dumps(contents, allow_nan=False)
     if kind == "npz":
         named: dict[str, Any] = {"metadata": np.array(facts), **arrays}
         with path.open("wb") as file:
@@ -136,7 +137,7 @@ def export(
 
 
 def _blocks(spectrum: Spectrum) -> list[BlockSpectrum]:
-    blocks = list(spectrum.blocks.values())
+    blocks = list(spectrum.reached.values())
     return blocks if [block.name for block in blocks] == ["global"] else [*blocks, spectrum.global_]
 
 
@@ -177,9 +178,14 @@ def _write_csv(table: Table, path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(table)
         for row in zip(*table.values(), strict=True):
-            writer.writerow(
-                ["" if value is None else repr(value) if isinstance(value, float) else value for value in row]
-            )
+            writer.writerow([_cell(value) for value in row])
+
+
+def _cell(value: Any) -> Any:
+    """Return what is written for a value; a name that a spreadsheet would take for a formula is made text."""
+    if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return "'" + value
+    return "" if value is None else repr(value) if isinstance(value, float) else value
 
 
 def _write_parquet(table: Table, path: Path) -> None:

@@ -19,6 +19,7 @@ from streamfisher.results.analyses import Growth
 from streamfisher.results.bootstrap import BlockBootstrap
 from streamfisher.results.notebook import partial_prefix, structure_name
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum
+from streamfisher.runtime.durable import replacing
 
 #: Okabe and Ito's colours, told apart by the colour-blind; line styles tell apart what repeats.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -233,7 +234,11 @@ def picture(spectra: Sequence[Spectrum], path: str | Path) -> Path:
     for axis in axes[:, 0]:
         axis.set_ylabel("eigenvalue")
     path = Path(path)
-    figure.savefig(path, dpi=130, metadata={"Software": None} if path.suffix == ".png" else None)
+    if not path.suffix:
+        path = path.with_suffix(".png")
+    kind = path.suffix.removeprefix(".").lower()
+    with replacing(path) as partial:
+        figure.savefig(partial, format=kind, dpi=130, metadata={"Software": None} if kind == "png" else None)
     pyplot.close(figure)
     return path
 

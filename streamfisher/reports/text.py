@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 from streamfisher.results.notebook import title
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum
+from streamfisher.runtime.printable import printable
 
 _COLUMNS = ("block", "parameters", "trace", "largest", "gap", "condition", "eff. rank", "rank")
 
 
 def table(spectrum: Spectrum) -> str:
     """Return the metrics of every block and of the whole as aligned text, with the facts that qualify them."""
-    rows = [_row(block) for block in spectrum.blocks.values()]
+    rows = [_row(block) for block in spectrum.reached.values()]
     if len(rows) > 1:
         rows.append(_row(spectrum.global_))
     widths = [max(len(row[i]) for row in [_COLUMNS, *rows]) for i in range(len(_COLUMNS))]
@@ -26,12 +27,16 @@ def table(spectrum: Spectrum) -> str:
         error = spectrum.global_.error_bars["trace"] if spectrum.global_.error_bars else None
         known = "" if error is None else f", trace to {100 * error:.2g} %"
         lines.append(f"Estimated from random projections to {projection['numbers']} numbers (--project){known}")
+    unreached = spectrum.metadata.get("parameters_without_gradient") or []
+    if unreached:
+        more = f" and {len(unreached) - 8} more" if len(unreached) > 8 else ""
+        lines.append(f"No gradient in any sample: {', '.join(unreached[:8])}{more}.")
     skipped = spectrum.metadata.get("skipped_samples") or {}
     if skipped:
         lines.append(f"Skipped, {len(skipped)} in all: sample {', '.join(list(skipped)[:8])}.")
     if spectrum.bootstrap is not None:
         lines += ["", *_intervals(spectrum)]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _intervals(spectrum: Spectrum) -> list[str]:
@@ -43,7 +48,7 @@ def _intervals(spectrum: Spectrum) -> list[str]:
     rows: list[tuple[str, ...]] = [("block", *(name.replace("_", " ") for name in columns))]
     for block in blocks:
         intervals = [block.interval(name) for name in columns]
-        rows.append((block.name, *("-" if i is None else f"{i.low:.4g} .. {i.high:.4g}" for i in intervals)))
+        rows.append((printable(block.name), *("-" if i is None else f"{i.low:.4g} .. {i.high:.4g}" for i in intervals)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [f"{100 * found.level:g} % intervals from {found.n_resamples} bootstrap resamples of the samples"]
     lines += [_line(row, widths) for row in rows]
@@ -53,7 +58,7 @@ def _intervals(spectrum: Spectrum) -> list[str]:
 def _row(block: BlockSpectrum) -> tuple[str, ...]:
     metrics = block.metrics
     return (
-        block.name,
+        printable(block.name),
         f"{block.n_params:,}",
         _number(block.trace),
         _number(metrics["largest_eigenvalue"]),

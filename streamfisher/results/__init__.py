@@ -1,1 +1,38 @@
 """Frozen results: spectra, their metrics, and what is known of their errors."""
+
+from streamfisher.results.analyses import Alignment, Comparison, Growth, Overlap, SpectralDensity
+from streamfisher.results.bootstrap import BlockBootstrap, Bootstrap, Interval
+from streamfisher.results.metrics import (
+    SCALAR_METRICS,
+    PowerLaw,
+    effective_rank,
+    participation_ratio,
+    power_law,
+    stable_rank,
+)
+from streamfisher.results.noise import noise_floor
+from streamfisher.results.spectrum import BlockSpectrum, Spectrum, write_spectra
+
+__all__ = [
+    # Spectra
+    "Spectrum",
+    "BlockSpectrum",
+    "write_spectra",
+    # What else a run answers
+    "Bootstrap",
+    "BlockBootstrap",
+    "Interval",
+    "Growth",
+    "Alignment",
+    "SpectralDensity",
+    "Comparison",
+    "Overlap",
+    # Metrics of eigenvalues
+    "SCALAR_METRICS",
+    "effective_rank",
+    "stable_rank",
+    "participation_ratio",
+    "PowerLaw",
+    "power_law",
+    "noise_floor",
+]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from streamfisher.results.metrics import SCALAR_METRICS
+from streamfisher.results.metrics import SCALAR_METRICS, json_values
 from streamfisher.results.spectrum import Spectrum
 
 Scale = Literal["log", "linear"]
@@ -152,7 +152,7 @@ class Comparison:
         for key in (*self.shared_blocks, None):
             members = [spectrum.global_ if key is None else spectrum.blocks[key] for spectrum in self.spectra]
             metrics = [member.metrics for member in members]
-            entry: dict[str, Any] = {name: [found[name] for found in metrics] for name in SCALAR_METRICS}
+            entry: dict[str, Any] = {name: json_values([found[name] for found in metrics]) for name in SCALAR_METRICS}
             drawn = [spectrum.bootstrap for spectrum in self.spectra if spectrum.bootstrap is not None]
             if len(drawn) == len(self.spectra):
                 of_block = [found.global_ if key is None else found.blocks[key] for found in drawn]
@@ -170,4 +170,4 @@ class Comparison:
 def _metric_of(spectra: Sequence[Spectrum], metric: str, block: str | None) -> np.ndarray:
     members = [spectrum.global_ if block is None else spectrum.blocks[block] for spectrum in spectra]
     values = [member.metrics[metric] for member in members]
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+    return np.array([np.nan if value is None or np.isinf(value) else value for value in values], dtype=np.float64)

@@ -35,7 +35,7 @@ class BlockBootstrap:
         """Return the interval of a metric; `None` where it is not defined in the data or in any resample."""
         found, value = self.values[metric], self.observed[metric]
         found = found[np.isfinite(found)]
-        if value is None or len(found) < 2:
+        if value is None or not np.isfinite(value) or len(found) < 2:
             return None
         low, high = np.quantile(found, tails(self.level))
         return Interval(float(low), float(high), float(found.std(ddof=1)), float(found.mean()) - value)

@@ -7,7 +7,9 @@ the number of them above the noise floor.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +44,15 @@ class PowerLaw:
     first: int  # 1-based index k of the first eigenvalue of the fit
     last: int  # of the last one, included
     r_squared: float  # share of the variance of log(lambda) that the line explains
+
+
+def json_values(content: Any) -> Any:
+    """Return plain values as strict JSON has them: what is infinite or not a number becomes `None`."""
+    if isinstance(content, Mapping):
+        return {key: json_values(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [json_values(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def effective_rank(values: np.ndarray) -> float:

@@ -42,6 +42,8 @@ class Shown(Protocol):
     @property
     def blocks(self) -> Mapping[str, Block]: ...  # noqa: D102
     @property
+    def reached(self) -> Mapping[str, Block]: ...  # noqa: D102
+    @property
     def global_(self) -> Block: ...  # noqa: D102
     @property
     def metadata(self) -> Mapping[str, Any]: ...  # noqa: D102
@@ -99,7 +101,7 @@ def templates(package: str) -> jinja2.Environment:
 
 def metrics_table(spectrum: Shown) -> str:
     """The metrics of every block and of the whole as an HTML table, with intervals where there are any."""
-    blocks = list(spectrum.blocks.values())
+    blocks = list(spectrum.reached.values())
     blocks += [spectrum.global_] if len(blocks) > 1 else []
     columns = ["block", "parameters", *_COLUMNS.values()]
     return _rendered("metrics.html", columns=columns, rows=[_row(spectrum, block) for block in blocks])

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from streamfisher.results.bootstrap import Bootstrap
-from streamfisher.results.metrics import effective_rank, shape_metrics
+from streamfisher.results.metrics import effective_rank, json_values, shape_metrics
 from streamfisher.results.notebook import spectrum_html
 from streamfisher.runtime.durable import replacing
 
@@ -39,7 +39,7 @@ class BlockSpectrum:
     name: str
     eigenvalues: np.ndarray  # (r,) float64, descending; r = min(N, P) unless `truncated`
     trace: float  # sum of all eigenvalues, exact also when truncated
-    noise_floor: float  # eigenvalues below it are rounding, see docs/concepts.md; the largest block's for a union
+    noise_floor: float  # eigenvalues below it are rounding, see docs/concepts.md; the highest block's for a union
     above_floor: np.ndarray  # (r,) bool, which eigenvalues are above the noise floor of their own block
     n_samples: int
     n_params: int
@@ -55,45 +55,59 @@ class BlockSpectrum:
     )
     solved_side: str = "samples"  # of the N x N matrix; 'parameters': of the P x P one
     error_bars: dict[str, float | None] | None = None  # metric -> relative error of a projected run; None: exact
+    floor_source: str = "unknown"  # what rounds the most, or 'eps' where that raised the floor
+    error: float = 0.0  # absolute error of an eigenvalue by products, solver and stored rows, see `noise.Floor`
+    row_scale: float = 0.0  # what the rows hold beside lambda_1 that rounding is relative to: their mean, their layer
+    block_errors: np.ndarray | None = None  # (r,) float64, of a union: `relative_errors` of the blocks
+    no_gradient: bool = False  # every gradient of its parameters is exactly zero
 
     @property
     def relative_errors(self) -> np.ndarray:
         """Return an estimate of each eigenvalue's relative error, (r,) float64; infinite below the noise floor.
 
         Forward and backward passes leave a relative error of some u in every row and move a singular value by some
-        `u sigma_1` (Weyl); products move an eigenvalue by about `eps(product) lambda_1`:
+        `u sigma_1` (Weyl) of the rows as they were, their mean and the rest of their layer included; products and the
+        rounding of stored rows move an eigenvalue by about `eps(product) lambda_1 + u^2 trace / N`:
 
-            u (192 + 32 sqrt(lambda_1 / lambda_k)) + floor / (N lambda_k)
+            u (192 + 32 sqrt((lambda_1 + row_scale) / lambda_k)) + error / lambda_k
 
-        and an iterative solver by no more than its residual, which is added.
+        and an iterative solver by no more than its residual, which is added. In a union each eigenvalue has the error
+        that it has in its block.
 
         The two factors are what small float32 models showed (`tests/benchmarks/precision.py`), with room. What a
         bfloat16 or float16 model rounds before a row is formed is not counted.
         """
+        if self.block_errors is not None:
+            return self.block_errors
         errors = np.full(len(self.eigenvalues), np.inf)
         values = self.eigenvalues[self.above_floor]
         if len(values):
-            rows = self.roundoff * (_ROW_ERROR + _AMPLIFICATION * np.sqrt(self.eigenvalues[0] / values))
-            errors[self.above_floor] = rows + self.noise_floor / (self.n_samples * values)
+            scale = self.eigenvalues[0] + self.row_scale
+            rows = self.roundoff * (_ROW_ERROR + _AMPLIFICATION * np.sqrt(scale / values))
+            errors[self.above_floor] = rows + self.error / values
             if self.residuals is not None:
                 errors[self.above_floor] += self.residuals[self.above_floor] / values
         return errors
 
-    def with_floor(self, floor: float) -> BlockSpectrum:
+    def with_floor(self, floor: float, source: str) -> BlockSpectrum:
         """Return the block with its noise floor raised to `floor`, where it was lower."""
         if floor <= self.noise_floor:
             return self
-        return dataclasses.replace(self, noise_floor=floor, above_floor=self.eigenvalues > floor)
+        above = self.eigenvalues > floor
+        return dataclasses.replace(self, noise_floor=floor, floor_source=source, above_floor=above)
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Return the block's metrics as plain JSON values.
+        """Return the block's metrics as plain values; JSON files have `null` for what is infinite.
 
         - `largest_eigenvalue`, `second_eigenvalue`: lambda_1, lambda_2 (0 where there is no second);
+        - `smallest_eigenvalue`: the smallest above the noise floor, 0 where none is;
         - `spectral_gap`: lambda_1 - lambda_2;
-        - `condition_number`: lambda_1 over the smallest eigenvalue above the noise floor; `null` where none is;
-        - `effective_rank`: exp(H(p)), p the eigenvalues above the floor over their sum (Roy and Vetterli, 2007);
+        - `condition_number`: lambda_1 over the smallest eigenvalue above the noise floor; infinite where none is;
+        - `effective_rank`: exp(H(p)), p the eigenvalues above the floor over their sum (Roy and Vetterli, 2007); 1, of
+          no entropy, where none is, and `reason` says so;
         - `numerical_rank`: how many eigenvalues lie above the noise floor;
+        - `noise_floor`, `noise_floor_source`: the floor, and which rounding it is, or `eps` where that raised it;
         - `trace`: the sum of all eigenvalues, that is, the mean squared gradient norm;
         - `top_eigenvalues`: the largest ones, descending;
         - stable rank, participation ratio, cumulative variance and power law: see `metrics.shape_metrics`.
@@ -102,17 +116,21 @@ class BlockSpectrum:
         significant = values[self.above_floor]
         second = float(values[1]) if len(values) > 1 else 0.0
         largest = float(values[0]) if len(values) else 0.0
+        reason = self.reason or (None if len(significant) else "no eigenvalue lies above the noise floor")
         return {
+            "block_name": self.name,
             "n_samples": self.n_samples,
             "n_params": self.n_params,
             "n_eigenvalues": len(values),
             "largest_eigenvalue": largest,
             "second_eigenvalue": second,
+            "smallest_eigenvalue": self._smallest,
             "spectral_gap": largest - second,
-            "condition_number": largest / float(significant[-1]) if len(significant) and not self.truncated else None,
-            "effective_rank": effective_rank(significant) if not self.truncated else None,
+            "condition_number": self._condition_number,
+            "effective_rank": None if self.truncated else effective_rank(significant) or 1.0,
             "numerical_rank": len(significant) if not self.truncated else None,
             "noise_floor": self.noise_floor,
+            "noise_floor_source": self.floor_source,
             "top_eigenvalues": [float(value) for value in values[: self.top_k]],
             "trace": self.trace,
             **shape_metrics(
@@ -127,8 +145,18 @@ class BlockSpectrum:
             "jitter": self.jitter,
             "solved_side": self.solved_side,
             **({"largest_residual": float(self.residuals.max())} if self.residuals is not None else {}),
-            **({"reason": self.reason} if self.reason else {}),
+            **({"reason": reason} if reason else {}),
         }
+
+    @property
+    def _smallest(self) -> float | None:
+        significant = self.eigenvalues[self.above_floor]
+        return None if self.truncated else float(significant[-1]) if len(significant) else 0.0
+
+    @property
+    def _condition_number(self) -> float | None:
+        smallest = self._smallest
+        return float(self.eigenvalues[0]) / smallest if smallest else None if self.truncated else math.inf
 
 
 @dataclass(frozen=True)
@@ -140,14 +168,25 @@ class Spectrum:
     metadata: dict[str, Any] = field(default_factory=dict)
     bootstrap: Bootstrap | None = None  # intervals of the metrics, where they were asked for
 
+    @property
+    def reached(self) -> dict[str, BlockSpectrum]:
+        """Return the blocks that a gradient reached, of which tables and files tell; all, where none was reached.
+
+        The others' parameters are named in the metadata, as `parameters_without_gradient`.
+        """
+        return {key: block for key, block in self.blocks.items() if not block.no_gradient} or dict(self.blocks)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return `{'global', 'per_block', 'metadata'}` as plain JSON values, with every eigenvalue."""
+        """Return `{'global', 'per_block', 'metadata'}` as plain values, with every eigenvalue.
+
+        A condition number may be infinite; `to_json` writes `null` for it.
+        """
         whole = _with_eigenvalues(self.global_)
         whole["n_total_eigenvalues"] = whole["n_eigenvalues"]
         whole["total_params"] = whole["n_params"]
         largest = whole["largest_eigenvalue"]
-        whole["gd_convergence_scale"] = 1.0 / largest if largest > 0 and math.isfinite(1.0 / largest) else None
-        per_block = {name: _with_eigenvalues(block) for name, block in self.blocks.items()}
+        whole["gd_convergence_scale"] = 1.0 / largest if largest > 0 else math.inf
+        per_block = {name: _with_eigenvalues(block) for name, block in self.reached.items()}
         metadata = self.metadata
         if self.bootstrap is not None:
             whole["intervals"] = self.bootstrap.global_.to_dict()
@@ -187,5 +226,5 @@ def write_spectra(spectra: Iterable[Spectrum], path: str | Path) -> Path:
     content = contents[0] if len(contents) == 1 else {"spectra": contents}
     path = Path(path)
     with replacing(path) as partial:
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(json_values(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     return path

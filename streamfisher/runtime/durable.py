@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,27 +14,30 @@ from typing import Any
 import google_crc32c
 
 from streamfisher.errors import CorruptRunError
+from streamfisher.runtime.own_files import read_own
 
 #: Key of the CRC-32C of everything else in a JSON object.
 SEAL = "seal"
-#: Bytes; no manifest or marker is larger.
-_LARGEST = 1 << 30
+#: Bytes; markers that do not grow with the run are smaller by far. Parsed, a byte may take twenty.
+LARGEST_JSON = 16 << 20
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Let a file be written under another name, and take the place of `path` once it is whole.
 
-    The name `<path>.<pid>.partial` is never read; one that a kill left behind is swept by `sweep_partials`.
+    The name `<path>.<random>.partial` is new, and is never read; one that a kill left behind is swept by
+    `sweep_partials`.
 
     Yields:
         Where to write.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))  # nobody else's
     try:
         yield partial
         partial.replace(path)
-    except Exception:
+    except BaseException:
         with contextlib.suppress(OSError):  # the disk that failed may fail again
             partial.unlink(missing_ok=True)
         raise
@@ -79,18 +83,18 @@ def write_marker(path: Path, content: Any, *, fsync: bool) -> None:
     write_json(path, content)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, largest: int = LARGEST_JSON) -> Any:
     """Return the content of a JSON file of a run, without its seal.
+
+    Args:
+        path: of the file.
+        largest: bytes that it may have.
 
     Raises:
         CorruptRunError: it is missing, cannot be parsed, was altered, or is not what a run has.
     """
     try:
-        if path.is_symlink():
-            raise CorruptRunError(f"{path} is a link; a run has files of its own.")
-        if path.stat().st_size > _LARGEST:
-            raise CorruptRunError(f"{path} has {path.stat().st_size} bytes, more than any run.")
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        content = json.loads(read_own(path, largest).decode("utf-8"), parse_constant=_refuse)
     except FileNotFoundError:
         raise CorruptRunError(f"{path} is missing.") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -114,6 +118,7 @@ def sweep_partials(folder: Path) -> int:
     """Delete what interrupted writes left behind (`*.partial`); return how many files that were."""
     count = 0
     for path in folder.rglob("*.partial"):
-        path.unlink(missing_ok=True)
-        count += 1
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)  # a link itself, never what it leads to
+            count += 1
     return count

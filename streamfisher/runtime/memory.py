@@ -22,6 +22,11 @@ def local_ranks() -> int:
     return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
+def world_size() -> int:
+    """Return how many ranks there are on all hosts, as torchrun says it; 1 without it."""
+    return max(int(os.environ.get("WORLD_SIZE", "1")), 1)
+
+
 def working_memory(budget: int | str | None) -> int:
     """Return the bytes that a stage of this process may use: its budget, or its share of half of what is free."""
     return parse_bytes(budget) if budget else psutil.virtual_memory().available // 2 // local_ranks()

@@ -21,6 +21,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from streamfisher.errors import CorruptRunError
+from streamfisher.runtime.own_files import open_own
+
 _open: list[RunLog] = []  # the logs of this process, the innermost last
 _lock = threading.Lock()
 
@@ -43,8 +46,8 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         try:
-            self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o644)
-        except OSError as error:  # it is not there to stop a run; what ails the disk will
+            self._file = open_own(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        except (OSError, CorruptRunError) as error:  # it is not there to stop a run; what ails the disk will
             warnings.warn(f"{self.path} cannot be written: {error}", stacklevel=2)
         with _lock:
             _open.append(self)
@@ -101,7 +104,7 @@ def event(name: str, *, stage: str | None = None, **facts: Any) -> None:
 def read_log(run: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """Return the lines from `offset` bytes on that are whole and make sense, and where they end."""
     try:
-        with (run / "log.jsonl").open("rb") as file:
+        with os.fdopen(open_own(run / "log.jsonl", os.O_RDONLY), "rb") as file:
             file.seek(offset)
             data = file.read(64 << 20)
     except OSError:

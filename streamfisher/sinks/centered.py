@@ -39,6 +39,10 @@ class CenteredSink:
         """Return what the inner sink asks."""
         return self.inner.asks(batch)
 
+    def norms(self, gradients: BatchGradients, n_samples: int) -> dict[str, np.ndarray]:
+        """Return the squared norms of the rows as they are."""
+        return self.inner.norms(gradients, n_samples)
+
     def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
         """Hand a batch on: its rows are centered with their unit."""
         self.inner.batch(batch, gradients, dropped)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from streamfisher.data.batches import BatchRef, Unit
-from streamfisher.gradients.factors import FactorPair, pack
+from streamfisher.gradients.factors import on_host, pack
+from streamfisher.gradients.norms import batch_norms
 from streamfisher.gradients.producer import Asked, BatchGradients, GradientProducer
 from streamfisher.sinks.interface import UnitFacts
 from streamfisher.sinks.unit_rows import UnitRows
@@ -46,12 +48,16 @@ class DiskSink:
         """Return the batch's part of the unit's buffers, and the parameters whose factors are stored."""
         return Asked(self.rows.of_batch(batch), self.factored)
 
+    def norms(self, gradients: BatchGradients, n_samples: int) -> dict[str, np.ndarray]:
+        """Return the squared norms of all, which what is read back is held against."""
+        return batch_norms(gradients.rows, gradients.factors, n_samples)
+
     def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
         """Write the factors of a batch; its rows wait for the unit."""
         if batch.index == 0:
             self._entries = []
         if gradients.factors:
-            packed = pack(_on_cpu(gradients.factors), dropped=list(dropped))
+            packed = pack(on_host(gradients.factors), dropped=list(dropped))
             self._entries.append(self.store.factors.write(batch.unit, batch.index, batch.start, packed, self.wave))
 
     def unit(self, unit: Unit, facts: UnitFacts) -> int:
@@ -68,13 +74,3 @@ class DiskSink:
         self.store.write_unit(record)
         dense = sum(values.numel() for values in on_cpu.values()) * self.store.store_dtype.itemsize
         return dense + sum(int(entry["bytes"]) for entry in entries)
-
-
-def _on_cpu(factors: Mapping[str, Sequence[FactorPair]]) -> dict[str, list[FactorPair]]:
-    """Return factors in host memory, a tensor that several pairs share copied once."""
-    copies: dict[int, Tensor] = {}
-
-    def take(side: Tensor) -> Tensor:
-        return copies.setdefault(id(side), side.cpu())
-
-    return {name: [FactorPair(take(pair.left), take(pair.right)) for pair in pairs] for name, pairs in factors.items()}

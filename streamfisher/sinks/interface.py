@@ -41,6 +41,12 @@ class GradientSink(Protocol):
     def asks(self, batch: BatchRef) -> Asked:
         """Return how it wants the gradients of a batch."""
 
+    def norms(self, gradients: BatchGradients, n_samples: int) -> Mapping[str, np.ndarray]:
+        """Return (n,) float64 of each parameter: the squared norm of each sample's gradient, if the sink wants to know.
+
+        Not finite where the gradient is not.
+        """
+
     def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
         """Take a batch: its buffers are filled, and its factors are there.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import numpy as np
 import torch
 
 from streamfisher.data.batches import BatchRef, Unit
+from streamfisher.gradients.norms import batch_norms
 from streamfisher.gradients.producer import Asked, BatchGradients, GradientProducer
 from streamfisher.sinks.interface import UnitFacts
 from streamfisher.sinks.unit_rows import UnitRows
@@ -38,6 +40,10 @@ class MeanSink:
     def asks(self, batch: BatchRef) -> Asked:
         """Return the batch's part of the unit's buffers."""
         return Asked(self.rows.of_batch(batch))
+
+    def norms(self, gradients: BatchGradients, n_samples: int) -> dict[str, np.ndarray]:
+        """Return the squared norms of the rows as they are."""
+        return batch_norms(gradients.rows, gradients.factors, n_samples)
 
     def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
         """Do nothing: its rows are in the unit's buffers."""

@@ -1,14 +1,17 @@
-"""Memory of the host: rows of all samples, until they are multiplied."""
+"""Memory of the host: gradients of all samples, as rows or as factors, until they are multiplied."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from streamfisher.data.batches import BatchRef, Unit
+from streamfisher.gradients.factors import BatchFactors, on_host, pack
+from streamfisher.gradients.norms import batch_norms, squared_norms_of
 from streamfisher.gradients.producer import Asked, BatchGradients, GradientProducer
 from streamfisher.sinks.interface import UnitFacts
 from streamfisher.sinks.unit_rows import UnitRows
@@ -49,29 +52,102 @@ class MemoryRows:
         """Return the number of columns: of rows in memory nothing else is known."""
         return (self.parameters[name],)
 
-    def segments(self, name: str) -> list[FactorSegment]:
+    def segments(self, name: str) -> Sequence[FactorSegment]:
         """Return nothing: all are held as rows."""
         return []
 
 
-class MemorySink:
-    """A `GradientSink` that holds the rows of all samples in host memory.
+@dataclass(frozen=True)
+class HeldSide:
+    """One factor of a batch, in memory."""
 
-    Where gradients are formed on the CPU, batches are written into their place at once; from a device they come a unit
-    at a time.
+    values: Tensor  # (sum_i T_i, width) in the model's dtype, or (sum_i T_i,) ids
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the values; `None`: ids."""
+        return None if self.values.dim() == 1 else self.values.dtype
+
+    @property
+    def width(self) -> int:
+        """The values per position, 1 for ids."""
+        return self.values.shape[1] if self.values.dim() > 1 else 1
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return columns `start` to `stop` of all positions, float32 or float64, a view where it can be; or all ids."""
+        if self.values.dim() == 1:
+            return self.values.numpy()
+        part = self.values[:, start:stop]
+        return (part if part.dtype in (torch.float32, torch.float64) else part.float()).numpy()
+
+
+class MemoryGradients(MemoryRows):
+    """Rows of some parameters and factors of the others, with the same face as a stored run."""
+
+    def __init__(
+        self,
+        rows: Mapping[str, np.ndarray],
+        factors: Mapping[str, Sequence[FactorSegment]],
+        shapes: Mapping[str, tuple[int, ...]],
+        n_samples: int,
+        row_dtype: torch.dtype,
+    ) -> None:
+        super().__init__(rows)
+        self.factors, self.shapes, self.n_samples = dict(factors), dict(shapes), n_samples
+        widths = {name: values.shape[1] for name, values in rows.items()}
+        self.parameters = {name: int(np.prod(shape)) for name, shape in shapes.items()} | widths
+        self.numpy_row_dtype = self.numpy_read_dtype = np.dtype("float64" if row_dtype == torch.float64 else "float32")
+
+    def representation(self, name: str) -> str:
+        """Return how a parameter's gradients are held: 'dense' or 'factors'."""
+        return "factors" if name in self.factors else "dense"
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter."""
+        return self.shapes[name]
+
+    def segments(self, name: str) -> Sequence[FactorSegment]:
+        """Return the factors of a parameter, in the order of the samples."""
+        return self.factors[name]
+
+
+class MemorySink:
+    """A `GradientSink` that holds the gradients of all samples in host memory.
+
+    Where they are formed on the CPU, rows are written into their place at once; from a device they come a unit at a
+    time. Factors stay in the model's own dtype, an input that several layers share once.
 
     Args:
         producer: makes the buffers, where it forms rows.
         units: of all samples.
+        factored: parameters that are held as factors.
+        parameters: whose gradients are taken; `None`: all that the producer captures.
+        columns: numbers of a row, where rows are projected.
+        every_norm: find the norms of factors too, which take about as long as their products.
     """
 
-    def __init__(self, producer: GradientProducer, units: Sequence[Unit]) -> None:
+    def __init__(
+        self,
+        producer: GradientProducer,
+        units: Sequence[Unit],
+        factored: Collection[str] = (),
+        *,
+        parameters: Sequence[str] | None = None,
+        columns: Mapping[str, int] | None = None,
+        every_norm: bool = False,
+    ) -> None:
         self.units = list(units)
         self.n_samples = self.units[-1].stop
+        names = list(producer.parameters if parameters is None else parameters)
+        self.dense = [name for name in names if name not in factored]
+        self.factored = [name for name in names if name in factored]
+        self.columns, self.every_norm = dict(columns or {}), every_norm
+        self.facts: dict[int, UnitFacts] = {}  # of each unit, by its index
         self.skipped: dict[int, str] = {}
         self.n_targets = 0  # of the valid samples
         self._producer = producer
-        self._held: dict[str, Tensor] = {}  # (N, P_k) each
+        self._rows: dict[str, Tensor] = {}  # (N, P_k) each
+        self._factors: list[tuple[BatchRef, BatchFactors]] = []
         self._arriving: UnitRows | None = None
         if producer.device.type != "cpu":
             self.through_units()
@@ -79,12 +155,16 @@ class MemorySink:
     def through_units(self) -> None:
         """Let rows be formed in buffers of one unit and copied from there, as they must be from a device."""
         height = max(len(unit) for unit in self.units)
-        self._arriving = UnitRows(lambda: self._producer.allocate(height))
+        self._arriving = UnitRows(lambda: self._producer.allocate(height, self.dense, self._widths))
 
     @property
     def parameters(self) -> list[str]:
-        """All that the producer captures."""
-        return list(self._producer.parameters)
+        """Those held as rows, then those held as factors."""
+        return [*self.dense, *self.factored]
+
+    @property
+    def _widths(self) -> dict[str, int]:
+        return {name: width for name, width in self.columns.items() if name in self.dense}
 
     def todo(self) -> list[Unit]:
         """Return all units."""
@@ -93,30 +173,66 @@ class MemorySink:
     def asks(self, batch: BatchRef) -> Asked:
         """Return the batch's rows where they stay, or where the unit's are formed."""
         if self._arriving is not None:
-            return Asked(self._arriving.of_batch(batch))
-        self._held = self._held or self._producer.allocate(self.n_samples)
-        return Asked({name: values[batch.start : batch.stop] for name, values in self._held.items()})
+            return Asked(self._arriving.of_batch(batch), self.factored)
+        if self.dense and not self._rows:
+            self._rows = self._producer.allocate(self.n_samples, self.dense, self._widths)
+        return Asked({name: values[batch.start : batch.stop] for name, values in self._rows.items()}, self.factored)
+
+    def norms(self, gradients: BatchGradients, n_samples: int) -> dict[str, np.ndarray]:
+        """Return squared norms of the rows; of factors, which their Grams tell, only whether they are finite."""
+        if self.every_norm:
+            return batch_norms(gradients.rows, gradients.factors, n_samples)
+        norms = squared_norms_of({name: values[:n_samples] for name, values in gradients.rows.items()})
+        for name, pairs in gradients.factors.items():
+            finite = torch.ones(n_samples, dtype=torch.bool)
+            for pair in pairs:
+                side = pair.right if pair.by_index else pair.left  # a loss that is finite has finite inputs
+                finite &= torch.isfinite(side).flatten(1).all(dim=1).cpu()
+            norms[name] = np.where(finite.numpy(), 0.0, np.nan)
+        return norms
 
     def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
-        """Do nothing: its rows are in their buffers."""
+        """Take the factors of a batch, without padding; its rows are in their buffers."""
+        if gradients.factors:
+            self._factors.append((batch, pack(on_host(gradients.factors), dropped=list(dropped))))
 
     def unit(self, unit: Unit, facts: UnitFacts) -> int:
         """Take the rows of a unit to the host, where they are not there."""
+        self.facts[unit.index] = facts
         self.skipped |= facts.skipped
         self.n_targets += int(facts.n_targets.sum())
-        size = 0
         if self._arriving is not None:
             for name, values in self._arriving.of_unit(unit, facts.skipped).items():
-                if name not in self._held:
-                    self._held[name] = torch.empty(self.n_samples, values.shape[1], dtype=values.dtype)
-                self._held[name][unit.start : unit.stop] = values
-        for values in self._held.values():
-            size += len(unit) * values.shape[1] * values.itemsize
-        return size
+                if name not in self._rows:
+                    self._rows[name] = torch.empty(self.n_samples, values.shape[1], dtype=values.dtype)
+                self._rows[name][unit.start : unit.stop] = values
+        size = sum(len(unit) * values.shape[1] * values.itemsize for values in self._rows.values())
+        return size + sum(
+            side.nbytes for batch, packed in self._factors if batch.unit == unit for side in packed.tensors.values()
+        )
 
-    def source(self) -> MemoryRows:
-        """Return the rows of the valid samples."""
-        if not self.skipped:
-            return MemoryRows({name: values.numpy() for name, values in self._held.items()})
-        valid = [number for number in range(self.n_samples) if number not in self.skipped]
-        return MemoryRows({name: values[valid].numpy() for name, values in self._held.items()})
+    def source(self, *, all_samples: bool = False) -> MemoryGradients:
+        """Return the gradients of the valid samples, or of all: those of skipped samples are zero then."""
+        skipped = set() if all_samples else set(self.skipped)
+        valid = [number for number in range(self.n_samples) if number not in skipped]
+        rows = {name: values[valid] if skipped else values for name, values in self._rows.items()}
+        if all_samples and self._arriving is None:
+            for number in self.skipped:
+                for values in rows.values():
+                    values[number].zero_()
+        factors: dict[str, list[FactorSegment]] = {name: [] for name in self.factored}
+        place = {number: index for index, number in enumerate(valid)}
+        for batch, packed in sorted(self._factors, key=lambda pair: pair[0]):
+            kept = [offset for offset, number in enumerate(batch.samples) if number in place]
+            if not kept:
+                continue
+            sides = {key: HeldSide(tensor) for key, tensor in packed.tensors.items()}
+            for name, uses in packed.pairs.items():
+                for left, right in uses:
+                    lengths = tuple(packed.lengths[left][offset] for offset in kept)
+                    start = place[batch.start + kept[0]]
+                    factors[name].append(FactorSegment(start, lengths, sides[left], sides[right]))
+        infos = self._producer.parameters
+        shapes = {name: infos[name].shape for name in self.parameters}
+        arrays = {name: values.numpy() for name, values in rows.items()}
+        return MemoryGradients(arrays, factors, shapes, len(valid), self._producer.row_dtype)

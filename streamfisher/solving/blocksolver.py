@@ -11,7 +11,7 @@ import torch
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConvergenceError, CorruptRunError
 from streamfisher.results.metrics import frobenius
-from streamfisher.results.noise import noise_floor
+from streamfisher.results.noise import RawScale, noise_floor
 from streamfisher.results.spectrum import BlockSpectrum
 from streamfisher.solving import eigen
 from streamfisher.solving.lanczos import DenseOperator
@@ -28,8 +28,10 @@ def block_spectrum(
     *,
     product: torch.dtype,
     roundoff: float,
+    raw: RawScale | None = None,
     top_k: int | None = None,
     n_samples: int | None = None,
+    size: float = 0.0,
 ) -> BlockSpectrum:
     """Solve one block.
 
@@ -39,10 +41,12 @@ def block_spectrum(
             (P_b, P_b), which has the same non-zero eigenvalues.
         n_params: P_b, the number of columns the Gram is made of.
         config: solver options.
-        product: dtype of the products that made `K`.
+        product: dtype of the products that made `K`, where they are not float64.
         roundoff: unit roundoff of the rows as they are held.
+        raw: the block before centering, and how much of it was multiplied in `product`; `None`: as it is, all of it.
         top_k: list the largest `top_k` only; the trace stays that of all.
         n_samples: N, where `K` is the side of the parameters; `None`: it is the Gram.
+        size: trace before centering, where `K` is centered; see `eigen.solve`.
     """
     n = K.shape[0] if n_samples is None else n_samples
     count = min(n, n_params)
@@ -51,7 +55,7 @@ def block_spectrum(
     top = listed(count, top_k, config)
     found = solved_block(
         name,
-        _solve(name, K, top, count, top_k, config),
+        _solve(name, K, top, count, top_k, config, size),
         n_samples=n,
         n_params=n_params,
         top=top,
@@ -60,6 +64,7 @@ def block_spectrum(
         config=config,
         product=product,
         roundoff=roundoff,
+        raw=raw,
     )
     return found if n_samples is None else dataclasses.replace(found, solved_side="parameters")
 
@@ -78,7 +83,7 @@ def listed(count: int, top_k: int | None, config: SpectralConfig) -> int:
 
 
 def _solve(
-    name: str, K: np.ndarray, top: int, count: int, top_k: int | None, config: SpectralConfig
+    name: str, K: np.ndarray, top: int, count: int, top_k: int | None, config: SpectralConfig, size: float
 ) -> eigen.Eigenvalues:
     """Solve for all eigenvalues, or for the `top` largest where that is asked for or pays."""
     few = top_k is not None and len(K) >= _ITERATIVE_SIZE and top * _ITERATIVE_SHARE <= len(K)
@@ -92,7 +97,11 @@ def _solve(
             warnings.warn(f"block {name}: {error} All eigenvalues are solved for instead.", stacklevel=4)
             failure = " (block-lanczos did not converge)"
     solved = eigen.solve(
-        K, dtype=config.dtype_eigensolve, device=config.eigensolve_device, regularization=config.regularization
+        K,
+        dtype=config.dtype_eigensolve,
+        device=config.eigensolve_device,
+        regularization=config.regularization,
+        size=size,
     )
     return dataclasses.replace(solved, solver=solved.solver + failure)
 
@@ -109,6 +118,7 @@ def solved_block(
     config: SpectralConfig,
     product: torch.dtype,
     roundoff: float,
+    raw: RawScale | None = None,
 ) -> BlockSpectrum:
     """Say of the eigenvalues of a Gram what they are as those of a Fisher.
 
@@ -121,18 +131,28 @@ def solved_block(
         trace: of F.
         norm: `|F|_F`.
         config: noise floor and how many eigenvalues the metrics list.
-        product: dtype of the products that made the Gram.
+        product: dtype of the products that made the Gram, where they are not float64.
         roundoff: unit roundoff of the rows as they are held.
+        raw: see `block_spectrum`.
     """
     n = n_samples
     values = solved.values[:top] / n
-    floor = noise_floor(float(values[0]), trace, n, product=product, roundoff=roundoff, eps=config.eps)
+    floor = noise_floor(
+        float(values[0]),
+        trace,
+        n,
+        product=product,
+        roundoff=roundoff,
+        eps=config.eps,
+        raw=raw,
+        solve=config.dtype_eigensolve if solved.residuals is None else torch.float64,
+    )
     return BlockSpectrum(
         name,
         values,
         trace,
-        floor,
-        values > floor,
+        floor.value,
+        values > floor.value,
         n,
         n_params,
         truncated=top < min(n, n_params),
@@ -142,4 +162,7 @@ def solved_block(
         top_k=config.top_k_eigenvalues,
         norm=norm,
         residuals=None if solved.residuals is None else solved.residuals[:top] / n,
+        floor_source=floor.source,
+        error=floor.error,
+        row_scale=0.0 if raw is None else max(raw.trace - trace, 0.0),
     )

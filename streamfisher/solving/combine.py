@@ -32,14 +32,16 @@ def union(blocks: Mapping[str, BlockSpectrum], top_k: int) -> BlockSpectrum:
     residuals = np.concatenate(
         [np.zeros(len(block.eigenvalues)) if block.residuals is None else block.residuals for block in members]
     )
+    errors = np.concatenate([block.relative_errors for block in members])
     order = np.argsort(values, kind="stable")[::-1]
     cut = [len(block.eigenvalues) for block in members if block.truncated]
     order = order[: min(cut)] if cut else order
+    highest = max(members, key=lambda block: block.noise_floor)
     return BlockSpectrum(
         "global",
         values[order],
         float(sum(block.trace for block in members)),
-        max(block.noise_floor for block in members),
+        highest.noise_floor,
         above[order],
         members[0].n_samples,
         sum(block.n_params for block in members),
@@ -51,23 +53,35 @@ def union(blocks: Mapping[str, BlockSpectrum], top_k: int) -> BlockSpectrum:
         norm=math.hypot(*(block.norm or 0.0 for block in members)),
         residuals=residuals[order] if any(block.residuals is not None for block in members) else None,
         solved_side=", ".join(sorted({block.solved_side for block in members})),
+        floor_source=highest.floor_source,
+        block_errors=errors[order],
     )
 
 
 def combine(
-    blocks: Mapping[str, BlockSpectrum], whole_trace: float, computed: torch.dtype, facts: dict[str, Any], top_k: int
+    blocks: Mapping[str, BlockSpectrum],
+    reach: Mapping[str, float],
+    whole_trace: float,
+    computed: torch.dtype,
+    facts: dict[str, Any],
+    top_k: int,
 ) -> Spectrum:
     """Return the spectrum of solved blocks, with the floor that the backward pass puts under each of them.
 
     Args:
         blocks: solved, in order.
-        whole_trace: of the Fisher of all parameters together.
+        reach: block -> trace, before centering, of the layers that its parameters belong to.
+        whole_trace: of the Fisher of all parameters together, before centering.
         computed: dtype of the backward pass.
         facts: metadata of the result.
         top_k: how many eigenvalues the metrics of the whole list.
     """
-    floor = backward_noise(computed, whole_trace)
-    blocks = {key: block.with_floor(floor) for key, block in blocks.items()}
+    blocks = {
+        key: dataclasses.replace(block, row_scale=max(reach[key] - block.trace, block.row_scale)).with_floor(
+            backward_noise(computed, reach[key], whole_trace), "rounding of the backward pass"
+        )
+        for key, block in blocks.items()
+    }
     return Spectrum(blocks, union(blocks, top_k), facts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +22,17 @@ class Eigenvalues:
     values: np.ndarray  # (n,) float64, descending, not negative
     solver: str  # which driver gave them
     jitter: float  # what had to be added to the diagonal for it, relative to the mean eigenvalue; 0 normally
-    most_negative: float  # the lowest eigenvalue before rounding below zero was cut, relative to the largest
+    most_negative: float  # the lowest eigenvalue before rounding below zero was cut, relative to the largest or `size`
     residuals: np.ndarray | None = None  # (n,) float64, |K v - lambda v|: bounds of the error; None: all were solved
 
 
 def solve(
-    K: np.ndarray, *, dtype: torch.dtype = torch.float64, device: str = "auto", regularization: float = 1e-8
+    K: np.ndarray,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: str = "auto",
+    regularization: float = 1e-8,
+    size: float = 0.0,
 ) -> Eigenvalues:
     """Return all eigenvalues of `K`.
 
@@ -37,8 +43,11 @@ def solve(
     Args:
         K: (n, n) float64, symmetric.
         dtype: of the solve; float64 unless speed matters more than the tail.
-        device: 'auto' solves float64 on the CPU, and float32 on a GPU where there is one and the matrix is large.
+        device: 'auto' solves float64 on the CPU, and float32 on a GPU where there is one and the matrix is large;
+            'cuda', 'cuda:1' on that GPU, if there is one; all else on the CPU.
         regularization: relative size of the jitter.
+        size: trace of what `K` was made from, where it is a difference: its rounding is relative to that, and may be
+            all that is left of it.
 
     Raises:
         CorruptRunError: `K` is not finite, or has an eigenvalue so negative that it is no Gram matrix.
@@ -55,11 +64,14 @@ def solve(
     scaled = np.ldexp(K, -exponent)
     values, solver, jitter = _solve_chain(scaled, dtype, device, regularization)
     values = np.ldexp(np.asarray(values, dtype=np.float64)[::-1], exponent)
-    negative = min(float(values[-1]) / float(values[0]), 0.0)
+    negative, of = min(float(values[-1]), 0.0), max(float(values[0]), size)
+    if negative:
+        negative = negative / of if of > 0 else -np.inf
     tolerance = 100 * torch.finfo(dtype).eps * len(values) + 1e-5
     if negative < -tolerance:
+        largest = "the largest" if of == values[0] else "the trace of what it was made from"
         raise CorruptRunError(
-            f"the matrix has an eigenvalue of {negative:.1e} times the largest: it is not the Gram of any gradients. "
+            f"the matrix has an eigenvalue of {negative:.1e} times {largest}: it is not the Gram of any gradients. "
             "`streamfisher verify` checks the run."
         )
     return Eigenvalues(np.maximum(values, 0.0), solver, jitter, negative)
@@ -85,13 +97,14 @@ def _solve_chain(
 ) -> tuple[np.ndarray, str, float]:
     working = K if dtype == torch.float64 else K.astype(np.float32)
     on_cuda = torch.cuda.is_available() and (
-        device == "cuda" or (device == "auto" and dtype == torch.float32 and len(K) >= _CUDA_SIZE)
+        device.startswith("cuda") or (device == "auto" and dtype == torch.float32 and len(K) >= _CUDA_SIZE)
     )
     failures = []
     drivers = (["torch-cuda"] if on_cuda else []) + ["lapack-syevd", "torch-cpu"]
     for driver in drivers:
         try:
-            return _drive(driver, working), driver, 0.0
+            with torch.cuda.device(device) if on_cuda and ":" in device else contextlib.nullcontext():
+                return _drive(driver, working), driver, 0.0
         except (np.linalg.LinAlgError, torch.linalg.LinAlgError, RuntimeError) as error:
             failures.append(f"{driver}: {error}")
     jitter = max(regularization, 10 * float(torch.finfo(dtype).eps))

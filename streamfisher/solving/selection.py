@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from streamfisher.errors import ConfigError, DataError
-from streamfisher.solving.centering import center
+from streamfisher.solving.centering import center, without_rounding
 
 Normalization = Literal["samples", "tokens"]
 SampleChoice = slice | Sequence[int] | np.ndarray | None
@@ -65,6 +65,12 @@ class Selection:
             return K * root[:, None] * root[None, :]
         return K if self.factor == 1.0 else K * self.factor
 
+    def scaled_trace(self, K: np.ndarray) -> float:
+        """Return the trace of what `scale` gives."""
+        if self.weights is not None:
+            return float(K.diagonal() @ self.weights) * self.factor
+        return float(np.trace(K)) * self.factor
+
     def center(self, K: np.ndarray) -> np.ndarray:
         """Return the Gram of rows less their (weighted) mean, from the restricted Gram of the rows.
 
@@ -75,7 +81,7 @@ class Selection:
         p = self.weights / self.weights.sum()
         means = K @ p
         centered = K - means[None, :] - means[:, None] + p @ means
-        return (centered + centered.T) / 2
+        return without_rounding((centered + centered.T) / 2, K)
 
     def formula(self, center: bool) -> str:
         """Return what the spectrum is of, in the words of the result."""

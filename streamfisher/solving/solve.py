@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 
 from streamfisher.blocks.structures import group_blocks
 from streamfisher.config import SpectralConfig, dtype_name
+from streamfisher.results.noise import RawScale
 from streamfisher.results.spectrum import NORMALIZATION, BlockSpectrum, Spectrum
 from streamfisher.runtime.determinism import one_thread
 from streamfisher.solving import centering
@@ -20,6 +23,8 @@ from streamfisher.solving.blocksolver import block_spectrum
 from streamfisher.solving.combine import MEAN_DOMINANCE_LIMIT, block_diagonal_error, combine
 from streamfisher.solving.selection import Selection
 from streamfisher.version import versions
+
+_NONE = "no gradient reached its parameters"
 
 
 @dataclass(frozen=True)
@@ -42,16 +47,41 @@ class Eigenproblem:
     metadata: Mapping[str, Any]  # goes into the result
     selection: Selection | None = None  # weights of the samples that Grams are given for; None: 1 each
     top_k: int | None = None  # list only the largest eigenvalues of each block
+    single: Collection[str] | None = None  # parameters whose Grams are products in `dtype_gram`; None: all of them
+    layers: Mapping[str, str] | None = None  # parameter -> layer: how far rounding reaches; None: everywhere
 
     @property
     def product(self) -> torch.dtype:
-        """The dtype of the products that Grams are made of."""
+        """The dtype of the products that Grams are made of, where they are not float64 anyway."""
         return torch.float64 if self.precision.computed == torch.float64 else self.config.dtype_gram
+
+    def raw_trace(self, diagonal: np.ndarray) -> float:
+        """Return what a Gram, of which the diagonal is given, adds to the trace of F; weighted, not centered."""
+        weights = None if self.selection is None else self.selection.weights
+        total = float(diagonal.sum() if weights is None else diagonal @ weights)
+        return total * (1.0 if self.selection is None else self.selection.factor) / len(diagonal)
+
+    def raw_scale(self, names: Sequence[str], traces: Mapping[str, float]) -> RawScale:
+        """Return how large a block of some parameters is before centering, and the part of float32 products in it."""
+        single = [name for name in names if self.single is None or name in self.single]
+        parts = [sum(traces[name] for name in chosen) for chosen in (names, single)]
+        return RawScale(parts[0], parts[1], len(single) == len(names), self.center)
+
+    def _reach(self, traces: Mapping[str, float]) -> dict[str, float]:
+        """Return block -> trace of the layers of its parameters: what rounding of a gradient there is relative to."""
+        layer_of = dict.fromkeys(traces, "") if self.layers is None else self.layers
+        of_layer: dict[str, float] = defaultdict(float)
+        for name, trace in traces.items():
+            of_layer[layer_of[name]] += trace
+        return {
+            key: sum(of_layer[layer] for layer in dict.fromkeys(layer_of[name] for name in names))
+            for key, names in group_blocks(self.assignment).items()
+        }
 
     def combined(
         self,
-        blocks: Mapping[str, BlockSpectrum],
-        whole_trace: float,
+        blocks: dict[str, BlockSpectrum],
+        traces: Mapping[str, float],
         *,
         squared: float,
         whole_squared: float,
@@ -61,7 +91,7 @@ class Eigenproblem:
 
         Args:
             blocks: all of them.
-            whole_trace: of F.
+            traces: of each parameter's part of F, before centering.
             squared: |K_b|_F^2, added over the blocks.
             whole_squared: |K|_F^2 of the sum of all Grams.
             dominance: the largest N |mean|^2 / trace of a block that was centered; 0 for none.
@@ -72,6 +102,7 @@ class Eigenproblem:
                 "Collect with store_centered=True and float32 or float64 rows for an accurate tail.",
                 stacklevel=4,
             )
+        unreached = [name for name, trace in traces.items() if trace == 0.0 and self.parameters[name]]
         normalization = NORMALIZATION[self.center] if self.selection is None else self.selection.formula(self.center)
         facts = {
             **self.metadata,
@@ -83,9 +114,15 @@ class Eigenproblem:
             "dtype_eigensolve": dtype_name(self.config.dtype_eigensolve),
             "solver": self.config.solver,
             "parameter_subsampling": self.config.max_params_per_block,
+            **({"parameters_without_gradient": unreached} if unreached else {}),
             "analysed_with": versions(),
         }
-        return combine(blocks, whole_trace, self.precision.computed, facts, self.config.top_k_eigenvalues)
+        whole, zero = sum(traces.values()), set(unreached)
+        for key, names in group_blocks(self.assignment).items():
+            if set(names) <= zero:
+                blocks[key] = dataclasses.replace(blocks[key], no_gradient=True, reason=blocks[key].reason or _NONE)
+        computed, top_k = self.precision.computed, self.config.top_k_eigenvalues
+        return combine(blocks, self._reach(traces), whole, computed, facts, top_k)
 
 
 def with_same_bits(solve: Callable[..., Spectrum]) -> Callable[..., Spectrum]:
@@ -120,11 +157,20 @@ def solve_blocks(
     centered = centering.center if selection is None else selection.center
     blocks: dict[str, BlockSpectrum] = {}
     whole: np.ndarray | None = None
+    traces: dict[str, float] = {}
     squared, dominance = 0.0, 0.0
+
+    def read(name: str) -> np.ndarray:
+        K = gram_of(name)
+        traces[name] = problem.raw_trace(K.diagonal())
+        return K
+
     for key, names in group_blocks(problem.assignment).items():
-        K = add(gram_of(name) for name in names)
+        K = add(read(name) for name in names)
+        size = 0.0
         if problem.center:
             raw_trace = float(np.trace(K))
+            size = raw_trace if selection is None else selection.scaled_trace(K)
             K = centered(K)
             centered_trace = float(np.trace(K))
             if centered_trace > 0:
@@ -138,15 +184,16 @@ def solve_blocks(
             K if smaller is None else smaller,
             sum(problem.parameters[name] for name in names),
             problem.config,
-            product=problem.product,
+            product=problem.product if smaller is None else torch.float64,  # second moments are made in float64
             roundoff=problem.precision.roundoff,
+            raw=problem.raw_scale(names, traces),
             top_k=problem.top_k,
             n_samples=None if smaller is None else len(K),
+            size=size,
         )
     assert whole is not None  # a run has at least one parameter
     whole_squared = float(np.vdot(whole, whole))
-    trace = float(np.trace(whole)) / len(whole)
-    return problem.combined(blocks, trace, squared=squared, whole_squared=whole_squared, dominance=dominance)
+    return problem.combined(blocks, traces, squared=squared, whole_squared=whole_squared, dominance=dominance)
 
 
 def add(matrices: Iterable[np.ndarray]) -> np.ndarray:

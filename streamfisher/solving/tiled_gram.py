@@ -15,6 +15,7 @@ from itertools import combinations_with_replacement
 import numpy as np
 
 from streamfisher.errors import CorruptRunError
+from streamfisher.solving.centering import CENTERING_ROUNDING
 from streamfisher.solving.selection import Selection
 
 #: Rows and columns of one tile of a Gram that is too large for memory; a multiple of the chunks of stored Grams.
@@ -58,11 +59,12 @@ class TiledGram:
         tile: int | None = None,
     ):
         self.read, self.names, self.n = read, list(names), len(selection)
-        self.n_samples = self.n
+        self.n_samples, self.samples = self.n, selection.samples
         self.parts = list(_parts(selection.samples, n_stored, tile or TILE))
         self.offsets = np.zeros(self.n)  # added to rows and to columns
         self.constant = 0.0
-        for products in (mean_products or {}).values():
+        self.mean_products = mean_products or {}
+        for products in self.mean_products.values():
             self.offsets += products[:-1][selection.samples]
             self.constant += float(products[-1])
         weights = np.ones(self.n) if selection.weights is None else selection.weights
@@ -70,16 +72,19 @@ class TiledGram:
         self.dominance = 0.0  # n |mean|^2 over the trace of the covariance
         if center:
             p = weights / weights.sum()
-            trace, means = 0.0, np.zeros(self.n)
+            trace, largest, means = 0.0, 0.0, np.zeros(self.n)
             for rows, columns, K in self.tiles():
                 _multiply(K, rows, columns, p, means)
                 trace += float(np.trace(K)) if rows == columns else 0.0
+                largest = max(largest, float(K.diagonal().max())) if rows == columns else largest
             self.offsets = self.offsets - means
             self.constant += float(p @ means)
             removed = float(2 * means.sum() - self.n * (p @ means))
             self.dominance = self.n * removed / (trace - removed) if trace > removed else 0.0
+            if abs(trace - removed) <= self.n * CENTERING_ROUNDING * largest and self._is_rounding(largest):
+                self.dominance, weights = 0.0, np.zeros(self.n)
         factor = selection.factor
-        if factor != 1.0 or selection.weights is not None:
+        if factor != 1.0 or selection.weights is not None or not weights.any():
             self.scale = np.sqrt(weights * factor)
         self._sums: tuple[float, float] | None = None
 
@@ -97,6 +102,20 @@ class TiledGram:
                 if place + 1 < len(pairs):
                     coming = ahead.submit(self._tile, *pairs[place + 1])
                 yield left.places, right.places, K
+
+    def _is_rounding(self, largest: float) -> bool:
+        """Return whether nothing but rounding is left of the matrix, see `centering.without_rounding`."""
+        return all(float(np.abs(K).max()) <= CENTERING_ROUNDING * largest for _, _, K in self.tiles())
+
+    def diagonals(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield each Gram's diagonal, (n,) float64, neither centered nor weighted: only tiles on it are read."""
+        for name in self.names:
+            tiles = (self.read(name, part.stored, part.stored)[part.inside, part.inside] for part in self.parts)
+            diagonal = np.concatenate(list(tiles))
+            products = self.mean_products.get(name)
+            if products is not None:
+                diagonal = diagonal + 2 * products[:-1][self.samples] + products[-1]
+            yield name, diagonal
 
     def matvec(self, X: np.ndarray) -> np.ndarray:
         """Return K X, (n, b) float64: one pass over the stored tiles."""

@@ -27,7 +27,16 @@ def fits_dense(n_stored: int, n: int, config: SpectralConfig) -> bool:
     Raises:
         CapacityError: they cannot, and `solver='dense'` was asked for.
     """
-    needed, budget = dense_bytes(n_stored, n), working_memory(config.memory_budget)
+    return solves_dense(n_stored, n, config, working_memory(config.memory_budget))
+
+
+def solves_dense(n_stored: int, n: int, config: SpectralConfig, budget: int) -> bool:
+    """Return whether the Grams of a block are solved in so many bytes: what plans and runs both ask.
+
+    Raises:
+        CapacityError: they cannot be, and `solver='dense'` was asked for.
+    """
+    needed = dense_bytes(n_stored, n)
     if needed > budget and config.solver == "dense":
         raise CapacityError(
             f"a dense solve of {n} samples needs {format_bytes(needed)} and the memory budget is "
@@ -54,6 +63,7 @@ def solve_tiled(operator_of: Callable[[Sequence[str]], TiledGram], problem: Eige
     parameters, config, n = problem.parameters, problem.config, len(problem.selection)
     top_k = problem.top_k or config.top_k_eigenvalues
     blocks: dict[str, BlockSpectrum] = {}
+    traces = dict.fromkeys(problem.assignment, 0.0)
     squared, dominance = 0.0, 0.0
     groups = group_blocks(problem.assignment)
     for key, names in groups.items():
@@ -63,6 +73,7 @@ def solve_tiled(operator_of: Callable[[Sequence[str]], TiledGram], problem: Eige
             blocks[key] = empty_block(key, n, n_params)
             continue
         K = operator_of(names)
+        traces.update({name: problem.raw_trace(diagonal) for name, diagonal in K.diagonals()})
         squared, dominance = squared + K.squared_norm, max(dominance, K.dominance)
         blocks[key] = solved_block(
             key,
@@ -75,8 +86,7 @@ def solve_tiled(operator_of: Callable[[Sequence[str]], TiledGram], problem: Eige
             config=config,
             product=problem.product,
             roundoff=problem.precision.roundoff,
+            raw=problem.raw_scale(names, traces),
         )
     whole = K if len(groups) == 1 and any(problem.parameters.values()) else operator_of(list(problem.assignment))
-    return problem.combined(
-        blocks, whole.trace / n, squared=squared, whole_squared=whole.squared_norm, dominance=dominance
-    )
+    return problem.combined(blocks, traces, squared=squared, whole_squared=whole.squared_norm, dominance=dominance)

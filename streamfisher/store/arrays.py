@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import zarr
 
+from streamfisher.runtime.own_files import require_own
 from streamfisher.store import codecs
 
 #: Rows and columns of one chunk.
@@ -33,6 +34,7 @@ def create_array(
     chunk: int = CHUNK,
 ) -> zarr.Array:
     """Lay out a float64 array of a run, instead of any that was there; what is not written reads as NaN."""
+    require_own(run, run / path)  # what is there is deleted
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=UserWarning)
         return zarr.create_array(

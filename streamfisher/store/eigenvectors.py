@@ -15,10 +15,11 @@ from torch import Tensor
 
 from streamfisher.errors import CorruptRunError, DataError, RunError, StreamfisherError, unreadable
 from streamfisher.runtime.durable import read_json
-from streamfisher.store import codecs
 from streamfisher.store.arrays import values_of
+from streamfisher.store.gram_tiles import gram_checksums
 from streamfisher.store.integrity import chunk_digest, require_inside
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Eigenvectors:
 
     def projections(self) -> np.ndarray:
         """Return `<g_i, v_j>` of every stored (uncentered) gradient, (N, k) float64; NaN for skipped samples."""
-        return _readable(self.path, lambda: values_of(zarr.open_array(self.path / "projections", mode="r")))
+        return _readable(self.path, lambda: values_of(open_array(self.path / "projections", complete=True)))
 
     def project(self, gradients: Mapping[str, Tensor | np.ndarray]) -> np.ndarray:
         """Return `<g_i, v_j>` of new gradients, (m, k) float64.
@@ -125,7 +126,7 @@ class Eigenvectors:
         return _readable(self.path, lambda: values_of(self._zarr(name), which))
 
     def _zarr(self, name: str) -> zarr.Array:
-        return zarr.open_array(self.path / "vectors" / node_name(name), mode="r")
+        return open_array(self.path / "vectors" / node_name(name), complete=True)
 
 
 def _readable(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
@@ -133,7 +134,7 @@ def _readable(path: Path, read: Callable[[], np.ndarray]) -> np.ndarray:
         return read()
     except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
         raise unreadable(
-            error, f"{path} cannot be read ({error}); `streamfisher verify` clears it, to be made again."
+            error, f"{path} cannot be read ({error}); `streamfisher verify --repair` clears it, to be made again."
         ) from error
 
 
@@ -166,14 +167,16 @@ def open_eigenvectors(run: str | Path, block: str, *, center: bool = False) -> E
     identity, finished = read_json(marks / "identity.json"), read_json(marks / "finished.json")
     require_inside(run, path)
     if finished.get("files") not in (None, chunk_digest(path)):
-        raise CorruptRunError(f"{path} is not what was written; `streamfisher verify` clears it, to be made again.")
+        raise CorruptRunError(
+            f"{path} is not what was written; `streamfisher verify --repair` clears it, to be made again."
+        )
     try:
         return _opened(run, path, block, center, identity, finished)
     except (ValueError, KeyError, TypeError, OSError) as error:
         if isinstance(error, StreamfisherError):
             raise
         raise unreadable(
-            error, f"{path} is damaged ({error}); `streamfisher verify` clears it, to be made again."
+            error, f"{path} is damaged ({error}); `streamfisher verify --repair` clears it, to be made again."
         ) from error
 
 
@@ -182,28 +185,21 @@ def _opened(
 ) -> Eigenvectors:
     for name, checksum in zip(identity.get("gram_keys", identity["parameters"]), identity["grams"], strict=True):
         gram = run / "done" / f"gram-{node_name(name)}.json"
-        if not gram.is_file() or read_json(gram)["crc32c"] != checksum:
+        tiles = run / "done" / f"tiles-{node_name(name)}"
+        if not gram.is_file() or gram_checksums(read_json(gram), tiles) != checksum:
             raise RunError(
                 f"{run}: the Gram of {name} is not the one that the eigenvectors of {block} were made from; "
                 "`streamfisher eigenvectors --overwrite` makes them again."
             )
-    group = codecs.quiet_open(path, mode="r")
-
-    def array(place: str) -> zarr.Array:
-        opened = group[place]
-        if not isinstance(opened, zarr.Array):
-            raise CorruptRunError(f"{path / place} is no array.")
-        return opened
-
     shapes: dict[str, tuple[int, ...]] = {}
     for name in identity["parameters"]:
-        shape: Any = array(f"vectors/{node_name(name)}").attrs["parameter_shape"]
+        shape: Any = open_array(path / "vectors" / node_name(name)).attrs["parameter_shape"]
         shapes[name] = tuple(shape)
     return Eigenvectors(
         path=path,
         block=block,
         centered=center,
-        eigenvalues=values_of(array("eigenvalues")),
+        eigenvalues=values_of(open_array(path / "eigenvalues", complete=True)),
         shapes=shapes,
         orthonormality_error=finished["orthonormality_error"],
     )

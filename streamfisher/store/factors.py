@@ -7,12 +7,11 @@ Which tensors make up which parameter, and how many positions each sample has, i
 
 from __future__ import annotations
 
-import shutil
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import google_crc32c
 import numpy as np
@@ -23,12 +22,14 @@ from streamfisher.config import Codec, dtype_name, parse_dtype
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError
 from streamfisher.gradients.factors import BatchFactors
+from streamfisher.runtime.own_files import remove_tree, require_own
 from streamfisher.store import codecs
 from streamfisher.store.arrays import values_of
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.markers import Markers
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 
 _CHUNK_COLUMNS = 1024
 _CHUNK_BYTES = 4 << 20
@@ -67,10 +68,18 @@ class FactorSide:
             CorruptRunError: a chunk is missing or fails its checksum, or the array is of another shape.
         """
         try:
-            array = zarr.open_array(self.path, mode="r")
+            array = open_array(self.path, complete=True)
             if array.shape != self.shape:
                 raise CorruptRunError(f"{self.path} has the shape {array.shape} where {self.shape} was written.")
-            return values_of(array, np.s_[:, start:stop]) if len(self.shape) > 1 else values_of(array)
+            if len(self.shape) > 1:
+                return values_of(array, np.s_[:, start:stop])
+            ids = values_of(array)
+            if ids.min() < 0:  # no row would be theirs, as if the gradient were zero
+                raise CorruptRunError(
+                    f"{self.path} has no token ids in a chunk that is missing; `streamfisher verify` finds what is "
+                    "affected."
+                )
+            return ids
         except (ValueError, RuntimeError, OSError, KeyError) as error:
             if isinstance(error, CorruptRunError):
                 raise
@@ -79,14 +88,29 @@ class FactorSide:
             ) from error
 
 
+class FactorValues(Protocol):
+    """One factor of a batch, wherever it is."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the values; `None`: ids."""
+
+    @property
+    def width(self) -> int:
+        """The values per position, 1 for ids."""
+
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return columns `start` to `stop` of all positions, float32 or float64; or all ids, int64."""
+
+
 @dataclass(frozen=True)
 class FactorSegment:
     """One use of a parameter by consecutive samples: `g_i = sum_t L_it^T R_it` over each sample's own positions."""
 
     start: int  # first sample
     lengths: tuple[int, ...]  # T_i of each sample
-    left: FactorSide
-    right: FactorSide
+    left: FactorValues
+    right: FactorValues
 
     @property
     def offsets(self) -> np.ndarray:
@@ -198,7 +222,7 @@ def checksum_of(side: FactorSide) -> int:
 def delete_factors(folder: Path, keys: Iterable[str]) -> None:
     """Delete tensors of a wave, those that are not there included."""
     for key in keys:
-        shutil.rmtree(folder / node_name(key), ignore_errors=True)
+        remove_tree(folder.parent.parent, folder / node_name(key))
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
@@ -261,6 +285,7 @@ class FactorStore:
     def write(self, unit: Unit, batch: int, start: int, packed: BatchFactors, wave: int = 0) -> dict[str, Any]:
         """Write the factors of one batch of a unit; return what belongs into the unit's record."""
         folder = self.folder(wave)
+        require_own(self.run.path, folder)
         return write_factors(folder, unit.index, batch, start, packed, self.run.manifest.layout["codec"])
 
     def segments(self, name: str) -> list[FactorSegment]:
@@ -288,15 +313,16 @@ class FactorStore:
         Raises:
             CorruptRunError: the marker is damaged.
         """
-        found = []
+        expected: list[tuple[FactorSide, int]] = []
         entries = self.markers.of_unit(unit, wave).get("factors", [])
         segments = iter(segments_of(self.folder(wave), name, unit.index, entries))
         for entry in entries:
             for pair in entry["pairs"][name]:
                 segment = next(segments)
                 for key, side in zip(pair, (segment.left, segment.right), strict=True):
-                    found.append((side, entry["sides"][key]["crc32c"]))
-        return found
+                    if isinstance(side, FactorSide):  # of a run on disk, they all are
+                        expected.append((side, entry["sides"][key]["crc32c"]))
+        return expected
 
     def forget(self, unit: Unit, wave: int) -> None:
         """Let go of what was read of a unit's marker, which is about to be another."""

@@ -13,11 +13,12 @@ import zarr
 from streamfisher.config import parse_dtype
 from streamfisher.data.batches import make_units
 from streamfisher.errors import CorruptRunError, RunError, unreadable
-from streamfisher.runtime.durable import read_json, write_marker
+from streamfisher.runtime.durable import LARGEST_JSON, read_json, write_marker
 from streamfisher.store import codecs
 from streamfisher.store.integrity import check_layout, require_inside
-from streamfisher.store.manifest import Manifest, columns_of
+from streamfisher.store.manifest import LARGEST_MANIFEST, Manifest, columns_of
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 
 
 class RunFolder:
@@ -37,7 +38,7 @@ class RunFolder:
                 f"{self.path} is not a streamfisher run: it has no manifest.json. "
                 "Name another folder, or delete this one if it is the remains of a run that never began."
             )
-        self.manifest = Manifest.from_dict(read_json(self.path / "manifest.json"))
+        self.manifest = Manifest.from_dict(read_json(self.path / "manifest.json", LARGEST_MANIFEST))
         layout = self.manifest.layout
         self.parameters: dict[str, int] = {  # numbers of a stored row
             item["name"]: columns_of(item) for item in self.manifest.parameters
@@ -52,6 +53,7 @@ class RunFolder:
         self.gram_members: dict[str, list[str]] = self.manifest.gram_members  # Gram key -> parameters it sums over
         self.keep: list[str] = layout.get("keep", ["*"])  # patterns of parameters whose gradients stay
         self.batch_tokens: int = layout.get("batch_tokens", self.manifest.config["batch_tokens"])
+        self.hold: str = layout.get("hold", "disk")  # where gradients are until they are reduced
         self.fsync = False  # flush the filesystem before each marker
         self.arrays: dict[str, zarr.Array] = {}
 
@@ -80,6 +82,13 @@ class RunFolder:
         """The dtype in which stored rows are read: float64 where they were stored so."""
         return np.dtype("float64" if self.store_dtype == torch.float64 else "float32")
 
+    @property
+    def largest_marker(self) -> int:
+        """Bytes that the marker of a unit may have, at most: checksums, reasons, and the lengths of factors."""
+        names = sum(len(name) for name in self.parameters)
+        parameters, samples = len(self.parameters), self.chunk_rows
+        return LARGEST_JSON + 16 * names + 1024 * (parameters + 4 * samples) + 512 * parameters * samples
+
     def mark(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a marker, durably."""
         write_marker(self.path / "done" / f"{name}.json", dict(content), fsync=self.fsync)
@@ -89,7 +98,7 @@ class RunFolder:
         if path not in self.arrays:
             require_inside(self.path, self.path / path)
             try:
-                self.arrays[path] = zarr.open_array(self.path / path, mode="r+")
+                self.arrays[path] = open_array(self.path / path, "r+")
                 self._check(path, self.arrays[path])
             except CorruptRunError:
                 self.arrays.pop(path, None)

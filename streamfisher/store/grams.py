@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.runtime.durable import read_json, write_marker
+from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK, create_array, values_of, write_array
 from streamfisher.store.folder import RunFolder
+from streamfisher.store.gram_tiles import TileChecksums, gram_checksums, read_tile_checksums
 from streamfisher.store.integrity import check_layout, chunk_digest, require_inside
-from streamfisher.store.moments import MomentStore
+from streamfisher.store.moments import Moment, MomentStore
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
+
+#: Bytes of rows that are read at a time to check a Gram of an older run.
+_BAND = 64 << 20
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A Gram whose chunks are known to be where they were written."""
+
+    version: tuple[int, int]  # of its marker's file
+    marker: Mapping[str, Any]
+    tiles: TileChecksums | None  # where it was written tile by tile
 
 
 class GramStore:
@@ -25,13 +42,15 @@ class GramStore:
 
     def __init__(self, run: RunFolder, moments: MomentStore) -> None:
         self.run, self.moments = run, moments
+        self._bound: dict[str, _Bound] = {}  # Grams that were read in parts
 
     def done(self, settings: Mapping[str, Any]) -> set[str]:
-        """Return the keys whose Gram exists for all samples and was made with `settings`."""
+        """Return the keys whose Gram exists for all samples, with its moment, and was made with `settings`."""
         done = set()
         for key in self.run.gram_members:
             marker = self.marker(key)
-            if marker and marker.get("settings") == dict(settings) and marker.get("n_samples") == self.run.n_samples:
+            same = marker.get("settings") == dict(settings) and marker.get("n_samples") == self.run.n_samples
+            if same and ("moment_crc32c" not in marker or self.moments.has(key)):
                 done.add(key)
         return done
 
@@ -54,17 +73,53 @@ class GramStore:
         """Return whether a Gram is marked as finished, whatever it was made with."""
         return self._marker_path(key).is_file()
 
-    def write(self, key: str, gram: np.ndarray, mean_products: np.ndarray | None, settings: Mapping[str, Any]) -> None:
-        """Write one Gram, (N, N) float64, then its marker."""
+    def write(
+        self,
+        key: str,
+        gram: np.ndarray,
+        mean_products: np.ndarray | None,
+        settings: Mapping[str, Any],
+        moment: Moment | None = None,
+        *,
+        single: bool = True,
+    ) -> None:
+        """Write one Gram, (N, N) float64, and what is kept beside it, then its marker.
+
+        Args:
+            key: of the Gram.
+            gram: itself.
+            mean_products: of its rows with their mean, (N + 1,), where they are centered.
+            settings: it was made with.
+            moment: kept beside it.
+            single: float32 products are in it.
+        """
         self.forget(key)
-        node, facts = node_name(key), self._facts(key)
-        write_array(self.run.path, f"gram/{node}", gram, ("sample", "sample_j"), {**facts, **settings})
-        if mean_products is not None:
-            self.write_mean_products(key, mean_products)
+        facts = {**self._facts(key), **settings}
+        write_array(self.run.path, f"gram/{node_name(key)}", gram, ("sample", "sample_j"), facts)
         content = {"settings": dict(settings), "n_samples": len(gram), "crc32c": codecs.checksum(gram)}
-        content["files"] = chunk_digest(self.run.path / "gram" / node)
+        self._mark(key, content | {"float32_products": single}, mean_products, moment)
+
+    def finish_tiles(
+        self,
+        key: str,
+        size: int,
+        mean_products: np.ndarray | None,
+        settings: Mapping[str, Any],
+        moment: Moment | None = None,
+    ) -> None:
+        """Write what is kept beside a Gram whose tiles of `size` rows are all there, then its marker."""
+        content = {"settings": dict(settings), "n_samples": self.run.n_samples, "tiles": size}
+        self._mark(key, content, mean_products, moment)
+
+    def _mark(self, key: str, content: dict[str, Any], mean_products: np.ndarray | None, moment: Moment | None) -> None:
+        """Write the marker of a Gram, last: a stop before leaves the Gram undone, with all that is kept beside it."""
+        node = node_name(key)
         if mean_products is not None:
+            write_array(self.run.path, f"gram_mean/{node}", mean_products, ("sample_and_mean",), self._facts(key))
             content["mean_crc32c"] = codecs.checksum(mean_products)
+        if moment is not None:
+            content["moment_crc32c"] = self.moments.write(key, moment)
+        content |= {"parameter": key, "files": chunk_digest(self.run.path / "gram" / node)}
         write_marker(self._marker_path(key), content, fsync=self.run.fsync)
 
     def read(self, key: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -73,44 +128,54 @@ class GramStore:
         Raises:
             CorruptRunError: it does not match the checksum it was written with.
         """
-        marker = read_json(self._marker_path(key))
+        marker = self._finished(key)
+        gram = self._part(key, marker, slice(None), slice(None))
+        if "tiles" in marker:  # first, as they say where
+            self._check_tiles(key, marker, self._tile_checksums(key, marker), gram)
+        elif codecs.checksum(gram) != marker["crc32c"]:
+            raise self._altered(key)
+        self._check_files(key, marker)
+        return gram, self.mean_products(key)
+
+    @contextlib.contextmanager
+    def _readable(self, key: str) -> Iterator[None]:
+        """Let what goes wrong while a Gram is read be said as that."""
         try:
-            n, tiled = marker["n_samples"], "tiles" in marker
-            checksum = None if tiled else marker["crc32c"]
-            gram = self._read_sum(f"gram/{node_name(key)}", (n, n), tiled=tiled)
-            products = self._read_sum(f"gram_mean/{node_name(key)}", (n + 1,)) if self.run.centered else None
-            known = products is None or marker.get("mean_crc32c") in (None, codecs.checksum(products))
-            known = known and marker.get("files") in (None, chunk_digest(self.run.path / "gram" / node_name(key)))
+            yield
         except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
             raise unreadable(
                 error,
                 f"{self.run}: the Gram of {key} cannot be read: {error}. `streamfisher gram --rebuild` remakes it.",
             ) from error
-        if tiled:
-            self.check_tiles(key, gram)
-        elif codecs.checksum(gram) != checksum or not known:
-            raise CorruptRunError(
-                f"{self.run}: the Gram of {key} is not what was written; `streamfisher gram --rebuild` remakes it."
-            )
-        return gram, products
 
-    def _read_sum(self, path: str, shape: tuple[int, ...], *, tiled: bool = False) -> np.ndarray:
-        """Return a float64 array of a Gram, once its shape is known to be that of at most N samples."""
+    def _altered(self, key: str, rows: slice | None = None, columns: slice | None = None) -> CorruptRunError:
+        where = ""
+        if rows is not None and columns is not None:
+            where = f" between samples {rows.start} to {rows.stop - 1} and {columns.start} to {columns.stop - 1}"
+        return CorruptRunError(
+            f"{self.run}: the Gram of {key} is not what was written{where}; `streamfisher gram --rebuild` remakes it."
+        )
+
+    def _opened(self, group: str, key: str, shape: tuple[int, ...], *, tiled: bool = False) -> zarr.Array:
+        """Return a float64 array of a Gram, once it is known to be its own, of the shape of at most N samples."""
+        path = f"{group}/{node_name(key)}"
         require_inside(self.run.path, self.run.path / path)
-        array = zarr.open_array(self.run.path / path, mode="r")
+        array = open_array(self.run.path / path)
         if shape[0] > self.run.n_samples + 1:
             raise CorruptRunError(
                 f"{self.run.path / path} is of {shape[0]} samples and the run has {self.run.n_samples}."
             )
         chunks = None if tiled else tuple(min(size, CHUNK) for size in shape)
         check_layout(array, self.run.path / path, shape, chunks, "float64")
-        return values_of(array)
+        if array.attrs.get("parameter", key) != key:
+            raise CorruptRunError(f"{self.run.path / path} has the metadata of {array.attrs['parameter']!r:.80}.")
+        return array
 
     def forget(self, key: str) -> None:
         """Remove the marker of a Gram, and of what is kept beside it, so that it is built again."""
         for kind in ("gram", "moment"):
             (self.run.path / "done" / f"{kind}-{node_name(key)}.json").unlink(missing_ok=True)
-        shutil.rmtree(self.tile_folder(key), ignore_errors=True)
+        remove_tree(self.run.path, self.tile_folder(key))
 
     def check(self, key: str) -> None:
         """Read a Gram, by tiles where it was written so, and compare checksums.
@@ -118,16 +183,18 @@ class GramStore:
         Raises:
             CorruptRunError: it is not what was written.
         """
-        if "tiles" in read_json(self._marker_path(key)):
-            self.check_tiles(key, None)
+        marker = self._finished(key)
+        if "tiles" in marker:
+            self._check_tiles(key, marker, self._tile_checksums(key, marker))
+            self._check_files(key, marker)
+            self.mean_products(key)
         else:
             self.read(key)
-        self.moments.read(key)
+        self.moment(key)
 
     def checksums(self, key: str) -> int | list[int]:
         """Return the CRC-32C of a Gram, or of each of its tiles, as it was written."""
-        marker = read_json(self._marker_path(key))
-        return [tile["crc32c"] for tile in self._tile_markers(key)] if "tiles" in marker else marker["crc32c"]
+        return gram_checksums(self._finished(key), self.tile_folder(key))
 
     def keys_of(self, parameters: Sequence[str]) -> list[str]:
         """Return the Gram keys that any of these parameters is part of."""
@@ -138,13 +205,14 @@ class GramStore:
         return self.run.path / "done" / f"gram-{node_name(key)}.json"
 
     def marker(self, key: str) -> dict[str, Any]:
-        """Return what the marker says; a damaged marker is none: the Gram is built again."""
+        """Return what the marker says; one that is damaged, or another's, is none: the Gram is built again."""
         path = self._marker_path(key)
         try:
             marker = read_json(path) if path.is_file() else {}
         except CorruptRunError:
             return {}
-        return marker if isinstance(marker, dict) else {}
+        known = isinstance(marker, dict) and marker.get("parameter", key) == key
+        return marker if known else {}
 
     def create(self, key: str, chunk: int, settings: Mapping[str, Any]) -> None:
         """Lay out a Gram that is going to be written tile by tile."""
@@ -152,60 +220,127 @@ class GramStore:
         facts = {**self._facts(key), **settings}
         create_array(self.run.path, f"gram/{node_name(key)}", shape, ("sample", "sample_j"), facts, chunk)
 
-    def write_mean_products(self, key: str, products: np.ndarray) -> None:
-        """Write the products of centered rows with the mean, and of the mean with itself: (N + 1,)."""
-        write_array(self.run.path, f"gram_mean/{node_name(key)}", products, ("sample_and_mean",), self._facts(key))
-
     def mean_products(self, key: str) -> np.ndarray | None:
         """Return the products of the rows of a Gram with their mean, (N + 1,), where rows are stored centered.
 
         Raises:
-            CorruptRunError: they cannot be read.
+            CorruptRunError: they are missing, or not what was written.
         """
         if not self.run.centered:
             return None
-        path = self.run.path / "gram_mean" / node_name(key)
-        require_inside(self.run.path, path)
-        try:
-            return values_of(zarr.open_array(path, mode="r"))
-        except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
-            raise unreadable(error, f"{path} cannot be read: {error}.") from error
+        marker = self._finished(key)
+        with self._readable(key):
+            products = values_of(self._opened("gram_mean", key, (marker["n_samples"] + 1,)))
+        if marker.get("mean_crc32c") not in (None, codecs.checksum(products)):
+            raise CorruptRunError(
+                f"{self.run}: the products of {key} with the mean are not what was written; "
+                "`streamfisher gram --rebuild` remakes them."
+            )
+        return products
+
+    def moment(self, key: str) -> Moment | None:
+        """Return the second moment that is kept beside a Gram of all samples; `None` where there is none.
+
+        Raises:
+            CorruptRunError: it is missing, or not what was written.
+        """
+        marker = self._finished(key)
+        of_all = marker.get("n_samples") == self.run.n_samples
+        return self.moments.read(key, marker.get("moment_crc32c") if of_all else None)
 
     def tile(self, key: str, rows: slice, columns: slice) -> np.ndarray:
         """Return part of a finished Gram, float64, without reading the rest.
 
         Raises:
-            CorruptRunError: a chunk of it is missing or fails its checksum.
+            CorruptRunError: a chunk of it is missing, altered, or another's.
         """
-        path = self.run.path / "gram" / node_name(key)
-        require_inside(self.run.path, path)
-        try:  # opened each time: a rebuild makes the array anew
-            return values_of(zarr.open_array(path, mode="r"), (rows, columns))
-        except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
-            raise unreadable(
-                error,
-                f"{self.run}: the Gram of {key} cannot be read: {error}. `streamfisher gram --rebuild` remakes it.",
-            ) from error
+        bound = self._bind(key)
+        values = self._part(key, bound.marker, rows, columns)
+        n = bound.marker["n_samples"]
+        rows, columns = (slice(*side.indices(n)[:2]) for side in (rows, columns))
+        if bound.tiles is not None and not bound.tiles.accept(rows, columns, values):
+            raise self._altered(key, rows, columns)
+        return values
 
-    def check_tiles(self, key: str, gram: np.ndarray | None) -> None:
+    def _part(self, key: str, marker: Mapping[str, Any], rows: slice, columns: slice) -> np.ndarray:
+        with self._readable(key):
+            shape = (marker["n_samples"], marker["n_samples"])
+            array = self._opened("gram", key, shape, tiled="tiles" in marker)
+            return values_of(array, (rows, columns))  # opened each time: a rebuild makes the array anew
+
+    def _bind(self, key: str) -> _Bound:
+        """Return the marker of a Gram that is going to be read in parts, whose chunks are where they were written.
+
+        That is checked once for each marker: chunks are 4 bytes each to read. Markers of older runs do not say it of
+        their chunks; there the whole Gram is read once.
+        """
+        path = self._marker_path(key)
+        with self._readable(key):
+            facts = path.stat()
+        version = (facts.st_ino, facts.st_mtime_ns)
+        bound = self._bound.get(key)
+        if bound is not None and bound.version == version:
+            return bound
+        marker = self._finished(key)
+        tiles = self._tile_checksums(key, marker) if "tiles" in marker else None
+        if "files" in marker:
+            self._check_files(key, marker)
+        elif tiles is not None:
+            self._check_tiles(key, marker, tiles)
+        else:
+            self._check_bands(key, marker)
+        self._bound[key] = _Bound(version, marker, tiles)
+        return self._bound[key]
+
+    def _check_files(self, key: str, marker: Mapping[str, Any]) -> None:
+        """Refuse a Gram whose chunks are not those that were written there; older markers do not say which."""
+        with self._readable(key):
+            right = marker.get("files") in (None, chunk_digest(self.run.path / "gram" / node_name(key)))
+        if not right:
+            raise self._altered(key)
+
+    def _check_bands(self, key: str, marker: Mapping[str, Any]) -> None:
+        """Compare a whole Gram with its checksum, some rows at a time."""
+        found, n = google_crc32c.Checksum(), marker["n_samples"]
+        rows = min(CHUNK, max(_BAND // (8 * max(n, 1)), 64))
+        for start in range(0, n, rows):
+            found.update(self._part(key, marker, slice(start, start + rows), slice(n)).tobytes())
+        if int.from_bytes(found.digest(), "big") != marker["crc32c"]:
+            raise self._altered(key)
+
+    def _check_tiles(
+        self, key: str, marker: Mapping[str, Any], tiles: TileChecksums, gram: np.ndarray | None = None
+    ) -> None:
         """Compare the tiles of a Gram, held in memory or read one at a time, with their checksums.
 
         Raises:
             CorruptRunError: a tile, or its mirror image, is not what was written.
         """
-        for marker in self._tile_markers(key):
-            rows, columns = slice(*marker["rows"]), slice(*marker["columns"])
-            tile = self.tile(key, rows, columns) if gram is None else gram[rows, columns]
-            mirrored = self.tile(key, columns, rows) if gram is None else gram[columns, rows]
-            if codecs.checksum(tile) != marker["crc32c"] or not np.array_equal(tile, mirrored.T):
-                raise CorruptRunError(
-                    f"{self.run}: the Gram of {key} is not what was written between samples {rows.start} to "
-                    f"{rows.stop - 1} and {columns.start} to {columns.stop - 1}; `streamfisher gram --rebuild` "
-                    "remakes it."
-                )
+        for rows, columns in tiles:
+            for place in [(rows, columns), (columns, rows)][: 1 if rows == columns else 2]:
+                tile = self._part(key, marker, *place) if gram is None else gram[place]
+                if not tiles.accept(*place, tile):
+                    raise self._altered(key, rows, columns)
 
-    def _tile_markers(self, key: str) -> list[dict[str, Any]]:
-        return [read_json(path) for path in sorted(self.tile_folder(key).glob("*-*.json"))]
+    def _tile_checksums(self, key: str, marker: Mapping[str, Any]) -> TileChecksums:
+        if not isinstance(marker["tiles"], int) or marker["tiles"] < 1:
+            raise CorruptRunError(f"{self._marker_path(key)} has tiles of {marker['tiles']!r:.40} rows.")
+        return read_tile_checksums(self.tile_folder(key), marker["n_samples"], marker["tiles"])
+
+    def _finished(self, key: str) -> dict[str, Any]:
+        """Return the marker of a Gram that is going to be read.
+
+        Raises:
+            CorruptRunError: it is missing, damaged, or that of another Gram.
+        """
+        path = self._marker_path(key)
+        marker = read_json(path)
+        whole = isinstance(marker, dict) and isinstance(marker.get("n_samples"), int)
+        if not whole or marker.get("parameter", key) != key or not {"tiles", "crc32c"}.intersection(marker):
+            raise CorruptRunError(
+                f"{path} is not the marker of the Gram of {key}; `streamfisher gram --rebuild` remakes it."
+            )
+        return marker
 
     def tile_folder(self, key: str) -> Path:
         """Return the folder of the markers of a Gram's tiles."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ import google_crc32c
 import numpy as np
 
 from streamfisher.errors import CorruptRunError
+from streamfisher.runtime.durable import LARGEST_JSON
+from streamfisher.runtime.own_files import open_own, require_own
 from streamfisher.store import codecs
-
-#: Bytes of one chunk, at most: no run has larger ones, and a hostile file could fill the memory with one.
-_LARGEST_CHUNK = 2 << 30
+from streamfisher.store.opening import LARGEST_CHUNK
 
 
 def chunk_digest(folder: Path) -> int:
@@ -31,10 +32,12 @@ def chunk_digest(folder: Path) -> int:
     """
     digest = google_crc32c.Checksum()
     for path in sorted(_files(folder)):
-        with path.open("rb") as file:
+        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
             if path.name != "zarr.json":
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(size - 4, 0))
+            elif os.fstat(file.fileno()).st_size > LARGEST_JSON:
+                raise CorruptRunError(f"{path} is larger than the metadata of any run.")
             digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + file.read())
     return int.from_bytes(digest.digest(), "big")
 
@@ -42,9 +45,10 @@ def chunk_digest(folder: Path) -> int:
 def _files(folder: Path) -> list[Path]:
     found = []
     for path in folder.rglob("*"):
-        if path.is_symlink():
-            raise CorruptRunError(f"{path} is a link; a run has none among its chunks.")
-        if path.is_file() and not path.name.endswith(".partial"):
+        mode = os.lstat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise CorruptRunError(f"{path} is a link, or no regular file; a run has none among its chunks.")
+        if stat.S_ISREG(mode) and not path.name.endswith(".partial"):
             found.append(path)
     return found
 
@@ -55,13 +59,12 @@ def digest_of_values(what: str, values: np.ndarray) -> int:
 
 
 def require_inside(run: Path, path: Path) -> None:
-    """Refuse a path that a link leads out of the run.
+    """Refuse a path in a run that is a link or passes through one, or is neither file nor folder.
 
     Raises:
-        CorruptRunError: it does.
+        CorruptRunError: it names the link.
     """
-    if not path.resolve().is_relative_to(run.resolve()):
-        raise CorruptRunError(f"{path} is a link that leads out of the run; nothing is read or written there.")
+    require_own(run, path)
 
 
 def check_layout(
@@ -90,9 +93,9 @@ def check_layout(
     ):
         raise CorruptRunError(
             f"{path} has the shape {array.shape}, chunks {array.chunks} and dtype {array.dtype}, where {shape}, "
-            f"{expected} and {np.dtype(dtype)} were written. `streamfisher verify` restores its metadata."
+            f"{expected} and {np.dtype(dtype)} were written. `streamfisher verify --repair` restores its metadata."
         )
-    if int(np.prod(array.chunks, dtype=np.float64)) * array.dtype.itemsize > _LARGEST_CHUNK:
+    if int(np.prod(array.chunks, dtype=np.float64)) * array.dtype.itemsize > LARGEST_CHUNK:
         raise CorruptRunError(f"{path} has chunks of {array.chunks}, more than any run has; it is not read.")
 
 
@@ -129,7 +132,7 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
                     f"manifest.json: {name} has {item['columns']} columns of {elements} elements in a run whose option "
                     f"project is {manifest['config'].get('project')!r}."
                 )
-            if rows * item["chunk_columns"] * dtype.itemsize > _LARGEST_CHUNK:
+            if rows * item["chunk_columns"] * dtype.itemsize > LARGEST_CHUNK:
                 raise CorruptRunError(
                     f"manifest.json: chunks of {name} have {rows} x {item['chunk_columns']} numbers, more than any run."
                 )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from streamfisher.errors import RunError
+from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store.factors import FactorStore, delete_factors
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.names import node_name
@@ -35,7 +35,7 @@ class KeptGradients:
         for name in passing:
             self.run.arrays.pop(f"gradients/{node_name(name)}", None)
             for chunks in (self.run.path / "gradients" / node_name(name)).glob("c*"):
-                shutil.rmtree(chunks, ignore_errors=True)
+                remove_tree(self.run.path, chunks)
         keys = {key for entry in entries for key in entry["sides"]}
         delete_factors(self.factors.folder(wave), sorted(keys - keep))
 

@@ -11,6 +11,7 @@ from streamfisher.config import parse_dtype
 from streamfisher.data.batches import make_units
 from streamfisher.errors import CorruptRunError, RunError
 from streamfisher.runtime.durable import write_json, write_marker
+from streamfisher.runtime.own_files import require_own_files
 from streamfisher.store import codecs
 from streamfisher.store.manifest import Manifest, columns_of
 from streamfisher.store.names import node_name
@@ -84,6 +85,7 @@ def check_free(path: Path) -> None:
     if path.is_file():
         raise RunError(f"{path} is a file; --out names a folder that does not exist yet, or a run.")
     if path.is_dir() and any(path.iterdir()):
+        require_own_files(path)
         ours = {"zarr.json", "gradients", "samples", "mean", "mean_parts", "gram", "gram_mean", "moment", "done"}
         ours |= {MANIFEST_COPY, "factors", "fields", "lock", "lock.ranks", "log.jsonl"}
         entries = (entry.name for entry in path.iterdir() if not entry.name.endswith(".partial"))
@@ -95,8 +97,8 @@ def check_free(path: Path) -> None:
             raise RunError(f"{path} exists and is not a streamfisher run (it holds {names}); name another folder.")
         if not (path / "manifest.json").is_file() and any((path / "done").glob("*.json")):
             raise CorruptRunError(
-                f"{path} is a run that has lost its manifest.json. `streamfisher verify {path}` restores it; or delete "
-                "the folder."
+                f"{path} is a run that has lost its manifest.json. `streamfisher verify --repair {path}` restores it; "
+                "or delete the folder."
             )
 
 

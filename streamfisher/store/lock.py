@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from streamfisher.errors import RunError
+from streamfisher.runtime.own_files import open_own, read_own
 
 #: Seconds to wait for ranks that are just being killed with their launcher.
 _PATIENCE = 10.0
@@ -30,6 +31,8 @@ _PATIENCE = 10.0
 _BEAT, _STALE = 30.0, 120.0
 #: Seconds since the last heartbeat, by both hosts' clocks, after which it need not be watched.
 _LONG_AGO = 1800.0
+#: Bytes of a lock file, with a record of every rank.
+_LARGEST = 16 << 20
 
 
 class _FileLock:
@@ -81,7 +84,7 @@ class RunLock(_FileLock):
         self._heart = threading.Thread(target=self._beat_on, name="streamfisher-lock", daemon=True)
 
     def __enter__(self) -> RunLock:
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = open_own(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             deadline = time.monotonic() + _PATIENCE
             while not (_take(self._file) and self._no_rank_left()):
@@ -180,8 +183,8 @@ class RunLock(_FileLock):
     def _read(self) -> dict[str, Any]:
         """Return what the lock file says; nothing where that makes no sense. Opened anew, as NFS asks for."""
         try:
-            content = json.loads(self.path.read_text())
-        except (OSError, ValueError):
+            content = json.loads(read_own(self.path, _LARGEST))
+        except (OSError, ValueError, RecursionError):
             return {}
         if not isinstance(content, dict):
             return {}
@@ -192,7 +195,7 @@ class RunLock(_FileLock):
     def _no_rank_left(self) -> bool:
         """Return whether no rank of an earlier launch is alive; they may outlive their rank 0 and their launcher."""
         try:
-            file = os.open(self.path.with_name("lock.ranks"), os.O_RDWR)
+            file = open_own(self.path.with_name("lock.ranks"), os.O_RDWR)
         except FileNotFoundError:
             return True
         try:
@@ -214,7 +217,7 @@ class RankLock(_FileLock):
         super().__init__(run / "lock.ranks")
 
     def __enter__(self) -> RankLock:
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = open_own(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         if not _take(self._file, shared=True):
             os.close(self._file)
             self._file = None

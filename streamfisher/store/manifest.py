@@ -13,6 +13,8 @@ from streamfisher.store.integrity import check_manifest
 
 FORMAT = "streamfisher-run"
 FORMAT_VERSION = 2
+#: Bytes: a hundred thousand parameters and a million samples take less. Parsed, a byte may take twenty.
+LARGEST_MANIFEST = 64 << 20
 #: Version 1 knew rows only, one pass, and a Gram for each parameter: all of which a run without those keys has.
 _READ_VERSIONS = (1, 2)
 

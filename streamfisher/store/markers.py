@@ -10,7 +10,11 @@ import google_crc32c
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError, RunError
 from streamfisher.runtime.durable import read_json, write_json
+from streamfisher.runtime.own_files import read_own
 from streamfisher.store.folder import RunFolder
+
+#: Bytes of a file of results.
+_LARGEST_RESULT = 2 << 30
 
 
 class Markers:
@@ -66,7 +70,7 @@ class Markers:
             CorruptRunError: it is damaged, or that of another unit.
         """
         path = self._path(unit, wave)
-        marker = read_json(path)
+        marker = read_json(path, self.run.largest_marker)
         if not isinstance(marker, dict) or (marker.get("start"), marker.get("stop")) != (unit.start, unit.stop):
             raise CorruptRunError(f"{path} is not the marker of samples {unit.start} to {unit.stop - 1}.")
         if marker.get("wave", wave) != wave or not isinstance(marker.get("skipped"), dict):
@@ -80,9 +84,8 @@ class Markers:
     def mark_result(self, path: Path) -> None:
         """Note the checksum of a file of results in the run, so that it can be verified."""
         (self.run.path / "done" / "results").mkdir(exist_ok=True)
-        write_json(
-            self.run.path / "done" / "results" / f"{path.name}.json", {"crc32c": google_crc32c.value(path.read_bytes())}
-        )
+        checksum = google_crc32c.value(read_own(path, _LARGEST_RESULT))
+        write_json(self.run.path / "done" / "results" / f"{path.name}.json", {"crc32c": checksum})
 
     def wrong_results(self) -> list[str]:
         """Return the files of results that are missing or not what was written."""
@@ -90,7 +93,7 @@ class Markers:
         for marker in sorted((self.run.path / "done" / "results").glob("*.json")):
             path = self.run.path / marker.stem
             try:
-                right = read_json(marker)["crc32c"] == google_crc32c.value(path.read_bytes())
+                right = read_json(marker)["crc32c"] == google_crc32c.value(read_own(path, _LARGEST_RESULT))
             except (OSError, KeyError, TypeError, CorruptRunError):
                 right = False
             if not right:

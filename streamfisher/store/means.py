@@ -59,7 +59,7 @@ class MeanStore:
                 if marker.get("crc32c", {}).get(name) not in (None, _number(sums[unit.index])):
                     raise CorruptRunError(
                         f"{self.run}: the part of the mean of {name} of samples {unit.start} to {unit.stop - 1} is "
-                        "not what was written; `streamfisher verify` lets the next `run` compute it again."
+                        "not what was written; `streamfisher verify --repair` lets the next `run` compute it again."
                     )
             checksums[name] = _number(whole)
         self.run.mark("mean", {"count": count, "crc32c": checksums})
@@ -71,7 +71,7 @@ class MeanStore:
             CorruptRunError: it is damaged, or that of another unit.
         """
         path = self.run.path / "done" / f"mean-{unit.index:06d}.json"
-        marker = read_json(path)
+        marker = read_json(path, self.run.largest_marker)
         if not isinstance(marker, dict) or (marker.get("start"), marker.get("stop")) != (unit.start, unit.stop):
             raise CorruptRunError(f"{path} is not the marker of samples {unit.start} to {unit.stop - 1}.")
         if not isinstance(marker.get("count"), int):
@@ -113,8 +113,8 @@ class MeanStore:
             raise unreadable(error, f"{self.run}: the mean of {name} cannot be read: {error}.") from error
         if expected not in (None, _number(found)):
             raise CorruptRunError(
-                f"{self.run}: the mean of {name} is not what was written; `streamfisher verify` lets the next `run` "
-                "add it up again."
+                f"{self.run}: the mean of {name} is not what was written; `streamfisher verify --repair` lets the next "
+                "`run` add it up again."
             )
 
     def mean(self, name: str, start: int, stop: int) -> np.ndarray | None:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-import zarr
 
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.runtime.durable import read_json, write_marker
+from streamfisher.solving.centering import without_rounding
 from streamfisher.store import codecs
 from streamfisher.store.arrays import values_of, write_array
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import require_inside
 from streamfisher.store.means import MeanStore
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 
 
 class MomentStore:
@@ -23,45 +25,69 @@ class MomentStore:
     def __init__(self, run: RunFolder, means: MeanStore) -> None:
         self.run, self.means = run, means
 
-    def write(self, name: str, moment: Moment) -> None:
-        """Write the second moment and, as a last row, the sum of a parameter's rows: (P + 1, P); then the marker."""
+    def write(self, name: str, moment: Moment) -> int:
+        """Write the second moment and, as a last row, the sum of a parameter's rows: (P + 1, P); then the marker.
+
+        Returns:
+            Its CRC-32C, for the marker of the Gram that it is kept beside.
+        """
         values = np.vstack([moment.second, moment.total])
-        marker = self.run.path / "done" / f"moment-{node_name(name)}.json"
+        marker = self._marker_path(name)
         marker.unlink(missing_ok=True)
         write_array(
             self.run.path, f"moment/{node_name(name)}", values, ("row", f"element of {name}"), {"parameter": name}
         )
-        facts = {"n_samples": self.run.n_samples, "count": moment.count, "crc32c": codecs.checksum(values)}
+        checksum = codecs.checksum(values)
+        facts = {"parameter": name, "n_samples": self.run.n_samples, "count": moment.count, "crc32c": checksum}
         write_marker(marker, facts, fsync=self.run.fsync)
+        return checksum
 
-    def read(self, name: str) -> Moment | None:
+    def has(self, name: str) -> bool:
+        """Return whether a moment is marked as finished."""
+        return self._marker_path(name).is_file()
+
+    def read(self, name: str, expected: int | None = None) -> Moment | None:
         """Return the second moment of a parameter's valid rows; `None` where there is none for all samples.
 
+        Args:
+            name: of the parameter.
+            expected: its CRC-32C as its Gram's marker has it; `None` where that says nothing of a moment.
+
         Raises:
-            CorruptRunError: it does not match the checksum it was written with.
+            CorruptRunError: it does not match the checksum it was written with, or is expected and missing.
         """
-        path, array = (
-            self.run.path / "done" / f"moment-{node_name(name)}.json",
-            self.run.path / "moment" / node_name(name),
-        )
+        path, array = self._marker_path(name), self.run.path / "moment" / node_name(name)
         marker = read_json(path) if path.is_file() else {}
+        if not isinstance(marker, dict) or marker.get("parameter", name) != name:
+            raise CorruptRunError(
+                f"{path} is not the marker of the moment of {name}; `streamfisher gram --rebuild` remakes it."
+            )
         if marker.get("n_samples") != self.run.n_samples:
+            if expected is not None:
+                raise CorruptRunError(
+                    f"{self.run}: the moment of {name}, which belongs to its Gram, is missing; "
+                    "`streamfisher gram --rebuild` remakes it."
+                )
             return None
         require_inside(self.run.path, array)
         try:
             columns, count, checksum = self.run.parameters[name], marker["count"], marker["crc32c"]
-            stored = zarr.open_array(array, mode="r")
-            values = values_of(stored) if stored.shape == (columns + 1, columns) else np.zeros(0)
+            stored = open_array(array)
+            own = stored.shape == (columns + 1, columns) and stored.attrs.get("parameter", name) == name
+            values = values_of(stored) if own else np.zeros(0)
         except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
             raise unreadable(
                 error,
                 f"{self.run}: the moment of {name} cannot be read: {error}. `streamfisher gram --rebuild` remakes it.",
             ) from error
-        if codecs.checksum(values) != checksum:
+        if codecs.checksum(values) != checksum or expected not in (None, checksum):
             raise CorruptRunError(
                 f"{self.run}: the moment of {name} is not what was written; `streamfisher gram --rebuild` remakes it."
             )
         return Moment(values[:-1], values[-1], count, self.means.mean(name, 0, columns))
+
+    def _marker_path(self, name: str) -> Path:
+        return self.run.path / "done" / f"moment-{node_name(name)}.json"
 
 
 @dataclass(frozen=True)
@@ -76,7 +102,7 @@ class Moment:
     def matrix(self, *, center: bool) -> np.ndarray:
         """Return `sum_i g_i g_i^T`, or with g_i less their mean for `center`: (P, P) float64."""
         if center:  # of c_i as of g_i: the mean cancels
-            return self.second - np.outer(self.total, self.total) / self.count
+            return without_rounding(self.second - np.outer(self.total, self.total) / self.count, self.second)
         if self.mean is None:
             return self.second
         cross = np.outer(self.total, self.mean)

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamfisher.errors import CorruptRunError
-from streamfisher.runtime.durable import read_json, write_json
+from streamfisher.runtime.durable import LARGEST_JSON, read_json, replacing, write_json
+from streamfisher.runtime.own_files import read_own
+from streamfisher.store.integrity import require_inside
 from streamfisher.store.layout import MANIFEST_COPY, create_run
-from streamfisher.store.manifest import Manifest
+from streamfisher.store.manifest import LARGEST_MANIFEST, Manifest
 
 #: Groups that are made when they are first needed.
 _LATER = ("eigenvectors", "fields", "factors", "gram_mean")
@@ -34,12 +36,10 @@ def restore_metadata(run: Path, manifest: Manifest, names: Sequence[str]) -> Non
         for name in names:
             content = (made / name).read_bytes()
             target = run / name
+            require_inside(run, target)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if target.is_symlink():
-                target.unlink()
-            partial = target.with_name("zarr.json.partial")
-            partial.write_bytes(content)
-            partial.replace(target)
+            with replacing(target) as partial:
+                partial.write_bytes(content)
 
 
 def restore_manifest(run: Path, *, dry_run: bool = False) -> str | None:
@@ -54,7 +54,7 @@ def restore_manifest(run: Path, *, dry_run: bool = False) -> str | None:
     found: dict[str, dict | CorruptRunError] = {}
     for name in ("manifest.json", MANIFEST_COPY):
         try:
-            found[name] = Manifest.from_dict(read_json(run / name)).to_dict()
+            found[name] = Manifest.from_dict(read_json(run / name, LARGEST_MANIFEST)).to_dict()
         except CorruptRunError as error:
             found[name] = error
     main, copy = found["manifest.json"], found[MANIFEST_COPY]
@@ -64,8 +64,6 @@ def restore_manifest(run: Path, *, dry_run: bool = False) -> str | None:
         return None
     damaged, whole = ("manifest.json", copy) if isinstance(main, CorruptRunError) else (MANIFEST_COPY, main)
     if not dry_run:
-        if (run / damaged).is_symlink():
-            (run / damaged).unlink()
         write_json(run / damaged, whole)
     return str(found[damaged])
 
@@ -79,7 +77,7 @@ def _made_anew(folder: str, manifest: Manifest) -> Path:
 def _names(made: Path, run: Path) -> list[str]:
     """Return the metadata that are known; those of groups that came later are as those of `gram`."""
     for group in _LATER:
-        if (run / group / "zarr.json").exists() or (run / group / "zarr.json").is_symlink():
+        if (run / group / "zarr.json").is_file():
             (made / group).mkdir()
             (made / group / "zarr.json").write_bytes((made / "gram" / "zarr.json").read_bytes())
     return sorted(str(path.relative_to(made)) for path in made.rglob("zarr.json"))
@@ -87,11 +85,9 @@ def _names(made: Path, run: Path) -> list[str]:
 
 def _agrees(there: Path, made: Path) -> bool:
     expected = json.loads(made.read_text())
-    if there.is_symlink():
-        return False
     try:
-        found = json.loads(there.read_text())
-    except (OSError, ValueError, RecursionError):
+        found = json.loads(read_own(there, LARGEST_JSON))
+    except (OSError, ValueError, RecursionError, CorruptRunError):
         return False
     if found == expected:
         return True

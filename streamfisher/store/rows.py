@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from streamfisher.data.batches import Unit
-from streamfisher.errors import CorruptRunError, unreadable
+from streamfisher.errors import CorruptRunError, RunError, unreadable
 from streamfisher.gradients.factors import matrix_shape
 from streamfisher.store import codecs
 from streamfisher.store.arrays import values_of
@@ -80,9 +80,15 @@ class RowStore:
 
         Raises:
             CorruptRunError: a marker is damaged.
-            RunError: the gradients were deleted after they were reduced.
+            RunError: the gradients were deleted after they were reduced, or not all units are finished.
         """
         self.kept.require(name)
+        todo = self.markers.todo(stage_of(self.run.wave_of(name)))
+        if todo:  # they would add nothing, as if their gradients were zero
+            raise RunError(
+                f"{self.run}: {name} has no gradients yet of samples {todo[0].start} to {todo[0].stop - 1}. Run the "
+                "command that made the run again; it goes on where it stopped."
+            )
         self._require_bound(name)
         return self.factors.segments(name)
 
@@ -112,7 +118,7 @@ class RowStore:
             name: of the parameter; whether it is held as rows or as factors makes no difference.
             start: first column.
             stop: one past the last column.
-            rows: consecutive samples; `None` means all N.
+            rows: consecutive samples; `None` means all N. Those of units that are not finished are NaN.
             out: an array of that shape and of `numpy_read_dtype` to read into, where the rows are held as rows.
 
         Raises:
@@ -122,22 +128,35 @@ class RowStore:
         first, last, _ = (rows or slice(None)).indices(self.run.n_samples)
         stop = min(stop, self.run.parameters[name])
         self.kept.require(name)
-        if self.representation(name) == "factors":
-            segments = self.segments(name)
-            shape = matrix_shape(self.shape(name))
-            return columns_of_segments(segments, shape, start, stop, first, last, self.numpy_row_dtype)
         self._require_bound(name)
+        if self.representation(name) == "factors":
+            segments, shape = self.factors.segments(name), matrix_shape(self.shape(name))
+            found = columns_of_segments(segments, shape, start, stop, first, last, self.numpy_row_dtype)
+            return self._without_unfinished(name, found, first)
         array = self.run.array(f"gradients/{node_name(name)}")
         if out is None:
             out = np.empty((last - first, stop - start), dtype=self.numpy_read_dtype)
         try:
-            return codecs.read_into(array, slice(first, last), slice(start, stop), self.run.store_dtype, out)
+            codecs.read_into(array, slice(first, last), slice(start, stop), self.run.store_dtype, out)
         except (ValueError, RuntimeError, OSError) as error:
             raise unreadable(
                 error,
                 f"{self.run}: a chunk of parameter {name} (columns {start} to {stop}) cannot be read: {error}. "
                 "Run `streamfisher verify` to find which samples are affected.",
             ) from error
+        return self._without_unfinished(name, out, first)
+
+    def _without_unfinished(self, name: str, rows: np.ndarray, first: int) -> np.ndarray:
+        """Make rows of units without a marker NaN, in place: factors would give zeros, chunks what nothing vouches for.
+
+        Args:
+            name: of the parameter.
+            rows: of consecutive samples.
+            first: the first of them.
+        """
+        for unit in self.markers.todo(stage_of(self.run.wave_of(name))):
+            rows[max(unit.start - first, 0) : max(unit.stop - first, 0)] = np.nan
+        return rows
 
     def bytes_of(self, n_samples: int) -> int:
         """Return what the gradients of so many samples take, uncompressed; factors as those of the first unit do."""

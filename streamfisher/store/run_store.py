@@ -21,7 +21,7 @@ Nothing counts as written until its marker exists; a chunk that is missing reads
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,13 @@ from torch import Tensor
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.durable import read_json, sweep_partials, write_json
+from streamfisher.runtime.own_files import require_own_files
 from streamfisher.store.factors import FactorStore
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.grams import GramStore
 from streamfisher.store.kept import KeptGradients
 from streamfisher.store.layout import MANIFEST_COPY, create_run
-from streamfisher.store.manifest import Manifest
+from streamfisher.store.manifest import LARGEST_MANIFEST, Manifest
 from streamfisher.store.markers import Markers, stage_of
 from streamfisher.store.means import MeanStore
 from streamfisher.store.moments import MomentStore
@@ -63,16 +64,24 @@ class UnitRecord:
 class RunStore:
     """An open run folder. Cheap to open and to pickle (workers open it again by its path).
 
+    A run from elsewhere may hold links, FIFOs or devices: opening it refuses them, whatever they stand for.
+
     Its parts: `markers` (what is finished), `rows` and `factors` (gradients; `rows` gives back both, as the Gram stage
     reads them), `kept` (which of them stay), `samples` (values per sample), `means`, `grams` and `moments`.
 
+    Args:
+        path: of the folder, which may itself be a link.
+        looked_over: it is known to hold files and folders only, as in a worker of a process that has opened it.
+
     Raises:
         RunError: the folder does not exist or is no run.
-        CorruptRunError: its manifest is damaged or of another format version.
+        CorruptRunError: its manifest is damaged or of another format version, or there is a link in it.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, looked_over: bool = False):
         self.run = RunFolder(Path(path))
+        if not looked_over:
+            require_own_files(self.run.path)
         self.markers = Markers(self.run)
         self.factors = FactorStore(self.run, self.markers)
         self.kept = KeptGradients(self.run, self.factors)
@@ -90,8 +99,8 @@ class RunStore:
         self.store_dtype: torch.dtype = self.run.store_dtype
         self.row_dtype: torch.dtype = self.run.row_dtype
 
-    def __reduce__(self) -> tuple[type[RunStore], tuple[Path], dict[str, bool]]:
-        return RunStore, (self.path,), {"fsync": self.fsync}
+    def __reduce__(self) -> tuple[Callable[..., RunStore], tuple[Path], dict[str, bool]]:
+        return _opened_again, (self.path,), {"fsync": self.fsync}
 
     def __setstate__(self, state: Mapping[str, bool]) -> None:
         self.fsync = state["fsync"]
@@ -159,7 +168,7 @@ class RunStore:
         """Delete what interrupted writes left behind and renew the manifest's copy; only while holding the lock."""
         copy = self.path / MANIFEST_COPY
         try:
-            current = copy.is_file() and read_json(copy) == self.manifest.to_dict()
+            current = copy.is_file() and read_json(copy, LARGEST_MANIFEST) == self.manifest.to_dict()
         except CorruptRunError:
             current = False
         if not current:
@@ -169,3 +178,8 @@ class RunStore:
     def bytes_on_disk(self) -> int:
         """Return the size of all files of the run."""
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
+
+
+def _opened_again(path: Path) -> RunStore:
+    """Open a run in a worker."""
+    return RunStore(path, looked_over=True)

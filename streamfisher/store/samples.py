@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import zarr
 
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError, unreadable
+from streamfisher.runtime.durable import read_json
 from streamfisher.store.arrays import CHUNK, values_of, write_array
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import check_layout, digest_of_values, require_inside
 from streamfisher.store.markers import Markers, stage_of
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 
 
 class SampleStore:
@@ -24,13 +25,32 @@ class SampleStore:
         self.run, self.markers = run, markers
 
     def write_fields(self, fields: Mapping[str, np.ndarray]) -> None:
-        """Write what the data says of every sample, (N,) float64 each, for selecting samples later."""
+        """Write what the data says of every sample, (N,) float64 each, for selecting samples later; then the marker."""
+        checksums = {name: digest_of_values(name, values) for name, values in fields.items()}
         for name, values in fields.items():
-            facts = {"field": name, "crc32c": digest_of_values(name, values)}
+            facts = {"field": name, "crc32c": checksums[name]}
             write_array(self.run.path, f"fields/{node_name(name)}", values, ("sample",), facts)
+        if fields:
+            self.run.mark("fields", {"crc32c": checksums})
+
+    def missing_fields(self) -> list[str]:
+        """Return the fields that the marker has and the run has not; older runs have no such marker.
+
+        Raises:
+            CorruptRunError: the marker is damaged.
+        """
+        marker = self.run.path / "done" / "fields.json"
+        names = read_json(marker).get("crc32c", {}) if marker.is_file() else {}
+        return [name for name in names if not (self.run.path / "fields" / node_name(name) / "zarr.json").is_file()]
 
     def fields(self) -> dict[str, np.ndarray]:
-        """Return `{name: (N,) float64}`: per-sample facts to select by: the data's own scalars, `loss`, `n_targets`."""
+        """Return `{name: (N,) float64}`: per-sample facts to select by: the data's own scalars, `loss`, `n_targets`.
+
+        Raises:
+            CorruptRunError: something of them is missing, or not what was written.
+        """
+        for name in self.missing_fields():
+            raise CorruptRunError(f"{self.run}: the field {name} is missing; the next `run` writes it again.")
         found = {name: self.per_sample(name).astype(np.float64) for name in ("loss", "n_targets")}
         for path in sorted((self.run.path / "fields").glob("*/zarr.json")):
             name, values = self.read_field(path.parent)
@@ -45,7 +65,7 @@ class SampleStore:
         """
         require_inside(self.run.path, path)
         try:
-            array = zarr.open_array(path, mode="r")
+            array = open_array(path)
             name, size = str(array.attrs["field"]), int(array.shape[0])
             check_layout(array, path, (min(size, self.run.n_samples),), (min(size, CHUNK),), "float64", longer=True)
             values = np.asarray(array[: self.run.n_samples])
@@ -73,7 +93,7 @@ class SampleStore:
             raise unreadable(
                 error,
                 f"{self.run}: samples/{what} cannot be read: {error}. `streamfisher verify` finds which samples are "
-                "affected, and the next `run` computes them again.",
+                "affected; after `verify --repair` the next `run` computes them again.",
             ) from error
         done = self._done_in_waves()
         for unit in self.run.units:
@@ -105,7 +125,7 @@ class SampleStore:
         if not right:
             raise CorruptRunError(
                 f"{self.run}: samples/{what} of samples {unit.start} to {unit.stop - 1} are not what was written. "
-                "`streamfisher verify` finds what is affected, and the next `run` computes it again."
+                "`streamfisher verify` finds what is affected; after `verify --repair` the next `run` computes it anew."
             )
 
     def _done_in_waves(self) -> list[set[int]]:

@@ -29,6 +29,27 @@ _MAGIC = b"sfb2"
 _PLAIN = (type(None), bool, int, float, str)
 
 
+def boundary_spacing(room: int, each: int, n_segments: int) -> int:
+    """Return k where only every k-th boundary between segments is kept, so that they fit; the others are made again.
+
+    Args:
+        room: bytes for all boundaries that are kept, and for one gradient on its way down.
+        each: bytes of one boundary, of all samples.
+        n_segments: how many segments there are.
+
+    Raises:
+        CapacityError: not even two fit: one that is kept and the gradient that goes down.
+    """
+    fits = room // max(each, 1) - 1
+    if fits < 1:
+        raise CapacityError(
+            f"the hidden states at one boundary between layers take {format_bytes(each)} for all samples, with "
+            f"their gradient {format_bytes(2 * each)}, and {format_bytes(room)} of the disk are for them. Give or "
+            "free more disk, or take fewer samples."
+        )
+    return -(-n_segments // fits)
+
+
 class Boundaries:
     """Tensors by batch and name. The text of a batch names its folder.
 

@@ -20,7 +20,7 @@ from streamfisher.gradients.tolerance import TOLERANCE
 from streamfisher.models.batches import ModelBatches
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.stream.backward import LOSSES, TARGETS
-from streamfisher.stream.boundaries import MISSING, Boundaries
+from streamfisher.stream.boundaries import MISSING, Boundaries, boundary_spacing
 from streamfisher.stream.layer_stream import LayerStream
 from streamfisher.stream.segments import Segment
 
@@ -138,14 +138,7 @@ class StreamProducer:
             if self._ranks is not None:
                 self.stream.forward_stream.after_batch = self._ranks.alive
         each = self.stream.boundary_bytes(n_tokens)
-        fits = room // max(each, 1) - 1
-        if fits < 1:
-            raise CapacityError(
-                f"the hidden states at one boundary between layers take {format_bytes(each)} for all samples, with "
-                f"their gradient {format_bytes(2 * each)}, and {format_bytes(room)} of the disk are for them. Give or "
-                "free more disk, or take fewer samples."
-            )
-        self.stream.forward_stream.keep_every = -(-len(self.stream.segments) // fits)
+        self.stream.forward_stream.keep_every = boundary_spacing(room, each, len(self.stream.segments))
 
     def allocate(
         self, n_rows: int, names: Collection[str] | None = None, columns: Mapping[str, int] | None = None

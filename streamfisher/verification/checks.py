@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import zarr
 from tqdm import tqdm
 
 from streamfisher.analysis.run import StoredRun
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.durable import read_json
+from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import codecs, stage_of
 from streamfisher.store.factors import checksum_of
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import open_array
 from streamfisher.store.repair import restore_metadata, wrong_metadata
 from streamfisher.verification.problem import Problem
 
@@ -30,7 +30,7 @@ class Check(Protocol):
         """Return what is wrong."""
 
     def repair(self) -> None:
-        """Remove or restore what `find` found, so that the next `run` makes it again; the run is locked."""
+        """Remove or restore what `find` came upon, so that the next `run` makes it again; the run is locked."""
 
 
 class MetadataCheck:
@@ -70,8 +70,9 @@ class UnitCheck:
         return problems
 
     def repair(self) -> None:
-        """Forget these units, and the Grams that were made of them."""
-        forget_units(self.run, self._damaged)
+        """Forget these units; Grams that were made of them before they were damaged stay, if they are whole."""
+        for unit, wave in self._damaged:
+            self.run.store.forget_unit(unit, wave)
 
 
 def forget_units(run: StoredRun, units: Iterable[tuple[Unit, int]]) -> None:
@@ -151,6 +152,7 @@ class FieldCheck:
 
     def __init__(self, run: StoredRun) -> None:
         self.run = run
+        self._wrong = False
         self._damaged: list[Path] = []
 
     def find(self) -> list[Problem]:
@@ -164,12 +166,20 @@ class FieldCheck:
             except CorruptRunError as error:
                 problems.append(Problem("field", folder.name, None, None, str(error)))
                 self._damaged.append(folder)
+        try:
+            missing = self.run.store.samples.missing_fields()
+            problems += [Problem("field", name, None, None, "missing; the next `run` writes it") for name in missing]
+        except CorruptRunError as error:
+            problems.append(Problem("field", None, None, None, str(error)))
+        self._wrong = bool(problems)
         return problems
 
     def repair(self) -> None:
-        """Remove them; the next `run` writes them from the data."""
+        """Remove them, and the marker; the next `run` writes them from the data."""
         for folder in self._damaged:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(self.run.path, folder)
+        if self._wrong:
+            (self.run.path / "done" / "fields.json").unlink(missing_ok=True)
 
 
 class EigenvectorCheck:
@@ -192,8 +202,8 @@ class EigenvectorCheck:
     def repair(self) -> None:
         """Remove them, markers included."""
         for folder in self._damaged:
-            shutil.rmtree(self.run.path / "done" / "eigenvectors" / folder, ignore_errors=True)
-            shutil.rmtree(self.run.path / "eigenvectors" / folder, ignore_errors=True)
+            remove_tree(self.run.path, self.run.path / "done" / "eigenvectors" / folder)
+            remove_tree(self.run.path, self.run.path / "eigenvectors" / folder)
 
 
 class ResultCheck:
@@ -223,6 +233,8 @@ def _wrong_eigenvectors(marks: Path, folder: Path) -> str | None:
         for marker in marks.glob("*.json"):
             if marker.stem != "identity" and read_json(marker).get("marker", marker.stem) != marker.stem:
                 return f"{marker} is another marker."
+        if finished and "orthonormality_error" not in finished:
+            return f"{marks / 'finished.json'} is another marker."
         if "parameters" not in identity or "marker" in identity:
             return f"{marks / 'identity.json'} is another marker."
         names = ["solved", *(f"parameter-{node_name(name)}" for name in identity["parameters"])] if finished else []
@@ -236,8 +248,8 @@ def _wrong_eigenvectors(marks: Path, folder: Path) -> str | None:
         return None
     try:
         for metadata in folder.rglob("zarr.json"):
-            node = zarr.open(metadata.parent, mode="r")
-            if isinstance(node, zarr.Array):  # a chunk's width of the last axis at a time
+            if read_json(metadata).get("node_type") == "array":  # a chunk's width of the last axis at a time
+                node = open_array(metadata.parent)
                 width = node.chunks[-1]
                 for start in range(0, node.shape[-1], width):
                     node[..., start : start + width]

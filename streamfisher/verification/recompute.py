@@ -25,6 +25,7 @@ from streamfisher.gradients import GradientEngine, ProbeReport
 from streamfisher.gradients.factors import FactorPair, product
 from streamfisher.gradients.state import without_packing
 from streamfisher.models.batches import ModelBatches
+from streamfisher.runtime.caller_state import modes_of_its_own
 from streamfisher.runtime.determinism import deterministic
 from streamfisher.store import resume_differences
 from streamfisher.verification.problem import Problem
@@ -37,6 +38,7 @@ _SLAB = 1 << 20
 _PRODUCTS = 1e-5
 
 
+@modes_of_its_own()
 def deep_problems(
     run: StoredRun,
     model: nn.Module,

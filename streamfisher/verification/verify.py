@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from streamfisher.analysis.run import StoredRun
 from streamfisher.data.batches import Unit
 from streamfisher.errors import ConfigError
+from streamfisher.runtime.own_files import require_own_files
 from streamfisher.store import RunLock
 from streamfisher.store.layout import MANIFEST_COPY
 from streamfisher.store.repair import restore_manifest
@@ -32,7 +33,7 @@ from streamfisher.verification.recompute import deep_problems
 def verify(
     run: StoredRun,
     *,
-    repair: bool = True,
+    repair: bool = False,
     progress: bool = False,
     deep: int | None = None,
     model: nn.Module | None = None,
@@ -40,11 +41,12 @@ def verify(
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None,
     seed: int = 0,
 ) -> list[Problem]:
-    """Read every finished unit and Gram and compare checksums.
+    """Read every finished unit and Gram and compare checksums; nothing is changed unless `repair` asks for it.
 
     Args:
         run: to check.
-        repair: remove the markers of what is damaged, so that the next `run` computes it again.
+        repair: remove the markers of what is damaged, so that the next `run` computes it again, with model and data.
+            A Gram whose own checksum is right stays, also where rows that it was made of are damaged.
         progress: show a bar.
         deep: of so many random samples, compute the gradients again and compare, once all checksums are right.
         model: for `deep`, the one that the run was made with, on its device.
@@ -106,6 +108,26 @@ class RecomputedCheck:
             self.run.store.grams.forget(key)
 
 
+def unfinished(run: StoredRun) -> str | None:
+    """Return in words how far an unfinished run is; `None` where every sample is finished in every wave."""
+    store = run.store
+    done = sum(len(store.units[index]) for index in store.markers.finished_units())
+    if done == store.n_samples:
+        return None
+    where = f" in all {len(store.waves)} waves" if len(store.waves) > 1 else ""
+    return f"{done} of {store.n_samples} samples are finished{where}"
+
+
+def only_by_a_new_pass(run: StoredRun) -> list[str]:
+    """Return the Gram keys that are not there and whose gradients were deleted, so that they cannot be built."""
+    store = run.store
+    return [
+        key
+        for key, members in store.gram_members.items()
+        if not store.grams.has(key) and any(store.kept.is_deleted(name) for name in members)
+    ]
+
+
 def _to_compute_again(run: StoredRun, problems: Sequence[Problem]) -> tuple[list[tuple[Unit, int]], list[str]]:
     """Return the units, with their waves, and the Grams that hold something else than the model gives."""
     store = run.store
@@ -119,13 +141,15 @@ def _to_compute_again(run: StoredRun, problems: Sequence[Problem]) -> tuple[list
     return sorted(units, key=lambda pair: (pair[1], pair[0].index)), grams
 
 
-def verify_manifest(path: Path, *, repair: bool = True) -> list[Problem]:
+def verify_manifest(path: Path, *, repair: bool = False) -> list[Problem]:
     """Check the manifest and its copy; where one of them is damaged, `repair` restores it from the other.
 
     Raises:
         CorruptRunError: both are damaged.
         RunError: there is neither, or `repair` is asked for while another process writes the run.
     """
+    if (path / "manifest.json").is_file() or (path / MANIFEST_COPY).is_file():
+        require_own_files(path)
     if not (path / MANIFEST_COPY).exists():
         return []  # not a run, which opening it says, or one of an older version
     wrong = restore_manifest(path, dry_run=True)

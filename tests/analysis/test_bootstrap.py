@@ -10,12 +10,11 @@ from command_line import cli
 from tiny_runs import PATTERNS, make_run, rows
 
 from streamfisher import SpectralConfig
-from streamfisher.analysis.block_grams import BlockGrams
+from streamfisher.analysis import BlockGrams
 from streamfisher.analysis.bootstrap import bootstrap, multiplicities
 from streamfisher.errors import ConfigError
-from streamfisher.results.metrics import SCALAR_METRICS
-from streamfisher.solving.selection import select
-from streamfisher.solving.solve import RowPrecision
+from streamfisher.results import SCALAR_METRICS
+from streamfisher.solving import RowPrecision, select
 
 
 def grams_of(G, center=False, weights=None, **options):

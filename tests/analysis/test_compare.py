@@ -9,7 +9,7 @@ from command_line import cli
 from tiny_runs import PATTERNS, make_run, rows
 
 import streamfisher as sf
-from streamfisher.analysis.compare import compare
+from streamfisher import compare
 from streamfisher.errors import ConfigError, RunError
 
 

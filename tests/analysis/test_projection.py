@@ -18,7 +18,7 @@ import streamfisher as sf
 from streamfisher.errors import ConfigError, CorruptRunError, RunError, RunMismatchError
 from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.projection import Projection, projected_shape, signs
-from streamfisher.models.losses import resolve_loss
+from streamfisher.models import resolve_loss
 
 SEEDS = 300
 
@@ -200,9 +200,12 @@ def test_centered_store_and_waves_and_blocks_work_on_projected_rows(tmp_path):
             one, other = run.spectrum(structure, center), centered.spectrum(structure, center)
             assert one.global_.trace == pytest.approx(other.global_.trace, rel=1e-6)
             assert all(0 < block.error_bars["trace"] < 3 for key, block in other.blocks.items() if "bias" not in key)
-    waves = projected_run(tmp_path / "waves.zarr", keep_gradients="none", disk_budget=24 * 24 * 8 * 4 + 24 * 8 * 5)
+    budget = 24 * 24 * 8 * 4 + 24 * 8 * 5
+    waves = projected_run(tmp_path / "waves.zarr", keep_gradients="none", disk_budget=budget, hold="disk")
     assert len(waves.store.waves) > 1
-    np.testing.assert_array_equal(waves.gram("first.weight"), run.gram("first.weight"))
+    held = projected_run(tmp_path / "held.zarr", keep_gradients="none", hold="host")
+    for other in (waves, held):
+        np.testing.assert_array_equal(other.gram("first.weight"), run.gram("first.weight"))
 
 
 def test_projected_rows_keep_their_bits_through_a_resume(tmp_path):

@@ -26,11 +26,9 @@ import torch
 from torch.func import functional_call, grad, vmap
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from streamfisher.data.batches import collate, make_batches, make_units, sequence_length
-from streamfisher.data.samples import Samples, TokenSamples
+from streamfisher.data import Samples, TokenSamples, collate, make_batches, make_units, sequence_length
 from streamfisher.gradients import GradientEngine
-from streamfisher.models.calling import call_model
-from streamfisher.models.losses import resolve_loss
+from streamfisher.models import call_model, resolve_loss
 
 VOCABULARY = 512
 CHUNK_SIZE = 32  # rows of a unit, as by default in a run

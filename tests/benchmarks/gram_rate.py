@@ -28,7 +28,7 @@ from streamfisher.config import dtype_name
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.slabs import DECODING_BYTES, plan_slabs, sums_bytes
 from streamfisher.reduction.tiles import build_tiled_grams, tile_bytes
-from streamfisher.sinks.memory import MemoryRows
+from streamfisher.sinks import MemoryRows
 from streamfisher.store import Manifest, RunStore, UnitRecord, versions
 from streamfisher.store.layout import PANEL, chunk_columns
 

@@ -18,7 +18,7 @@ import float64_loop
 import test_exactness
 
 import streamfisher as sf
-from streamfisher.blocks.structures import STRUCTURES, assign_blocks, group_blocks
+from streamfisher.blocks import STRUCTURES, assign_blocks, group_blocks
 
 
 def compare(case: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from gram_rate import make_store
 
-from streamfisher.runtime.threads import chunks_at_a_time
+from streamfisher.runtime import chunks_at_a_time
 from streamfisher.store import RunStore
 
 

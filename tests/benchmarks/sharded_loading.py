@@ -79,8 +79,8 @@ def measure(folder: str, way: str, dtype: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from streamfisher.models.loading import load_model
-    from streamfisher.models.sharding import shard
+    from streamfisher import load_model
+    from streamfisher.models import shard
 
     importlib.import_module("transformers.models.llama.modeling_llama")  # what code takes is not counted
     dist.init_process_group("gloo")

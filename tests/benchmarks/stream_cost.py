@@ -17,8 +17,8 @@ import time
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from streamfisher.models.losses import resolve_loss
-from streamfisher.models.skeleton import load_skeleton
+from streamfisher import load_skeleton
+from streamfisher.models import resolve_loss
 from streamfisher.stream import LayerStream
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from streamfisher.blocks.structures import assign_blocks, group_blocks, layer_key, module_key
+from streamfisher.blocks import assign_blocks, group_blocks, layer_key, module_key
 from streamfisher.errors import ConfigError
 
 LAYERS = {

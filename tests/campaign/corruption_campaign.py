@@ -178,9 +178,9 @@ class Campaign:
                 case.wrong.append(f"{question}: another answer")
         from campaign.workers import streamfisher
 
-        checked = fork(streamfisher(("verify", run, "--quiet")), self.folder / "printed")
+        checked = fork(streamfisher(("verify", run, "--repair", "--quiet")), self.folder / "printed")
         case.named = checked.code == 4
-        if checked.code not in (0, 4) or "Traceback" in checked.printed:
+        if checked.code not in (0, 4, 7) or "Traceback" in checked.printed:
             case.wrong.append(f"verify ended with {checked.words}: {checked.printed[-800:]}")
         workflow = self.workflows[case.workflow]
         for index in range(len(workflow.commands)):

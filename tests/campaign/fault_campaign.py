@@ -49,8 +49,9 @@ WORKFLOWS = (
     Workflow("centered rows", ((*_RUN, "--store-centered"), _EIGENVECTORS)),
     Workflow("growing", ((*_RUN, "--samples", 5), _RUN)),
     Workflow("factors", ((*_RUN, "--representation", "factors"), _EIGENVECTORS)),
-    Workflow("waves", ((*_RUN, "--representation", "dense", "--disk-budget", "3kB"),)),
-    Workflow("waves of factors", ((*_RUN, "--representation", "factors", "--disk-budget", "2500B"),)),
+    Workflow("waves", ((*_RUN, "--representation", "dense", "--hold", "disk", "--disk-budget", "3kB"),)),
+    Workflow("held in memory", ((*_RUN, "--keep-gradients", "none", "--hold", "host"),)),
+    Workflow("waves of factors", ((*_RUN, "--representation", "factors", "--hold", "disk", "--disk-budget", "2500B"),)),
     Workflow("reported", (_RUN, ("report", "--quiet")), pictures=True),
 )
 

@@ -62,11 +62,8 @@ def import_everything() -> None:
     import torch._dynamo
 
     import streamfisher.cli.main
-    import streamfisher.collection.collect
-    import streamfisher.data.loading
-    import streamfisher.models.loading
-    import streamfisher.reports.page
-    import streamfisher.verification.verify  # noqa: F401
+    import streamfisher.reports
+    import streamfisher.verification  # noqa: F401
 
     gc.collect()
     gc.freeze()

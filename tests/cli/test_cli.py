@@ -14,7 +14,7 @@ from command_line import arrays, cli, contents
 from streamfisher import SpectralConfig, open_run
 from streamfisher.cli import collect
 from streamfisher.cli.main import build_parser
-from streamfisher.reduction.gram import gram_settings
+from streamfisher.reduction import gram_settings
 
 MODEL, DATA = "tiny_models:causal", "tiny_models:sequences"
 TEXT = "for line in lines:\n    total += line\n" * 3
@@ -121,7 +121,7 @@ def test_run_takes(kind, tmp_path, capsys):
 
 
 def test_text_folder_is_read_in_the_order_of_its_paths(tmp_path):
-    from streamfisher.data.loading import load_samples
+    from streamfisher import load_samples
 
     folder, _ = text_folder(tmp_path)
     samples = load_samples(str(folder), max_length=100)
@@ -140,7 +140,9 @@ def test_run_takes_arrays_for_a_model_of_vectors(tmp_path, capsys):
 
 def test_model_and_data_in_the_current_folder_are_found(tmp_path):
     program = "import torch\ndef model(): return torch.nn.Linear(2, 1)\n"
-    program += "def data():\n    for n in range(4): yield {'x': torch.arange(2.) + n, 'labels': torch.zeros(1)}\n"
+    program += (
+        "def data():\n    for n in range(4): yield {'x': torch.arange(2.) + n, 'labels': torch.full((1,), 0.5)}\n"
+    )
     write(tmp_path / "my_own_program.py", program)
     path = list(sys.path)
     assert cli("run", "my_own_program:model", "my_own_program:data", "--out", "run.zarr", "--quiet") == 0
@@ -333,11 +335,17 @@ def test_damage_is_found_named_and_repaired_by_the_next_run(what, harm, copied, 
     before = contents(copied)
     again = ("run", MODEL, DATA, "--out", copied, "--quiet", "--chunk-size", 4, "--blocks", "layer,none")
     harm(copied / name)
-    assert cli("verify", copied, "--dry-run", "--quiet") == 4
+    harmed = contents(copied)
     assert cli("verify", copied, "--quiet") == 4
     output = capsys.readouterr().out
-    for part in says:
+    for part in (*says, "Nothing was changed.", "--repair"):
         assert part in output
+    assert contents(copied) == harmed
+    assert cli("verify", copied, "--repair", "--quiet") == 4
+    assert "Repaired" in capsys.readouterr().out
+    whole_grams = {name for name in harmed if name.startswith("done/gram-")}
+    kept = {name for name in whole_grams if "gram" not in what.lower() or "head.weight" not in name}
+    assert kept <= contents(copied).keys()  # sound Grams stay
     assert cli(*again) == 0
     assert arrays(copied) == arrays_of(before)
     assert contents(copied)["spectrum.json"] == before["spectrum.json"]
@@ -345,20 +353,23 @@ def test_damage_is_found_named_and_repaired_by_the_next_run(what, harm, copied, 
 
 
 @pytest.mark.parametrize("name", ["rows-000001", "gram-head.weight"])
-def test_what_has_no_marker_is_done_again(name, copied):
+def test_what_has_no_marker_is_done_again(name, copied, capsys):
     before = contents(copied)
     delete(copied / "done" / f"{name}.json")
-    assert cli("verify", copied, "--quiet") == 0
+    assert cli("verify", copied, "--quiet") == (7 if "rows" in name else 0)
+    assert ("4 of 6 samples are finished." in capsys.readouterr().out) == ("rows" in name)
     assert cli("run", MODEL, DATA, "--out", copied, "--quiet", "--chunk-size", 4, "--blocks", "layer,none") == 0
     assert arrays(copied) == arrays_of(before)
     assert contents(copied)["spectrum.json"] == before["spectrum.json"]
 
 
-def test_verify_dry_run_changes_nothing(copied):
+def test_verify_changes_nothing_unless_asked_to_repair(copied):
     flip(copied / "gradients/head.weight/c/1/0")
     before = contents(copied)
-    assert cli("verify", copied, "--dry-run", "--quiet") == 4
-    assert contents(copied) == before
+    for options in ((), ("--dry-run",)):
+        assert cli("verify", copied, *options, "--quiet") == 4
+        assert contents(copied) == before
+    assert cli("verify", copied, "--dry-run", "--repair") == 2
 
 
 def test_verify_json_names_parameter_and_samples(copied, capsys):
@@ -425,6 +436,7 @@ EVERY_OPTION = {
     "project": 500,
     "stream": "none",
     "fsync": True,
+    "hold": "disk",
     "keep_gradients": ["norm.*"],
     "gram_per": "layer",
     "codec": "zstd",
@@ -508,7 +520,7 @@ OPTIONS = {
     "compare": ["--top", "--out", "RUN.zarr"],
     "export": ["--to", "--out", "RUN.zarr"],
     "info": ["--watch", "RUN.zarr"],
-    "verify": ["--dry-run", "--deep", "RUN.zarr"],
+    "verify": ["--repair", "--deep", "RUN.zarr"],
     "plan": ["--samples", "--max-length", "--flops", "--disk", "--devices", "--memory-budget", "--disk-budget"],
     "demo": ["--out", "--samples"],
 }
@@ -565,9 +577,28 @@ def test_demo_runs_on_a_few_samples(tmp_path, capsys):
     assert (tmp_path / "demo.zarr/spectrum.png").is_file()
 
 
-def test_gram_precision_can_be_changed_afterwards(copied, no_model, capsys):
+def test_looking_in_another_precision_changes_no_data(copied, no_model, capsys):
+    before = contents(copied)
     assert cli("spectrum", copied, "--gram-dtype", "float64", "--blocks", "none", "--json", "--quiet") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["metadata"]["dtype_gram"] == "float64"
+    assert cli("density", copied, "--block", "global", "--blocks", "none", "--gram-dtype", "float64", "--quiet") == 0
+    assert cli("compare", copied, copied, "--gram-dtype", "float64", "--quiet") == 0
+    assert cli("export", copied, "--to", "csv", "--gram-dtype", "float64", "--quiet") == 0
+    assert contents(copied) == before
+    wanted = ("--block", "global", "--blocks", "none", "--top", "1", "--gram-dtype", "float64", "--quiet")
+    assert cli("eigenvectors", copied, *wanted) == 2
+    assert "`streamfisher gram` with the same options" in capsys.readouterr().err
+    assert contents(copied) == before
+
+    assert cli("gram", copied, "--gram-dtype", "float64", "--quiet") == 0
     run = open_run(copied)
     assert run.store.grams.done(gram_settings(run.config.replace(dtype_gram="float64"))) == set(run.parameters)
+    assert cli("eigenvectors", copied, *wanted) == 0
+    stored = contents(copied)
+    capsys.readouterr()
+    assert cli("spectrum", copied, "--gram-dtype", "float64", "--blocks", "none", "--json", "--quiet") == 0
+    assert json.loads(capsys.readouterr().out) == found  # from stored Grams as from those in memory
+    assert cli("spectrum", copied, "--blocks", "none", "--json", "--quiet") == 0
+    assert json.loads(capsys.readouterr().out)["metadata"]["dtype_gram"] == "float32"
+    assert contents(copied) == stored

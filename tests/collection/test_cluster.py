@@ -18,11 +18,11 @@ from tiny_models import TinyRegression, vectors
 
 import streamfisher as sf
 from streamfisher.errors import ConfigError
+from streamfisher.reduction import build_grams
 from streamfisher.reduction import gram as grams
-from streamfisher.reduction.gram import build_grams
 from streamfisher.reduction.products import NumpySum, TorchSum, complete, panel_sum
-from streamfisher.runtime.dask_pool import dask_client
-from streamfisher.sinks.memory import MemoryRows
+from streamfisher.runtime import dask_client
+from streamfisher.sinks import MemoryRows
 from streamfisher.store.layout import PANEL
 
 TESTS = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from streamfisher.errors import CaptureError
 def run(path, **options):
     torch.manual_seed(0)
     data = torch.arange(36, dtype=torch.float64).reshape(12, 3)
-    batch = {"input_ids": data, "labels": torch.ones(12, dtype=torch.float64)}
+    batch = {"input_ids": data, "labels": torch.full((12,), 1.5, dtype=torch.float64)}
     config = sf.SpectralConfig(chunk_size=6, **{"guard_every": 1, **options})
     return sf.collect(nn.Sequential(nn.Linear(3, 1)).double(), batch, path / "run.zarr", config=config)
 

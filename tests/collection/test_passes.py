@@ -6,13 +6,13 @@ import torch
 from tiny_models import TinyCausal, sequences
 
 from streamfisher import SpectralConfig
-from streamfisher.collection.passes import run_pass
-from streamfisher.collection.producers import make_producer, model_producer
+from streamfisher.collection import make_producer, model_producer, run_pass
 from streamfisher.collection.survey import survey
-from streamfisher.data.batches import make_units
+from streamfisher.data import make_units
 from streamfisher.errors import DataError, LossError, NonFiniteError
-from streamfisher.gradients.producer import Asked, BatchGradients, Wave
-from streamfisher.sinks.memory import MemorySink
+from streamfisher.gradients import Asked, BatchGradients, Wave
+from streamfisher.gradients.norms import batch_norms
+from streamfisher.sinks import MemorySink
 
 
 class Counting:
@@ -39,6 +39,9 @@ class Recording:
 
     def __init__(self):
         self.buffer, self.units, self.dropped = torch.zeros(4, 2), {}, []
+
+    def norms(self, gradients, n_samples):
+        return batch_norms(gradients.rows, gradients.factors, n_samples)
 
     def asks(self, batch):
         return Asked({"p": self.buffer[batch.start - batch.unit.start : batch.stop - batch.unit.start]})
@@ -139,7 +142,7 @@ def test_a_stream_refuses_what_it_was_not_prepared_for():
     from stream.stream_models import model_and_batches
 
     from streamfisher.errors import CaptureError
-    from streamfisher.gradients.producer import GradientProducer
+    from streamfisher.gradients import GradientProducer
 
     model, batches, _ = model_and_batches("Llama", 10, 10)
     config = SpectralConfig(chunk_size=4)

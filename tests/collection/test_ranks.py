@@ -16,12 +16,11 @@ import torch.distributed as dist
 from forked_commands import forked
 from rank_processes import bytes_of, children, command, finished, launch, markers, wait_for
 
-from streamfisher.collection.claims import Claims
+from streamfisher.collection import Claims
 from streamfisher.collection.progress import Rate
-from streamfisher.data.batches import make_units
+from streamfisher.data import make_units
 from streamfisher.errors import RankError, RunError, StoppedError
-from streamfisher.runtime.ranks import Ranks
-from streamfisher.runtime.signals import StopRequest, finishing_first
+from streamfisher.runtime import Ranks, StopRequest, finishing_first
 from streamfisher.store import RankLock, RunLock
 
 

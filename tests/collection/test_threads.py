@@ -7,7 +7,7 @@ import torch
 from tiny_models import TinyCausal, sequences
 
 import streamfisher as sf
-from streamfisher.runtime.determinism import one_thread
+from streamfisher.runtime import one_thread
 
 
 @pytest.fixture

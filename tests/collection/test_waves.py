@@ -11,12 +11,12 @@ from llama_runs import GRAMS, budget, collected
 from rank_processes import bytes_of, command, finished, launch, wait_for
 
 import streamfisher as sf
+from streamfisher import verify
 from streamfisher.collection import wave_reduction as reduction
 from streamfisher.errors import CapacityError, ConfigError, RunError, RunMismatchError
-from streamfisher.gradients.shapes import Factor, GradientShape
+from streamfisher.gradients import Factor, GradientShape
 from streamfisher.planning.waves import WaveLimits, WaveSizes, cut_waves
 from streamfisher.store import KeptGradients, RunStore
-from streamfisher.verification.verify import verify
 
 
 @pytest.fixture(scope="module", params=["dense", "factors"])
@@ -118,7 +118,7 @@ def test_a_damaged_gram_costs_its_wave_and_no_other(whole, tmp_path, monkeypatch
     key = run.store.waves[1][0]
     chunk = next(path for path in (run.path / "gram" / key).rglob("c/*/*") if path.is_file())
     chunk.write_bytes(chunk.read_bytes()[:-7])
-    assert [(problem.what, problem.parameter) for problem in verify(run)] == [("gram", key)]
+    assert [(problem.what, problem.parameter) for problem in verify(run, repair=True)] == [("gram", key)]
     passes = []
     reopen = reduction.reopen_wave
     waves = sys.modules["streamfisher.collection.waves"]
@@ -150,7 +150,13 @@ def test_a_sample_skipped_in_one_wave_counts_in_none(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).double()
     data = {"input": torch.randn(9, 3, dtype=torch.float64), "labels": torch.randn(9, 2, dtype=torch.float64)}
     data["input"][4] = torch.tensor([1e200, 1e200, 1e200])  # overflows in the lower layer's gradient only
-    options = {"on_nonfinite": "skip", "chunk_size": 4, "dtype_compute": "float64", "loss": "regression"}
+    options = {
+        "hold": "disk",
+        "on_nonfinite": "skip",
+        "chunk_size": 4,
+        "dtype_compute": "float64",
+        "loss": "regression",
+    }
     with torch.no_grad():
         model[0].weight *= 1e-200
     one, waves = (
@@ -227,7 +233,7 @@ def test_waves_are_as_few_as_fit_in_the_order_of_the_model():
 
 
 #: Of the Grams of 30 samples and 4 parameters, and of half of their rows.
-TIGHT = ["--disk-budget", str(8 * 30**2 * 4 + 2000)]
+TIGHT = ["--hold", "disk", "--disk-budget", str(8 * 30**2 * 4 + 2000)]
 
 
 @pytest.mark.slow

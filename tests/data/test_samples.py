@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from streamfisher.data.batches import collate, make_batches, make_units
-from streamfisher.data.samples import Samples, TokenSamples
+from streamfisher.data import Samples, TokenSamples, collate, make_batches, make_units
 from streamfisher.errors import DataError
 
 

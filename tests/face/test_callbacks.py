@@ -9,8 +9,7 @@ import pytest
 import torch
 from tiny_models import TinyCausal
 
-from streamfisher import SpectralConfig, open_run
-from streamfisher.analysis.compare import compare
+from streamfisher import SpectralConfig, compare, open_run
 from streamfisher.callbacks import CollectCallback
 from streamfisher.errors import ConfigError, MissingExtraError
 

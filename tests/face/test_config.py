@@ -110,6 +110,7 @@ BAD = {
     "disk_budget": ["much", 0, -5],
     "use_deterministic": ["yes", 1],
     "fsync": ["yes", 1],
+    "hold": ["cloud", 3, None],
 }
 
 

@@ -1,10 +1,14 @@
 """The Python code of the README and of the documents runs as it stands, and the documents name what exists."""
 
 import re
+import tomllib
 from pathlib import Path
 
+import options_page
 import pytest
+import yaml
 
+from streamfisher import __version__
 from streamfisher.cli.main import build_parser
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +39,24 @@ def test_options_named_in_the_documents_exist():
 
 
 def test_links_between_documents_lead_somewhere():
-    for page in [*PAGES, *(ROOT / "docs").glob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_page_of_options_is_that_of_their_definitions():
+    assert options_page.page() == options_page.PAGE.read_text(), "python tests/options_page.py writes it anew"
+
+
+def test_the_page_of_architecture_has_every_room():
+    layers = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    rooms = [name for name in layers if (ROOT / "streamfisher" / name).is_dir()]
+    drawn = re.findall(r'font-weight="bold"[^>]*>([a-z]+)</text>', (ROOT / "docs/images/architecture.svg").read_text())
+    assert [name for name in drawn if name in rooms][: len(rooms)] == rooms
+    walk = (ROOT / "docs/architecture.md").read_text().split("## The way of one sample")[1].split("\n## ")[0]
+    assert sorted(re.findall(r"`([a-z]+)/`", walk)) == sorted(rooms)
+
+
+def test_the_citation_is_of_this_version():
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from streamfisher import FisherSpectral, SpectralConfig
-from streamfisher.blocks.structures import assign_blocks
-from streamfisher.reduction.subsets import draw_columns
+from streamfisher.blocks import assign_blocks
+from streamfisher.reduction import draw_columns
 
 
 class TinyCausalModel(nn.Module):

@@ -12,10 +12,9 @@ from gradients.token_model import Model, assert_equal, batch_of, double, rows_of
 from torch import nn
 
 from streamfisher.errors import CaptureError, LossError, ModelError
-from streamfisher.gradients import GradientEngine, ProbeReport, factors, select_parameters
+from streamfisher.gradients import GradientEngine, PlainAutograd, ProbeReport, factors, select_parameters
 from streamfisher.gradients import rules as rules_module
-from streamfisher.gradients.plain import PlainAutograd
-from streamfisher.models.losses import resolve_loss
+from streamfisher.models import resolve_loss
 
 # Tied, reused, broadcast, padded
 

@@ -5,7 +5,7 @@ import torch
 from gradients import zoo_check
 from torch import nn
 
-from streamfisher.gradients.rules import RULES
+from streamfisher.gradients import RULES
 
 
 class Weighted(nn.Module):
@@ -165,7 +165,7 @@ def test_a_float64_model_whose_norm_computes_in_float32_keeps_its_formula():
     from transformers.models.llama.modeling_llama import LlamaRMSNorm as Real
 
     from streamfisher.gradients import GradientEngine
-    from streamfisher.models.losses import resolve_loss
+    from streamfisher.models import resolve_loss
 
     model = Weighted(Real(6)).double()
     batch = {"input_ids": floats(3, 6)}
@@ -190,7 +190,7 @@ def test_embeddings_without_a_formula_are_still_right_or_refused(options):
 
 def test_an_embedding_with_sparse_gradients_has_the_rows_of_a_dense_one():
     from streamfisher.gradients import GradientEngine
-    from streamfisher.models.losses import resolve_loss
+    from streamfisher.models import resolve_loss
 
     rows = []
     for sparse in (False, True):

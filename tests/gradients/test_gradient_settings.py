@@ -8,9 +8,8 @@ from gradients import model_zoo, zoo_check
 from gradients.token_model import Model, assert_equal, batch_of, double, rows_of, squares, truth_of
 from torch import nn
 
-from streamfisher.gradients import GradientEngine
-from streamfisher.gradients.tolerance import FLOOR, TOLERANCE
-from streamfisher.models.losses import resolve_loss
+from streamfisher.gradients import FLOOR, TOLERANCE, GradientEngine
+from streamfisher.models import resolve_loss
 
 # Checkpointing, compilation, precision
 

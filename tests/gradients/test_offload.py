@@ -10,11 +10,10 @@ from command_line import cli
 from torch import nn
 
 import streamfisher as sf
+from streamfisher import load_model
 from streamfisher.demo import demo_samples, load_demo_model
 from streamfisher.errors import ConfigError, ModelError
-from streamfisher.models.device_map import check_device_map, read_device_map
-from streamfisher.models.loading import load_model
-from streamfisher.models.offload import is_offloaded
+from streamfisher.models import check_device_map, is_offloaded, read_device_map
 from streamfisher.store import model_fingerprint
 
 

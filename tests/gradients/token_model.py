@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from streamfisher.gradients import GradientEngine
-from streamfisher.models.calling import batch_size
-from streamfisher.models.losses import resolve_loss
+from streamfisher.models import batch_size, resolve_loss
 
 
 class Model(nn.Module):

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from streamfisher.gradients import GradientEngine, ProbeReport
-from streamfisher.models.calling import batch_size
-from streamfisher.models.losses import PerSampleLoss, resolve_loss
+from streamfisher.models import PerSampleLoss, batch_size, resolve_loss
 
 
 @dataclass(frozen=True)

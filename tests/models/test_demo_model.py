@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import streamfisher.demo as demo
-from streamfisher.demo.text import demo_samples, source_files, split_of, split_text
+from streamfisher.demo import demo_samples, source_files, split_of, split_text
 from streamfisher.errors import DataError
 
 REPOSITORY = Path(__file__).parents[2]

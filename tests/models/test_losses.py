@@ -7,9 +7,7 @@ from torch import nn
 from transformers import BatchEncoding
 
 from streamfisher.errors import DataError, LossError
-from streamfisher.models.calling import call_model, find_logits, sample_of
-from streamfisher.models.losses import resolve_loss
-from streamfisher.models.model_labels import draw_labels, sample_seed
+from streamfisher.models import call_model, draw_labels, find_logits, resolve_loss, sample_of, sample_seed
 
 
 class Tokens(nn.Module):

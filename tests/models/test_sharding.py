@@ -11,11 +11,10 @@ from forked_commands import forked
 from rank_processes import bytes_of, finished, launch, markers
 from torch import nn
 
-from streamfisher.collection.claims import idle_batches, share_of
-from streamfisher.collection.guard import guarded_steps
-from streamfisher.data.batches import batches_of, make_units
+from streamfisher import load_model
+from streamfisher.collection import guarded_steps, idle_batches, share_of
+from streamfisher.data import batches_of, make_units
 from streamfisher.errors import ConfigError, ModelError
-from streamfisher.models.loading import load_model
 from streamfisher.models.sharding import _blocks
 
 

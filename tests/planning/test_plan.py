@@ -30,7 +30,7 @@ from streamfisher.planning.run_plan import RunPlan
 from streamfisher.planning.tracing import trace_model
 
 SHAPES = Path(__file__).parents[2] / "examples" / "plan"
-WAVES = sf.SpectralConfig()
+WAVES = sf.SpectralConfig(hold="disk")
 FAST = Rates(passes=1e12, products=1e12, forming=1e12, solve=1e10, write=1e9, read=1e9)
 
 
@@ -58,7 +58,7 @@ def planned(model: str, **changes) -> RunPlan:
     """A plan of one of the example configs at 1,024 samples of 512 tokens."""
     options = {"memory": 2 * 10**12, "disk": 30 * 10**12, "devices": 8, "device_memory": 80 * 10**9} | changes
     n_samples = options.pop("n_samples", 1024)
-    config = options.pop("config", sf.SpectralConfig(stream="auto"))
+    config = options.pop("config", sf.SpectralConfig(stream="auto", hold="disk"))
     return plan_run(trace_of(model), [512] * n_samples, config, machine=Machine(**options), rates=FAST)
 
 
@@ -294,7 +294,7 @@ def test_a_plan_cuts_the_waves_that_the_run_cuts(tmp_path):
         trace_model(model, ids(tokens), causal=True), [tokens] * n, sf.SpectralConfig(), machine=Machine(), rates=FAST
     )
     budget = int(whole.gram_bytes + 0.4 * whole.chosen.gradients)
-    config = sf.SpectralConfig(chunk_size=8, disk_budget=budget)
+    config = sf.SpectralConfig(chunk_size=8, disk_budget=budget, hold="disk")
     plan = plan_run(
         trace_model(model, ids(tokens), causal=True), [tokens] * n, config, machine=Machine(disk=budget), rates=FAST
     )

@@ -9,11 +9,11 @@ from factored_models import MODELS, convolution, images, llama, sequences
 from torch import nn
 
 import streamfisher as sf
-from streamfisher.blocks.structures import assign_blocks, group_blocks
-from streamfisher.errors import ConfigError, CorruptRunError
-from streamfisher.reduction import factor_gram
-from streamfisher.reduction.products import NumpySum, TorchSum
-from streamfisher.verification.verify import verify
+from streamfisher import verify
+from streamfisher.blocks import assign_blocks, group_blocks
+from streamfisher.errors import ConfigError, CorruptRunError, RunError
+from streamfisher.reduction import NumpySum, TorchSum, factor_gram
+from streamfisher.runtime import read_json, write_json
 
 
 def collected(path, model, samples, **options):
@@ -201,7 +201,7 @@ def test_altered_factors_are_found_named_and_computed_again(tmp_path):
         run.store.grams.forget(name)
     with pytest.raises(CorruptRunError, match="cannot be read"):
         sf.open_run(run.path).spectrum("none")
-    problems = verify(sf.open_run(run.path))
+    problems = verify(sf.open_run(run.path), repair=True)
     assert [(p.what, p.parameter, p.first_sample) for p in problems] == [
         ("factors", "model.layers.0.mlp.up_proj.weight", segment_start(run, 1))
     ]
@@ -212,7 +212,7 @@ def test_altered_factors_are_found_named_and_computed_again(tmp_path):
 
 def segment_start(run, index):
     """Return the first sample of the unit that a segment of samples lies in."""
-    start = run.store.rows.segments("model.layers.0.mlp.up_proj.weight")[index].start
+    start = run.store.factors.segments("model.layers.0.mlp.up_proj.weight")[index].start
     return start // run.store.chunk_rows * run.store.chunk_rows
 
 
@@ -238,3 +238,35 @@ def test_coarser_grams_answer_what_they_can(tmp_path):
     with pytest.raises(ConfigError, match=r"one Gram per layer.*Possible: layer, none"):
         coarse.spectrum("module")
     assert len(coarse.eigenvectors("layer_0", 2, block_structure="layer")) == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "convolution"])
+def test_rows_of_a_unit_that_is_not_finished_are_nan_never_zeros(tmp_path, name):
+    for run in both(tmp_path, name):
+        expected = {p: run.store.rows.columns(p, 0, size) for p, size in run.parameters.items()}
+        gone = run.store.units[1]
+        run.store.forget_unit(gone)
+        again = sf.open_run(run.path)
+        for parameter, size in run.parameters.items():
+            rows = again.store.rows.columns(parameter, 0, size)
+            assert np.isnan(rows[gone.start : gone.stop]).all()
+            others = np.delete(np.arange(len(rows)), np.arange(gone.start, gone.stop))
+            assert np.array_equal(rows[others], expected[parameter][others])
+            part = again.store.rows.columns(parameter, 0, 1, slice(gone.stop - 1, gone.stop + 1))
+            assert np.isnan(part[0]).all() and np.isfinite(part[1]).all()
+            if again.store.rows.representation(parameter) == "factors":
+                with pytest.raises(RunError, match=f"no gradients yet of samples {gone.start} to {gone.stop - 1}"):
+                    again.store.rows.segments(parameter)
+
+
+def test_token_ids_that_are_missing_are_refused_where_no_marker_says_which_chunks_there_were(tmp_path):
+    _, run = both(tmp_path, "llama")
+    for path in (run.path / "done").glob("rows-*.json"):
+        marker = read_json(path)
+        for entry in marker["factors"]:
+            for side in entry["sides"].values():
+                del side["chunks"]
+        write_json(path, marker)
+    (run.path / "factors/0/model.embed_tokens.weight~L0/000000-0000/c/0").unlink()
+    with pytest.raises(CorruptRunError, match="no token ids in a chunk that is missing"):
+        sf.open_run(run.path).store.rows.columns("model.embed_tokens.weight", 0, 8)

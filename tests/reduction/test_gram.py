@@ -9,11 +9,10 @@ import torch
 import streamfisher as sf
 from streamfisher import SpectralConfig
 from streamfisher.errors import CapacityError, CorruptRunError
+from streamfisher.reduction import FOLD, build_grams, draw_columns
 from streamfisher.reduction import gram as grams
-from streamfisher.reduction.gram import FOLD, build_grams
 from streamfisher.reduction.slabs import SlabBuffers, SlabPlan, plan_slabs, read_slabs
-from streamfisher.reduction.subsets import draw_columns
-from streamfisher.sinks.memory import MemoryRows
+from streamfisher.sinks import MemoryRows
 from streamfisher.store.layout import PANEL
 
 

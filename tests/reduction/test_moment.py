@@ -1,17 +1,21 @@
 """Parameters with fewer elements than samples are solved on their own side, to the same eigenvalues."""
 
+import shutil
+
 import float64_loop
 import numpy as np
 import pytest
 import tiny_models
 import tiny_runs
+import torch
 
 import streamfisher as sf
 from streamfisher.errors import CorruptRunError
-from streamfisher.reduction.moment import moment_of
-from streamfisher.runtime.durable import read_json, write_json
-from streamfisher.sinks.memory import MemoryRows
+from streamfisher.reduction import moment_of
+from streamfisher.runtime import durable, read_json, write_json
+from streamfisher.sinks import MemoryRows
 from streamfisher.store.layout import node_name
+from streamfisher.verification.verify import verify
 
 N = 24  # of the parameters, three have 15, 10, 5 and 2 elements
 
@@ -81,8 +85,6 @@ def test_subsets_and_weights_use_grams(run, options):
 
 
 def test_it_works_after_the_gradients_are_gone(tmp_path):
-    import shutil
-
     run = tiny_runs.make_run(tmp_path / "run.zarr", N)
     before = run.spectrum("parameter")
     shutil.rmtree(run.path / "gradients")
@@ -121,3 +123,59 @@ def test_a_damaged_moment_is_refused(tmp_path):
     write_json(marker, read_json(marker) | {"crc32c": 1})
     with pytest.raises(CorruptRunError, match=rf"the moment of {name} is not what was written; .*--rebuild"):
         run.spectrum("parameter")
+
+
+def test_it_is_written_before_the_marker_of_its_gram(tmp_path, monkeypatch):
+    run = tiny_runs.make_run(tmp_path / "run.zarr", N)
+    write = durable.write_marker
+
+    def stop(path, *arguments, **options):
+        if path.name == "gram-first.bias.json":
+            raise KeyboardInterrupt
+        write(path, *arguments, **options)
+
+    monkeypatch.setattr("streamfisher.store.grams.write_marker", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.build_grams(run.config.replace(n_workers=1))
+    monkeypatch.undo()
+    assert run.store.moments.has("first.bias") and not run.store.grams.has("first.bias")
+    again = sf.open_run(run.path)
+    assert "first.bias" in again.build_grams()
+    assert all(again.store.moments.has(name) for name in again.parameters if again.parameters[name] < N)
+
+
+def test_one_that_is_lost_is_named_by_verify_and_made_again(tmp_path):
+    run = tiny_runs.make_run(tmp_path / "run.zarr", N)
+    before = run.spectrum("parameter")
+    (run.path / "done" / "moment-first.bias.json").unlink()
+    with pytest.raises(CorruptRunError, match=r"the moment of first\.bias.*is missing; .*--rebuild"):
+        run.store.grams.moment("first.bias")
+    again = sf.open_run(run.path)
+    assert [problem.parameter for problem in verify(again, repair=False)] == ["first.bias"]
+    assert again.build_grams() == ["first.bias"]
+    after = again.spectrum("parameter")
+    assert all(np.array_equal(after.blocks[key].eigenvalues, block.eigenvalues) for key, block in before.blocks.items())
+
+
+class TwoHeads(tiny_models.TinyRegression):
+    """A second head of the same shape."""
+
+    def __init__(self, seed):
+        super().__init__(seed)
+        self.third = torch.nn.Linear(5, 2)
+
+    def forward(self, x):
+        hidden = self.first(x).tanh()
+        return self.second(hidden) + self.third(hidden) ** 2
+
+
+def test_one_of_another_parameter_is_refused(tmp_path):
+    model = TwoHeads(0).double()
+    data = {key: values.double() for key, values in tiny_models.vectors(N).items()}
+    config = sf.SpectralConfig(chunk_size=8, dtype_compute="float64", dtype_model="float64")
+    run = sf.collect(model, data, tmp_path / "run.zarr", config=config)
+    run.build_grams()
+    for kind in ("moment/{}/c/0/0", "done/moment-{}.json"):
+        shutil.copy(run.path / kind.format("second.weight"), run.path / kind.format("third.weight"))
+    with pytest.raises(CorruptRunError, match=r"not the marker of the moment of third\.weight"):
+        sf.open_run(run.path).spectrum("parameter")

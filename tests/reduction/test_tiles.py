@@ -8,17 +8,16 @@ import tiny_models
 import tiny_runs
 
 import streamfisher as sf
+from streamfisher import verify
 from streamfisher.errors import CapacityError, CorruptRunError
+from streamfisher.reduction import build_grams, draw_columns
 from streamfisher.reduction import stored_grams as gram_stage
-from streamfisher.reduction.gram import build_grams
-from streamfisher.reduction.subsets import draw_columns
 from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles, tile_bytes, tile_workers, tiles_of, whole_bytes
-from streamfisher.sinks.memory import MemoryRows
-from streamfisher.solving.tiled_gram import TILE
+from streamfisher.sinks import MemoryRows
+from streamfisher.solving import TILE
 from streamfisher.store import SampleStore
 from streamfisher.store.arrays import CHUNK
 from streamfisher.store.layout import PANEL, node_name
-from streamfisher.verification.verify import verify
 
 N = 30
 SIZE = 8
@@ -195,7 +194,7 @@ def test_a_damaged_tile_is_named_and_made_again(tmp_path, by_tiles):
     (run.path / "gram" / node_name(name) / "c" / "0" / "1").unlink()
     with pytest.raises(CorruptRunError, match=rf"Gram of {name} is not what was written between samples 0 to 7 and 8"):
         run.store.grams.read(name)
-    assert [problem.parameter for problem in verify(run)] == [name]
+    assert [problem.parameter for problem in verify(run, repair=True)] == [name]
     assert run.build_grams() == [name]
     assert np.array_equal(run.store.grams.read(name)[0], before)
 
@@ -224,7 +223,7 @@ def test_rows_of_other_norms_are_refused(tmp_path, by_tiles, monkeypatch):
 
 
 def test_coarser_grams_and_waves_are_built_by_tiles_too(tmp_path, by_tiles):
-    run = tiny_runs.make_run(tmp_path / "run.zarr", N, gram_per="all", keep_gradients="none")
+    run = tiny_runs.make_run(tmp_path / "run.zarr", N, gram_per="all", keep_gradients="none", hold="disk")
     kept = tiny_runs.make_run(tmp_path / "kept.zarr", N)
     assert list(run.store.gram_members) == ["all"] and (run.path / "done" / "tiles-all").is_dir()
     assert all(run.store.kept.is_deleted(name) for name in run.parameters)

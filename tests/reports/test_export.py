@@ -9,7 +9,7 @@ from command_line import cli
 from safetensors import safe_open
 from tiny_runs import make_run
 
-from streamfisher.reports.export import FORMATS, eigenvalue_table, metric_table, to_frame
+from streamfisher.reports import FORMATS, eigenvalue_table, metric_table, to_frame
 
 
 @pytest.fixture(scope="module")

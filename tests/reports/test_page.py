@@ -12,7 +12,7 @@ from tiny_runs import forget_last_unit, make_run
 
 from streamfisher import SpectralConfig, collect, open_run
 from streamfisher.demo import demo_samples, load_demo_model
-from streamfisher.reports.page import html_report
+from streamfisher.reports import html_report
 
 pytest.importorskip("matplotlib")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -6,7 +6,7 @@ import torch
 
 from streamfisher.config import SpectralConfig
 from streamfisher.results import metrics
-from streamfisher.solving.solve import Eigenproblem, RowPrecision, solve_blocks
+from streamfisher.solving import Eigenproblem, RowPrecision, solve_blocks
 
 
 def block_of(G, top_k=None):

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from streamfisher import SpectralConfig
+from streamfisher.reports import table
+from streamfisher.results import noise_floor
 from streamfisher.results import spectrum as spectra
-from streamfisher.results.noise import noise_floor
-from streamfisher.solving.centering import uncenter
-from streamfisher.solving.solve import Eigenproblem, RowPrecision, solve_blocks
+from streamfisher.solving import Eigenproblem, RowPrecision, solve_blocks, uncenter
 
 PRECISION = RowPrecision(torch.float64, 2.0**-53)
 
@@ -64,11 +64,41 @@ def test_a_block_smaller_than_n_has_as_many_eigenvalues_as_parameters(rows):
     np.testing.assert_allclose(block.eigenvalues, np.linalg.eigvalsh(rows["b"].T @ rows["b"] / 15)[::-1], rtol=1e-10)
 
 
-def test_an_all_zero_block_has_a_zero_spectrum_and_no_condition_number(rows):
+def test_an_all_zero_block_has_a_zero_spectrum_with_numbers_and_a_reason(rows):
     metrics = solve(rows, {name: name for name in rows}).blocks["c"].metrics
-    assert metrics["trace"] == metrics["largest_eigenvalue"] == metrics["effective_rank"] == 0
-    assert metrics["condition_number"] is None
-    assert metrics["numerical_rank"] == 0
+    assert metrics["trace"] == metrics["largest_eigenvalue"] == metrics["numerical_rank"] == 0
+    assert metrics["condition_number"] == np.inf and metrics["effective_rank"] == 1.0
+    assert metrics["reason"] == "no gradient reached its parameters"
+
+
+def test_parameters_without_a_gradient_are_named_once_and_are_no_block(rows, tmp_path):
+    spectrum = solve(rows, {name: name for name in rows})
+    found = spectrum.to_dict()
+    assert list(found["per_block"]) == ["a", "b"] and list(spectrum.blocks) == ["a", "b", "c"]
+    assert found["metadata"]["parameters_without_gradient"] == ["c"]
+    assert found["global"]["n_params"] == 50
+    for metrics in (*found["per_block"].values(), found["global"]):
+        assert f"{metrics['condition_number']:.2e}"
+    assert "No gradient in any sample: c." in table(spectrum)
+    together = solve(rows, {"a": "layer", "b": "layer", "c": "layer"}).to_dict()
+    assert list(together["per_block"]) == ["layer"] and together["metadata"]["parameters_without_gradient"] == ["c"]
+
+
+def test_a_spectrum_of_nothing_is_all_numbers_and_null_in_files(rows, tmp_path):
+    nothing = solve({"c": rows["c"]}, {"c": "c"})
+    found = nothing.to_dict()
+    assert list(found["per_block"]) == ["c"]
+    assert found["global"]["condition_number"] == found["global"]["gd_convergence_scale"] == np.inf
+    written = json.loads(nothing.to_json(tmp_path / "nothing.json").read_text())
+    assert written["global"]["condition_number"] is None
+    assert written["global"]["reason"] == "no gradient reached its parameters"
+
+
+def test_a_block_of_rounding_says_that_nothing_lies_above_the_floor(rows):
+    rows["c"] = 1e-18 * rows["a"]
+    metrics = solve(rows, {name: name for name in rows}).to_dict()["per_block"]["c"]
+    assert metrics["reason"] == "no eigenvalue lies above the noise floor"
+    assert metrics["condition_number"] == np.inf and metrics["effective_rank"] == 1.0
 
 
 def test_centering_lowers_the_trace_by_the_squared_mean_gradient(rows):
@@ -140,9 +170,9 @@ def test_own_eps_sets_the_floor(rows):
 
 def test_rounding_of_stored_rows_raises_the_floor():
     options = {"largest": 1.0, "trace": 256.0, "n_samples": 256, "product": torch.float64}
-    bf16 = noise_floor(**options, roundoff=2.0**-9)
+    bf16 = noise_floor(**options, roundoff=2.0**-9).value
     assert 1e-4 < bf16 < 1e-3  # measured: 3e-4 of the mean eigenvalue
-    assert noise_floor(**options, roundoff=2.0**-24) < 1e-10
+    assert noise_floor(**options, roundoff=2.0**-24).value < 1e-10
 
 
 def test_json_is_strict_and_the_same_every_time(rows, tmp_path):

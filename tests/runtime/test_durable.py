@@ -2,7 +2,7 @@
 
 import pytest
 
-from streamfisher.runtime.durable import replacing
+from streamfisher.runtime import replacing
 
 
 def test_a_write_that_fails_leaves_what_was_there_and_nothing_else(tmp_path):

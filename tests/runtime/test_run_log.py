@@ -11,9 +11,8 @@ from tiny_runs import make_run
 
 import streamfisher as sf
 from streamfisher.cli.watch import follow
-from streamfisher.runtime import durable
+from streamfisher.runtime import RunLog, durable, read_log
 from streamfisher.runtime import run_log as runlog
-from streamfisher.runtime.run_log import RunLog, read_log
 
 
 def test_a_run_logs_its_units_grams_and_stages(tmp_path):

@@ -8,9 +8,7 @@ import tiny_runs
 
 from streamfisher.cli.main import main
 from streamfisher.errors import ConfigError, CorruptRunError
-from streamfisher.solving import tiled_gram
-from streamfisher.solving.density import quadrature, spectral_density
-from streamfisher.solving.lanczos import DenseOperator
+from streamfisher.solving import DenseOperator, quadrature, spectral_density, tiled_gram
 
 N = 400
 

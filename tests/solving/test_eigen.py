@@ -40,6 +40,18 @@ def test_a_matrix_that_is_no_gram_is_refused():
         eigen.solve(np.diag([1.0, -0.5]))
 
 
+def test_a_negative_definite_matrix_is_refused():
+    with pytest.raises(CorruptRunError, match="not the Gram of any gradients"):
+        eigen.solve(np.diag([-1.0, -0.5]))
+
+
+def test_negative_rounding_counts_against_what_the_matrix_was_made_from():
+    K = np.diag([1e-9, -2e-9, -1e-9])
+    assert np.array_equal(eigen.solve(K, size=1.0).values, [1e-9, 0.0, 0.0])
+    with pytest.raises(CorruptRunError, match=r"-2\.0e-03 times the trace of what it was made from"):
+        eigen.solve(K, size=1e-6)
+
+
 def test_nan_is_refused():
     with pytest.raises(CorruptRunError, match="NaN"):
         eigen.solve(np.full((2, 2), np.nan))

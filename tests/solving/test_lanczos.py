@@ -6,9 +6,7 @@ import torch
 
 from streamfisher import SpectralConfig
 from streamfisher.errors import ConvergenceError, CorruptRunError
-from streamfisher.solving import blocksolver, lanczos
-from streamfisher.solving.blocksolver import block_spectrum
-from streamfisher.solving.lanczos import DenseOperator, leading
+from streamfisher.solving import DenseOperator, block_spectrum, blocksolver, lanczos, leading
 
 N = 300
 SPECTRA = {

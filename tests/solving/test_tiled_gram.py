@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+import tiny_models
 import tiny_runs
 
 import streamfisher as sf
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.errors import CapacityError, ConfigError, CorruptRunError
 from streamfisher.solving import tiled_gram, tiled_solve
+from streamfisher.solving.centering import center
+from streamfisher.solving.selection import select
 from streamfisher.store.layout import node_name
 
 N = 40
@@ -88,8 +91,12 @@ def test_a_damaged_tile_is_refused(tmp_path):
     grams = run.block_grams("none")
     name = next(iter(run.parameters))
     (run.path / "gram" / node_name(name) / "c" / "0" / "0").unlink()
-    with pytest.raises(CorruptRunError, match=r"is not finite in samples 0 to 8: a part is missing.*--rebuild"):
+    with pytest.raises(CorruptRunError, match=rf"the Gram of {name} is not what was written; .*--rebuild"):
         grams.operator(list(run.parameters)).matvec(np.ones((N, 1)))
+    with pytest.raises(CorruptRunError, match=r"is not finite in samples 0 to 8: a part is missing.*--rebuild"):
+        tiled_gram.TiledGram(
+            lambda *part: np.full((9, 9), np.nan), [name], 9, select(9, np.ones(9, dtype=bool)), center=False
+        ).matvec(np.ones((9, 1)))
 
 
 def test_unfinished_runs_have_no_tiles(tmp_path):
@@ -109,3 +116,34 @@ def test_the_solver_is_an_option(run):
     assert run.spectrum("none", config=run.config.replace(solver="iterative")).metadata["solver"] == "iterative"
     with pytest.raises(ConfigError, match=r"solver='arpack' is unknown; choose one of auto, dense, iterative"):
         sf.SpectralConfig(solver="arpack")
+
+
+@pytest.mark.parametrize("centered_store", [False, True])
+@pytest.mark.parametrize("n", [16, 24, 40])
+@pytest.mark.parametrize("choice", ["all", "weights", "some samples"])
+def test_identical_samples_have_a_covariance_of_zero_however_it_is_solved(tmp_path, centered_store, n, choice):
+    data = {
+        key: values[:1].double().repeat(n, *[1] * (values.dim() - 1)) for key, values in tiny_models.vectors(n).items()
+    }
+    config = sf.SpectralConfig(
+        chunk_size=8, dtype_model="float64", dtype_compute="float64", store_centered=centered_store
+    )
+    run = sf.collect(tiny_models.TinyRegression(0).double(), data, tmp_path / "run.zarr", config=config)
+    options = {"all": {}, "weights": {"weights": np.linspace(1, 2, n)}, "some samples": {"samples": slice(0, 12)}}[
+        choice
+    ]
+    for budget in ("1GiB", "5kB"):
+        for structure in ("none", "parameter"):
+            spectrum = run.spectrum(structure, True, config=run.config.replace(memory_budget=budget), **options)
+            for block in spectrum.blocks.values():
+                assert not block.eigenvalues.any() and not block.above_floor.any() and block.trace == 0
+            uncentered = run.spectrum(structure, False, config=run.config.replace(memory_budget=budget), **options)
+            assert all(block.above_floor.sum() == 1 for block in uncentered.blocks.values())
+
+
+def test_rows_that_hardly_differ_keep_their_covariance():
+    rows = np.ones((30, 5)) + 1e-6 * np.random.default_rng(0).standard_normal((30, 5))
+    expected = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False) ** 2
+    found = np.linalg.eigvalsh(center(rows @ rows.T))[::-1][:5]
+    np.testing.assert_allclose(found, expected, rtol=1e-2)
+    assert not center(np.full((30, 30), 5.0)).any()

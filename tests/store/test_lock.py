@@ -19,7 +19,7 @@ import torch.distributed as dist
 from rank_processes import wait_for
 
 from streamfisher.errors import RankError, RunError
-from streamfisher.runtime.ranks import Ranks
+from streamfisher.runtime import Ranks
 from streamfisher.store import RankLock, RunLock, lock
 
 ELSEWHERE = {"host": "node7", "pid": 4711, "boot": "another kernel", "token": "t", "beat": 5, "released": False}

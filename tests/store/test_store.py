@@ -216,8 +216,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
             write_json(path, {"a": 2})
     assert order == ["flushed", "moved"]
     assert read_json(path) == {"a": 1}
-    assert sweep_partials(tmp_path) == 1
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.json"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.json"]  # an interrupt leaves nothing behind
     write_json(path, {"a": 3})
     assert read_json(path) == {"a": 3}
 

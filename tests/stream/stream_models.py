@@ -6,8 +6,7 @@ import torch
 from gradients import model_zoo
 
 from streamfisher.gradients import GradientEngine
-from streamfisher.models.calling import batch_size
-from streamfisher.models.losses import resolve_loss
+from streamfisher.models import batch_size, resolve_loss
 from streamfisher.stream import LayerStream
 
 ENTRIES = {entry.name.split(" ")[0]: entry for entry in reversed(model_zoo.ZOO)}

@@ -9,10 +9,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import streamfisher as sf
-from streamfisher.collection import producers
-from streamfisher.collection.producers import runs_in_waves
+from streamfisher.collection import producers, runs_in_waves
 from streamfisher.errors import CapacityError
-from streamfisher.stream.producer import StreamProducer
+from streamfisher.stream import StreamProducer
 
 
 def deep_llama(layers=12):
@@ -30,7 +29,7 @@ def ids(n=8, tokens=32):
 
 def config(**options):
     defaults = {"chunk_size": 4, "batch_tokens": 64, "device": "cpu", "n_workers": 1, "use_deterministic": True}
-    return sf.SpectralConfig(**defaults | {"stream": "auto", "representation": "dense"} | options)
+    return sf.SpectralConfig(**defaults | {"stream": "auto", "representation": "dense", "hold": "disk"} | options)
 
 
 def eigenvalues(run):

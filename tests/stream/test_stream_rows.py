@@ -9,7 +9,7 @@ from torch import nn
 
 from streamfisher.errors import CapacityError, LossError, StreamError
 from streamfisher.gradients import GradientEngine
-from streamfisher.models.losses import PerSampleLoss, resolve_loss
+from streamfisher.models import PerSampleLoss, resolve_loss
 from streamfisher.stream import LayerStream
 from streamfisher.stream.boundaries import MISSING, Boundaries
 

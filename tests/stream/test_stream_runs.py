@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from stream.stream_models import assert_same_bits, model_and_batches, ordinary_rows, streamed_rows
 
 import streamfisher as sf
+from streamfisher import load_skeleton
 from streamfisher.errors import CapacityError, ConfigError, ModelError
-from streamfisher.models.skeleton import load_skeleton, skeleton_is_needed
-from streamfisher.stream import LayerStream
-from streamfisher.stream.producer import StreamProducer
+from streamfisher.models import skeleton_is_needed
+from streamfisher.stream import LayerStream, StreamProducer
 from streamfisher.stream.shell import Shell
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "stream_7b"

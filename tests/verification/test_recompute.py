@@ -12,9 +12,9 @@ from llama_runs import budget, collected
 from tiny_runs import make_run
 
 import streamfisher as sf
+from streamfisher import verify
 from streamfisher.errors import ConfigError, RunMismatchError
 from streamfisher.store import UnitRecord
-from streamfisher.verification.verify import verify
 
 
 def regression(n=24):
@@ -82,7 +82,7 @@ def test_a_wrong_gram_of_deleted_gradients_is_named_and_made_again(tmp_path):
     wrong[2, 7] = wrong[7, 2] = gram[2, 7] + 0.01 * np.sqrt(gram[2, 2] * gram[7, 7])
     run.store.grams.write(name, wrong, products, settings)
     assert verify(run) == []
-    (problem,) = verify(run, deep=11, model=net, samples=data)
+    (problem,) = verify(run, deep=11, model=net, samples=data, repair=True)
     assert str(problem) == f"gram of {name}, samples 2 to 7: not what the model gives: a relative difference of 1.0e-02"
     again = collected(tmp_path / "run.zarr", representation="factors", keep_gradients="none")
     assert np.array_equal(again.store.grams.read(name)[0], gram)
@@ -125,7 +125,7 @@ def test_what_was_written_wrong_with_right_checksums_is_named_and_computed_again
     rewrite(run, change)
     run = sf.open_run(run.path)
     assert verify(run) == []
-    problems = verify(run, deep=24, model=model(), samples=regression())
+    problems = verify(run, deep=24, model=model(), samples=regression(), repair=True)
 
     assert problems and all(re.match(expected, str(problem)) for problem in problems), list(map(str, problems))
     run = make_run(run.path)
@@ -137,9 +137,9 @@ def test_the_choice_of_samples_is_that_of_the_seed(tmp_path):
     run = make_run(tmp_path / "run.zarr")
     rewrite(run, with_wrong_row)
     run = sf.open_run(run.path)
-    found = [len(verify(run, deep=6, model=model(), samples=regression(), seed=s, repair=False)) for s in range(5)]
+    found = [len(verify(run, deep=6, model=model(), samples=regression(), seed=s)) for s in range(5)]
     assert set(found) == {0, 1}
-    assert found[0] == len(verify(run, deep=6, model=model(), samples=regression(), seed=0, repair=False))
+    assert found[0] == len(verify(run, deep=6, model=model(), samples=regression(), seed=0))
 
 
 def test_another_model_or_other_data_are_refused(tmp_path):

@@ -14,14 +14,13 @@ from command_line import cli
 from tiny_runs import make_run
 
 import streamfisher
-from streamfisher import open_run
+from streamfisher import open_run, verify
 from streamfisher.cli.config_file import read_config_file
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConfigError, CorruptRunError, StreamfisherError
-from streamfisher.runtime.durable import read_json, write_json
+from streamfisher.runtime import read_json, write_json
 from streamfisher.store import RunStore
 from streamfisher.store.eigenvectors import open_eigenvectors
-from streamfisher.verification.verify import verify
 
 SOURCES = sorted(Path(streamfisher.__file__).parent.rglob("*.py"))
 
@@ -205,7 +204,7 @@ def test_a_damaged_or_hostile_run_never_gives_anything_but_our_errors(whole, tmp
             write_json(path, content)
         else:
             path.write_text(json.dumps(content))
-        for ask in (_read, lambda at: verify(open_run(at), repair=False)):
+        for ask in (_read, lambda at: verify(open_run(at))):
             try:
                 refused += bool(ask(run))  # `verify` returns what it found
             except StreamfisherError:

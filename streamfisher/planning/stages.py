@@ -1,0 +1,244 @@
+"""What the stages of a run take: operations, bytes, memory and time of collecting, reducing and solving."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from streamfisher.blocks.gram_keys import gram_keys
+from streamfisher.blocks.structures import assign_blocks
+from streamfisher.config import SpectralConfig
+from streamfisher.data.batches import make_units
+from streamfisher.errors import CapacityError
+from streamfisher.gradients.probe import PROBE_SAMPLES
+from streamfisher.gradients.shapes import GradientShape
+from streamfisher.planning.costs import (
+    ProductCost,
+    eigensolve_flops,
+    forming_flops,
+    norm_flops,
+    plain_flops,
+    product_cost,
+)
+from streamfisher.planning.machine import Machine, or_any
+from streamfisher.planning.model_trace import ModelTrace
+from streamfisher.planning.rates import Rates
+from streamfisher.planning.representation import Representation
+from streamfisher.planning.strategy import Stage
+from streamfisher.reduction.factor_gram import least_kernel_bytes, slab_memory
+from streamfisher.reduction.gram import dtype_of_products, share_memory
+from streamfisher.reduction.slabs import DECODING_BYTES, least_bytes, slabs_within, sums_bytes
+from streamfisher.reduction.tiles import needs_tiles, tile_bytes, tile_workers
+from streamfisher.runtime.threads import worker_count
+from streamfisher.solving.tiled_solve import dense_bytes, solves_dense
+from streamfisher.store.layout import chunk_columns
+
+#: Plain passes over each of its samples that the probe takes, and how often it compares their gradients.
+_PROBE_PASSES = 8
+_PROBE_COMPARISONS = 5
+#: Small arrays of each Gram: it is written, its norms are read to be held against it, and it is marked.
+_OF_A_GRAM = 3
+#: float64 operations take as much longer than float32 ones.
+_FLOAT64 = 2.0
+
+
+class StageCosts:
+    """The stages of a run of N samples, by whichever strategy.
+
+    Args:
+        trace: of the model.
+        rows: shapes of the gradients, projected where they are.
+        config: of the run.
+        machine: what there is to work with.
+        rates: of that machine.
+        batches: samples of each batch.
+        row_dtype: in which rows are computed.
+        structures: how many block structures are solved.
+    """
+
+    def __init__(
+        self,
+        trace: ModelTrace,
+        rows: Sequence[GradientShape],
+        config: SpectralConfig,
+        machine: Machine,
+        rates: Rates,
+        batches: Sequence[int],
+        row_dtype: torch.dtype,
+        structures: int = 1,
+    ):
+        self.trace, self.rows, self.config, self.machine, self.rates = trace, list(rows), config, machine, rates
+        self.n, self.batches, self.structures = sum(batches), list(batches), structures
+        self.row_itemsize = row_dtype.itemsize
+        self.stored_itemsize = (config.dtype_store or row_dtype).itemsize
+        self._read_dtype = np.dtype("float64" if row_dtype == torch.float64 else "float32")  # of rows that are read
+        self.n_units = len(make_units(self.n, config.chunk_size))
+        self.n_grams = len(gram_keys([shape.name for shape in self.rows], config.gram_per))
+        self.gram_bytes = 8.0 * self.n**2 * self.n_grams
+        self.widest = max(self._chunk_columns(shape) for shape in self.rows)
+
+    def collect(
+        self,
+        flops: float,
+        size: float,
+        memory: float,
+        chosen: Mapping[str, Representation],
+        waves: int,
+        *,
+        stored: bool = True,
+    ) -> Stage:
+        """Return the stage that takes gradients and writes them; `flops` of one sample, `size` in bytes."""
+        guards = 0  # samples of the batches that the guard compares, in all waves
+        if self.config.guard_every:
+            guards = waves * -(-self.n_units // self.config.guard_every) * self.batches[0]
+        plain = plain_flops(self.trace.blocks) * (guards + PROBE_SAMPLES * _PROBE_PASSES)
+        total = self.n * flops + plain
+        chunks, arrays = self._pieces(chosen) if stored else (0, 0)
+        norms = ((self.n if stored else 0) + guards / waves) * norm_flops(self.trace.shapes, chosen)
+        sums = guards / waves * forming_flops(self.trace.shapes, chosen, "factors")
+        dense = sum(shape.numel for shape in self.rows if chosen[shape.name] == "dense")
+        compared = PROBE_SAMPLES * _PROBE_COMPARISONS * self.trace.n_params + guards / waves * dense
+        seconds = total / self.rates.passes + size / self.rates.write + _FLOAT64 * norms / self.rates.forming
+        seconds += sums / self.rates.forming + compared * self.rates.compare_seconds
+        seconds += chunks * self.rates.chunk_seconds + arrays * self.rates.array_seconds
+        return Stage("collect", total + norms + sums, 0.0, size, memory, seconds)
+
+    def reduce(self, size: float, chosen: Mapping[str, Representation], *, stored: bool = True) -> Stage:
+        """Return the stage that forms rows of factors where needed, and multiplies."""
+        costs = [self._product_cost(shape, chosen) for shape in self.rows]
+        forming = sum(cost.forming for cost in costs)
+        narrow = self.config.dtype_gram != torch.float64  # else the rate is that of float64 products already
+        products = sum(
+            cost.product * (_FLOAT64 if narrow and self._itemsize(shape) == 8 and cost.kernel == "slabs" else 1.0)
+            for shape, cost in zip(self.rows, costs, strict=True)
+        )
+        chunks, arrays = self._pieces(chosen) if stored else (0, 0)
+        seconds = forming / self.rates.forming + products / self.rates.products + size / self.rates.read
+        seconds += (chunks + arrays) * self.rates.chunk_seconds + _OF_A_GRAM * self.n_grams * self.rates.array_seconds
+        seconds += self.gram_bytes / self.rates.write
+        return Stage("reduce", forming + products, size, self.gram_bytes, self._reduction_memory(chosen), seconds)
+
+    def solve(self) -> Stage:
+        """Return the stage that solves the blocks of every structure."""
+        names = [shape.name for shape in self.rows]
+        blocks = len(set(assign_blocks(names, self.config.block_structure).values())) * self.structures
+        flops = blocks * eigensolve_flops(self.n)
+        read = self.structures * self.gram_bytes
+        memory = min(float(dense_bytes(self.n, self.n)), or_any(self.machine.memory))  # by tiles, it is within
+        return Stage("solve", flops, read, 0.0, memory, flops / self.rates.solve + read / self.rates.read)
+
+    def problems(self, chosen: Mapping[str, Representation]) -> list[str]:
+        """Return what the reduction and the solver lack, in the words in which the run would refuse."""
+        problems = []
+        memory = int(or_any(self.machine.memory))
+        for check in (lambda: self._workers(chosen), lambda: solves_dense(self.n, self.n, self.config, memory)):
+            try:
+                check()
+            except CapacityError as error:
+                problems.append(str(error))
+        return problems
+
+    def notes(self) -> list[str]:
+        """Return what comes out otherwise than with more memory."""
+        memory = self.machine.memory
+        if memory is None or self.config.solver == "dense" or dense_bytes(self.n, self.n) <= memory:
+            return []
+        return [
+            "Grams are larger than the memory and are solved by tiles: only the largest eigenvalues of a block are "
+            f"found (--top-k), not all {self.n}."
+        ]
+
+    def least_memory(self, chosen: Mapping[str, Representation], collecting: float) -> float:
+        """Return the least bytes in which the run is reduced and solved, no less than `collecting` takes."""
+        workers = self.config.n_workers or 1
+        least = max(collecting, float(min(least_bytes(self.n), tile_bytes(1, self.widest))))
+        if least >= least_bytes(self.n):  # then no tiles are made
+            least = max(least, float(workers * max(least_bytes(self.n), self._of_factors(chosen))))
+        return max(least, float(dense_bytes(self.n, self.n))) if self.config.solver == "dense" else least
+
+    def sample_bytes(self) -> float:
+        """Return the bytes of what is kept of each sample: loss, targets, validity, a norm for each parameter."""
+        return self.n * (8.0 + 8.0 + 1.0 + 8.0 * len(self.rows))
+
+    def _pieces(self, chosen: Mapping[str, Representation]) -> tuple[int, int]:
+        """Return the chunks of rows, and the arrays of factors: each tensor of each batch is one."""
+        chunks = self.n_units * 4
+        keys = set()
+        for shape in self.rows:
+            if chosen[shape.name] == "dense":
+                chunks += self.n_units * -(-shape.columns // self._chunk_columns(shape))
+            else:
+                keys |= {side.key for pair in shape.pairs for side in pair}
+        return chunks, len(self.batches) * len(keys) + sum(held == "dense" for held in chosen.values())
+
+    def _chunk_columns(self, shape: GradientShape) -> int:
+        return chunk_columns(shape.columns, self.n, self.config.chunk_size, self.stored_itemsize)
+
+    def _itemsize(self, shape: GradientShape) -> int:
+        """Return the bytes of a number in the products of a parameter's rows."""
+        return dtype_of_products(shape.columns, self.config.dtype_gram, self._read_dtype).itemsize
+
+    def _product_cost(self, shape: GradientShape, chosen: Mapping[str, Representation]) -> ProductCost:
+        return product_cost(shape, chosen[shape.name], self.n, self._itemsize(shape) == 4)
+
+    def _workers(self, chosen: Mapping[str, Representation]) -> tuple[int, int] | None:
+        """Return workers, and bytes for each; `None` where Grams are made by tiles.
+
+        Raises:
+            CapacityError: not even one worker has the memory it needs.
+        """
+        memory = int(or_any(self.machine.memory))
+        if needs_tiles(self.n, memory, self.widest):
+            return None
+        of_rows = least_bytes(self.n) if "dense" in chosen.values() else 0
+        return share_memory(self.n, of_rows, self._of_factors(chosen), self.config, memory)
+
+    def _of_factors(self, chosen: Mapping[str, Representation]) -> int:
+        """Return the least bytes in which one worker reduces the factors of any parameter."""
+        least = 0
+        for shape in self.rows:
+            if chosen[shape.name] == "factors":
+                kernel = self._product_cost(shape, chosen).kernel
+                each, matrix = sum(shape.positions), _matrix(shape)
+                positions, longest = int(self.n * each), int(max(self.batches) * each)
+                least = max(
+                    least, least_kernel_bytes(kernel, positions, longest, matrix, self.n, self._itemsize(shape))
+                )
+        return least
+
+    def _reduction_memory(self, chosen: Mapping[str, Representation]) -> float:
+        """Return the bytes of all workers, which are fewer, or have smaller slabs, where the budget says so."""
+        memory = int(or_any(self.machine.memory))
+        try:
+            shared = self._workers(chosen)
+        except CapacityError:  # which is a problem already: what one worker needs
+            return float(max(least_bytes(self.n), self._of_factors(chosen)))
+        if shared is None:
+            workers = tile_workers(worker_count(self.config), memory, self.widest)
+            return float(workers * tile_bytes(1, self.widest))
+        workers, budget = shared
+        largest = max(self._worker_bytes(shape, chosen, budget) for shape in self.rows)
+        return float(min(workers * largest + DECODING_BYTES, max(memory, workers * sums_bytes(self.n))))
+
+    def _worker_bytes(self, shape: GradientShape, chosen: Mapping[str, Representation], budget: int) -> int:
+        """Return what one worker takes for a parameter: sums, and slabs of rows, or formed rows and their factors."""
+        itemsize = self._itemsize(shape)
+        if chosen[shape.name] == "dense":
+            held = self._read_dtype.itemsize
+            beside = (self.stored_itemsize if self.stored_itemsize != held else 0) + (8 if itemsize > held else 0)
+            slabs = slabs_within(
+                self.n, shape.columns, self._chunk_columns(shape), held=held, beside=beside, budget=budget
+            )
+            return sums_bytes(self.n) + slabs.size
+        if self._product_cost(shape, chosen).kernel != "slabs":
+            return sums_bytes(self.n)
+        _, whole = slab_memory(int(self.n * sum(shape.positions)), _matrix(shape), self.n, itemsize)
+        return min(whole, budget)
+
+
+def _matrix(shape: GradientShape) -> tuple[int, int]:
+    """Return (m, n) of a factored gradient."""
+    width = shape.pairs[0][1].width
+    return shape.numel // width, width

@@ -1,0 +1,30 @@
+"""Modes of torch that the caller is in, and that would change what a gradient is: left, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from streamfisher.errors import ConfigError
+
+
+@contextmanager
+def modes_of_its_own() -> Iterator[None]:
+    """Leave inference mode and `no_grad` inside; usable as a decorator.
+
+    Raises:
+        ConfigError: the caller is under autocast or has made meta the default device, which cannot be left without
+            computing something else than what was asked for.
+    """
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            raise ConfigError(
+                f"torch.autocast({device!r}) is on: the rows would be gradients of two arithmetics at once. Call this "
+                "outside of it; dtype_model='bfloat16' takes the model in half width throughout."
+            )
+    if torch.get_default_device().type == "meta":
+        raise ConfigError("The default device is 'meta', where nothing has values. Set it back before collecting.")
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
