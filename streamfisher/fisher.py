@@ -144,7 +144,7 @@ def _in_memory(model: nn.Module, batch: Any, n_samples: int, config: SpectralCon
                 sink,
                 wave,
                 sink.todo(),
-                guard=OwnGuard(producer, sink.parameters, config.guard_every),
+                guard=OwnGuard(producer, batches, list(sink.parameters), config.guard_every, config.seed),
                 skip_nonfinite=config.on_nonfinite == "skip",
             )
         n_valid = len(data.samples) - len(sink.skipped)

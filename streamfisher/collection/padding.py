@@ -19,7 +19,9 @@ from streamfisher.data.batches import collate
 from streamfisher.data.samples import Sample, Samples
 from streamfisher.errors import StreamfisherError
 from streamfisher.gradients import GradientEngine
-from streamfisher.gradients.probe import gradient_error, parts_within
+from streamfisher.gradients.norms import norm
+from streamfisher.gradients.probe import parts_within
+from streamfisher.gradients.reference import gradient_error
 from streamfisher.gradients.tolerance import COUPLING
 from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.offload import to_model
@@ -45,10 +47,10 @@ def unequal_pairs(lengths: Sequence[Lengths]) -> list[tuple[int, int]]:
     return [(i, j) for i, j in sorted(pairs) if lengths[i] != lengths[j]]
 
 
-def kept_apart(
+def padding_changes(
     model: nn.Module, samples: Samples, lengths: Sequence[Lengths], loss: PerSampleLoss, config: SpectralConfig
-) -> list[int] | None:
-    """Return a number for each sample such that those with different ones must not share a batch; `None`: any may.
+) -> bool | None:
+    """Return whether samples of unequal length must not share a batch; `None`: there are none of unequal length.
 
     Args:
         model: on its device; it is left as it was.
@@ -61,18 +63,22 @@ def kept_apart(
     if not pairs:
         return None
     if loss.sequential:  # one sample at a time, so that nothing is lost
-        return numbered(lengths)
+        return True
     engine = GradientEngine(
         model, loss, include=config.include, exclude=config.exclude, deterministic=config.use_deterministic
     )
+    memory = sys.maxsize  # with sharded weights all ranks take the same passes, whatever they have free
+    if not is_sharded(model):
+        free = psutil.virtual_memory().available // 4
+        memory = free if config.memory_budget is None else min(free, int(config.memory_budget) // 2)
     with engine:
         for pair in pairs:
             try:
-                if _differs(engine, [samples[number] for number in pair]):
-                    return numbered(lengths)
+                if _differs(engine, [samples[number] for number in pair], memory):
+                    return True
             except (StreamfisherError, RuntimeError, ValueError, TypeError, IndexError, KeyError):
                 continue  # what ails these samples is said, with their names, when their turn comes
-    return None
+    return False
 
 
 def numbered(lengths: Sequence[Lengths]) -> list[int]:
@@ -81,12 +87,12 @@ def numbered(lengths: Sequence[Lengths]) -> list[int]:
     return [numbers.setdefault(length, len(numbers)) for length in lengths]
 
 
-def _differs(engine: GradientEngine, pair: Sequence[Sample]) -> bool:
+def _differs(engine: GradientEngine, pair: Sequence[Sample], memory: int) -> bool:
     """Return whether one of two samples has another loss or gradient in a batch with the other one than alone."""
     together = to_model(collate(pair), engine.model)
+    engine.see_arithmetic(together)
     limit = max(engine.tolerance, COUPLING)
     offloaded = any(tensor.is_meta for tensor in engine.tensors.values())
-    memory = sys.maxsize if is_sharded(engine.model) else psutil.virtual_memory().available // 4
     for i, sample in enumerate(pair):
         alone = to_model(collate([sample]), engine.model)
         if offloaded:  # each gradient reads the whole model once more
@@ -96,11 +102,11 @@ def _differs(engine: GradientEngine, pair: Sequence[Sample]) -> bool:
                 return True
             continue
         for part in parts_within(engine, 1, memory):
-            loss, truth = engine.plain_gradients(alone, names=part, index=0)
-            other, grads = engine.plain_gradients(together, names=part, index=i)
-            if _gap(float(loss), float(other)) > limit:
+            first, truth = engine.plain_gradients(alone, names=part, index=0)
+            second, grads = engine.plain_gradients(together, names=part, index=i)
+            if _gap(float(first), float(second)) > limit:
                 return True
-            whole = sum(float(grad.double().norm()) ** 2 for grad in truth.values() if grad is not None) ** 0.5
+            whole = sum(norm(grad) ** 2 for grad in truth.values() if grad is not None) ** 0.5
             floor = _ROUNDING * engine.floor
             errors = [gradient_error(grads[name], truth[name], whole, floor) for name in part]
             if any(error > limit and significant for error, significant in errors):

@@ -90,9 +90,10 @@ def prepare(
         row_dtype=producer.row_dtype,
         activations=activations,
         segments=producer.segments(),
+        apart=data.apart,
     )
     units = make_units(len(data.samples), config.chunk_size)
-    tokens = padded_total(data.lengths, units, plan.batch_tokens)
+    tokens = padded_total(data.lengths, units, plan.batch_tokens, data.apart)
     producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens)
     return PreparedRun(streamed, report, plan)
 
@@ -159,6 +160,7 @@ def make_manifest(
             "bitround": config.bitround,
             "codec": config.codec,
             "centered": config.store_centered,
+            "kept_apart": data.kept_apart,
         },
         probe=report.to_dict() if report else {},
         versions=versions(),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from streamfisher.config import dtype_name
 from streamfisher.errors import CaptureError
 from streamfisher.gradients.batch_axis import position_counts
 from streamfisher.gradients.batch_rows import RowSink
@@ -34,10 +35,12 @@ from streamfisher.gradients.state import (
 from streamfisher.gradients.tolerance import FLOOR, TOLERANCE
 from streamfisher.gradients.uses import UseWatch, nonzero
 from streamfisher.models.calling import batch_size
+from streamfisher.models.kept_tensors import KeptTensors
 from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.offload import working_device
 
 if TYPE_CHECKING:
+    from streamfisher.gradients.probe_report import ProbeReport
     from streamfisher.gradients.projection import Projection, Sides
 
 
@@ -92,9 +95,11 @@ class GradientPasses:
         for parameter in self.tensors.values():
             self.row_dtype = torch.promote_types(self.row_dtype, parameter.dtype)
         self.capture = Capture(self.model)
-        self.plain = PlainAutograd(self.model, loss, self.capture, self.slots)
+        self._kept = KeptTensors(self.model)
+        self.plain = PlainAutograd(self.model, loss, self.capture, self.slots, self._kept)
         self.projection: Projection | None = None  # serves buffers that are as narrow as it makes a row
         self.notes: tuple[str, ...] = ()  # what is done otherwise than the model would by itself
+        self.arithmetic: frozenset[torch.dtype] = frozenset()  # narrower dtypes than the parameters', see the probe
         self.noise = 0.0  # by how much plain autograd differs between a sample in a batch and alone
         self._groups: list[Group] | None = None
         self._per_sample: tuple[str, ...] = ()
@@ -141,6 +146,7 @@ class GradientPasses:
             if self.deterministic:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             self.model.eval()
+            stack.enter_context(self._kept.held())
             prepare_recurrent(self.model, self.device)
             for parameter in self.model.parameters():
                 parameter.requires_grad_(False)
@@ -219,8 +225,11 @@ class GradientPasses:
         wrong = [name for name in names if name in factored and name in self._per_sample]
         if wrong:
             raise CaptureError(f"{', '.join(wrong[:5])} take a pass per sample and have no factors.")
-        losses, pending, factors = self._captured(batch, out, [n for n in names if n not in self._per_sample], factored)
-        slow = [name for name in names if name in self._per_sample or name in pending]
+        fast = [name for name in names if name not in self._per_sample]
+        if batch_size(batch) == 1 and self.plain.changes(batch):
+            fast = []  # this model is not to be trusted with it
+        losses, pending, factors = self._captured(batch, out, fast, factored)
+        slow = [name for name in names if name not in fast or name in pending]
         if slow or losses is None:
             rows = {name: out[name] if name in out else self._row_buffer(name, batch) for name in slow}
             tensors = {name: self.tensors[name] for name in slow}
@@ -260,6 +269,24 @@ class GradientPasses:
         tensors |= self.left_out if left_out else {}
         return self.plain.gradients(batch, tensors, index)
 
+    def gradients_alone(
+        self, batch: Mapping[str, Any], index: int, *, names: Collection[str] | None = None, left_out: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Return what `plain_gradients` gives of one sample of a batch alone, taken as the probe found right."""
+        sample, place = self.plain.sample(self._prepared(batch), index)
+        return self.plain_gradients(sample, index=place, names=names, left_out=left_out)
+
+    def see_arithmetic(self, batch: Mapping[str, Any]) -> None:
+        """Note in which half-width dtypes the model computes, whatever that of its parameters is."""
+        seen = self.plain.saved_dtypes(batch, self.tensors.values())
+        self.arithmetic = frozenset(seen & {torch.float16, torch.bfloat16})
+
+    def use_precision(self, report: ProbeReport) -> None:
+        """Compare as the probe did that gave this report."""
+        self.noise = report.tolerance / 10.0
+        self.arithmetic = frozenset(dtype for dtype in TOLERANCE if dtype_name(dtype) in report.arithmetic)
+        self.plain.alone = report.alone
+
     def learning_pass(
         self, batch: Mapping[str, Any], out: Mapping[str, Tensor], names: Sequence[str]
     ) -> dict[str, str]:
@@ -289,6 +316,7 @@ class GradientPasses:
         with self.capture.serving(state), torch.enable_grad(), checkpoints, warnings.catch_warnings():
             # vmap says so where it falls back to a loop over one operator: right, and no news to the user.
             warnings.filterwarnings("ignore", message=".*not yet implemented the batching rule.*")
+            self._kept.forget()
             losses = self.loss(self.model, batch)
             if losses.requires_grad:
                 losses.sum().backward()
@@ -340,7 +368,7 @@ class GradientPasses:
         return frozenset(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     def _coarsest(self) -> torch.dtype:
-        dtypes = set(self._model_dtypes)
+        dtypes = {*self._model_dtypes, *self.arithmetic}
         if torch.is_autocast_enabled(self.device.type):
             dtypes.add(torch.get_autocast_dtype(self.device.type))
         known = [dtype for dtype in dtypes if dtype in TOLERANCE]

@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from streamfisher.gradients.groups import GENERIC
+from streamfisher.gradients.plain import Alone
 from streamfisher.runtime.printable import printable
+
+#: An error from which on a formula is as good as none.
+_SURELY_NOT = 0.5
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class ProbeReport:
     coverage_norm: float  # captured share of the squared gradient norm of all trainable parameters
     groups: tuple[dict[str, Any], ...] = field(default=(), repr=False)  # the routing, see groups.Group
     notes: tuple[str, ...] = ()  # what is done otherwise than the model would by itself
+    alone: Alone = "as given"  # how samples are taken alone
+    arithmetic: tuple[str, ...] = ()  # half-width dtypes in which the model computes
 
     @property
     def worst_error(self) -> float:
@@ -52,6 +59,23 @@ class ProbeReport:
     def zero(self) -> tuple[str, ...]:
         """Parameters of which every probed sample has the gradient zero, so that no rule is proved."""
         return tuple(name for name, p in self.parameters.items() if p.zero)
+
+    @property
+    def unproved(self) -> tuple[str, ...]:
+        """Parameters whose rule the probed samples do not prove: they have no gradient, or mere rounding of one.
+
+        Rounding proves nothing where any formula would be as far off as this one, unless the same formula of the same
+        module is proved by its weight (an attention's key bias, whose exact gradient is zero).
+        """
+        proved = {name for name, p in self.parameters.items() if not p.zero and not p.noise}
+        backed = {n for group in self.groups if group["names"].get("weight") in proved for n in group["names"].values()}
+        closed = {group["rule"] for group in self.groups} - GENERIC.keys()
+
+        def is_rounding(parameter: ParameterReport) -> bool:
+            wrong = parameter.noise and parameter.error > _SURELY_NOT
+            return wrong and parameter.name not in backed and bool(closed & {*parameter.rule.split("+")})
+
+        return tuple(name for name, p in self.parameters.items() if p.zero or is_rounding(p))
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -126,6 +150,8 @@ class ProbeReport:
             "excluded_numel": self.excluded_numel,
             "groups": [dict(group) for group in self.groups],
             "notes": list(self.notes),
+            "alone": self.alone,
+            "arithmetic": list(self.arithmetic),
         }
 
     @classmethod
@@ -146,6 +172,8 @@ class ProbeReport:
             coverage_norm=values["coverage_norm"],
             groups=tuple(values["groups"]),
             notes=tuple(values.get("notes", ())),
+            alone=values.get("alone", "as given"),
+            arithmetic=tuple(values.get("arithmetic", ())),
         )
 
 

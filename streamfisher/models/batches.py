@@ -41,7 +41,7 @@ class ModelBatches(Mapping[BatchRef, dict[str, Tensor]]):
         apart: Sequence[int] | None = None,
         digests: Sequence[bytes] = (),
     ) -> None:
-        self.digests = digests
+        self.digests, self.lengths = digests, lengths
         self.model, self.samples, self.loss, self.label_seed = model, samples, loss, label_seed
         self._of = {unit.index: batches_of(unit, lengths, batch_tokens, apart) for unit in units}
         self._known = {batch: batch for batches in self._of.values() for batch in batches}
@@ -62,11 +62,15 @@ class ModelBatches(Mapping[BatchRef, dict[str, Tensor]]):
         """Return the batches of one unit, in order."""
         return self._of[unit.index]
 
+    def shortest(self, batch: BatchRef) -> int:
+        """Return the number of the shortest sample of a batch."""
+        return min(batch.samples, key=self.lengths.__getitem__)
+
     def only(self, batches: Iterable[BatchRef]) -> ModelBatches:
         """Return a view of some of them."""
         part = object.__new__(ModelBatches)
         part.model, part.samples, part.loss, part.label_seed = self.model, self.samples, self.loss, self.label_seed
-        part.digests = self.digests
+        part.digests, part.lengths = self.digests, self.lengths
         part._of, part._known = self._of, {batch: batch for batch in batches}
         return part
 

@@ -181,6 +181,15 @@ class StreamProducer:
         factors = {name: pairs for name, pairs in gradients.factors.items() if name in names}
         return self.stream.guard(self._segment_of(self._wave), rows, factors)
 
+    def guard_alone(self, batch: BatchRef, gradients: BatchGradients, names: Collection[str]) -> dict[int, float]:
+        """Return nothing: the segments are compared batch by batch."""
+        return {}
+
+    @property
+    def guards_in_parts(self) -> bool:
+        """No: a segment's parameters are in memory, and one gradient of theirs at a time."""
+        return False
+
     def finish(self, wave: Wave) -> None:
         """Forget what no later wave needs, once all of a segment's waves are through."""
         segment = self._segment_of(wave)
