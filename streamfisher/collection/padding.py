@@ -12,9 +12,7 @@ from collections.abc import Sequence
 
 import psutil
 import torch
-from torch import nn
 
-from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import collate
 from streamfisher.data.samples import Sample, Samples
 from streamfisher.errors import StreamfisherError
@@ -23,7 +21,6 @@ from streamfisher.gradients.norms import norm
 from streamfisher.gradients.probe import parts_within
 from streamfisher.gradients.reference import gradient_error
 from streamfisher.gradients.tolerance import COUPLING
-from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.offload import to_model
 from streamfisher.models.sharding import is_sharded
 
@@ -48,29 +45,25 @@ def unequal_pairs(lengths: Sequence[Lengths]) -> list[tuple[int, int]]:
 
 
 def padding_changes(
-    model: nn.Module, samples: Samples, lengths: Sequence[Lengths], loss: PerSampleLoss, config: SpectralConfig
+    engine: GradientEngine, samples: Samples, lengths: Sequence[Lengths], budget: int | None = None
 ) -> bool | None:
     """Return whether samples of unequal length must not share a batch; `None`: there are none of unequal length.
 
     Args:
-        model: on its device; it is left as it was.
+        engine: of the run; entered here.
         samples: of the run.
         lengths: of each sample, see `lengths_of`.
-        loss: of the run.
-        config: of the run.
+        budget: bytes of memory; `None`: what is free.
     """
     pairs = unequal_pairs(lengths)
     if not pairs:
         return None
-    if loss.sequential:  # one sample at a time, so that nothing is lost
+    if engine.loss.sequential:  # one sample at a time, so that nothing is lost
         return True
-    engine = GradientEngine(
-        model, loss, include=config.include, exclude=config.exclude, deterministic=config.use_deterministic
-    )
     memory = sys.maxsize  # with sharded weights all ranks take the same passes, whatever they have free
-    if not is_sharded(model):
+    if not is_sharded(engine.model):
         free = psutil.virtual_memory().available // 4
-        memory = free if config.memory_budget is None else min(free, int(config.memory_budget) // 2)
+        memory = free if budget is None else min(free, budget // 2)
     with engine:
         for pair in pairs:
             try:

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from streamfisher.collection.masks import Masks, check_masks
 from streamfisher.collection.padding import lengths_of, numbered, padding_changes
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import Unit, collate, make_units, sequence_length
 from streamfisher.data.samples import Samples, TokenSamples, add_contents, check_unchanged, sample_digest
 from streamfisher.errors import ConfigError, DataError, LossError, ModelError, StreamfisherError
-from streamfisher.gradients import select_parameters
+from streamfisher.gradients import GradientEngine, select_parameters
 from streamfisher.gradients.modes import check_modes
 from streamfisher.gradients.probe import PROBE_SAMPLES
 from streamfisher.models.batches import ModelBatches
@@ -146,18 +147,24 @@ def survey(
         if len(samples) < 2:
             raise DataError("the data holds 1 target token; a spectrum needs at least 2.")
     units = make_units(len(samples), config.chunk_size)
-    lengths, scalars, digests, axes = [], [], [], []
+    lengths, scalars, digests, axes, masks = [], [], [], [], Masks()
     for index in range(len(samples)):
         sample = samples[index]
         lengths.append(sequence_length(sample) or 1)
         digests.append(sample_digest(sample))
         axes.append(lengths_of(sample))
+        masks.note(index, sample)
         _require_targets(chosen, sample, index)
         scalars.append({key: float(value) for key, value in sample.items() if value.ndim == 0})
     fields = {key: np.array([values[key] for values in scalars]) for key in _common_keys(scalars)}
     chunk_digests = [_read_again(samples, unit, digests) for unit in units]
+    engine = GradientEngine(
+        model, chosen, include=config.include, exclude=config.exclude, deterministic=config.use_deterministic
+    )
+    check_masks(engine, samples, masks)
     if kept_apart is None:
-        kept_apart = padding_changes(model, samples, axes, chosen, config)
+        budget = None if config.memory_budget is None else int(config.memory_budget)
+        kept_apart = padding_changes(engine, samples, axes, budget)
     return RunData(samples, chosen, lengths, chunk_digests, n_sequences, digests, fields, numbered(axes), kept_apart)
 
 

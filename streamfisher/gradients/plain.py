@@ -50,10 +50,9 @@ class PlainAutograd:
         """Return one sample of a batch alone, and the place of its loss; `None`: there is no other."""
         sample = sample_of(batch, index)
         if self.alone == "unpadded":
-            return unpadded(sample, labels=not self.loss.labels_to_model), None
+            return unpadded(sample, leading=True, labels=not self.loss.labels_to_model), None
         if self.alone == "twice":
-            twice = {k: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() else v for k, v in sample.items()}
-            return twice, 0
+            return _twice(sample), 0
         return sample, None
 
     def changes(self, batch: Mapping[str, Any]) -> bool:
@@ -61,7 +60,8 @@ class PlainAutograd:
         if self.alone != "unpadded":
             return self.alone == "twice"
         samples = (sample_of(batch, i) for i in range(batch_size(batch)))
-        return any(unpadded(sample, labels=not self.loss.labels_to_model) is not sample for sample in samples)
+        labels = not self.loss.labels_to_model
+        return any(unpadded(sample, leading=True, labels=labels) is not sample for sample in samples)
 
     def gradients(
         self,
@@ -129,10 +129,16 @@ class PlainAutograd:
 
     def loss_alone(self, sample: Mapping[str, Any]) -> float:
         """Return the loss of a batch of one, taken alone as the probe found right."""
-        alone, index = self.sample(sample, 0)
+        return self._loss(*self.sample(sample, 0))
+
+    def loss_twice(self, sample: Mapping[str, Any]) -> float:
+        """Return the loss of a batch of one that is evaluated twice in one batch."""
+        return self._loss(_twice(sample), 0)
+
+    def _loss(self, batch: Mapping[str, Any], index: int | None) -> float:
         with self.capture.suspended(), torch.no_grad():
             self.kept.forget()
-            return float(self.loss(self.model, alone)[index or 0])
+            return float(self.loss(self.model, batch)[index or 0])
 
     def saved_dtypes(self, batch: Mapping[str, Any], tensors: Iterable[Tensor]) -> set[torch.dtype]:
         """Return the dtypes of what a forward pass saves for the backward pass."""
@@ -205,6 +211,10 @@ class PlainAutograd:
             self.kept.forget()
             yield
         reshard(self.model)
+
+
+def _twice(sample: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() else v for k, v in sample.items()}
 
 
 def _chosen(losses: Tensor, index: int | None, weights: Tensor | None) -> Tensor:

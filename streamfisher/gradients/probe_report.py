@@ -12,7 +12,7 @@ from streamfisher.gradients.plain import Alone
 from streamfisher.runtime.printable import printable
 
 #: An error from which on a formula is as good as none.
-_SURELY_NOT = 0.5
+_SURELY_NOT = 0.3
 
 
 @dataclass(frozen=True)
