@@ -120,8 +120,8 @@ class GradientEngine(GradientPasses):
                 all ranks take the same pass and one of them compares.
 
         Returns:
-            Parameter -> relative difference, to be compared with `tolerance`. A difference that is within the rounding
-            of the whole gradient is scaled to lie below it.
+            Parameter -> relative difference, to be compared with `guard_tolerance`. A difference that is within the
+            rounding of the whole gradient is scaled to lie below it.
         """
         batch, n_samples = self._ready(batch)
         factors = factors or {}

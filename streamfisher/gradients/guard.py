@@ -51,6 +51,6 @@ class Comparison:
         A difference within the rounding of the whole gradient is scaled to lie below the tolerance.
         """
         whole = sum(size**2 for size in self._sizes.values()) ** 0.5
-        rounding = whole * self.engine.floor / self.engine.tolerance
+        rounding = whole * self.engine.guard_floor / self.engine.guard_tolerance
         scales = {name: max(size, rounding) for name, size in self._sizes.items()}
         return {name: self._found[name] / scale if scale else self._found[name] for name, scale in scales.items()}

@@ -68,7 +68,7 @@ class ModelProducer:
     @property
     def tolerance(self) -> float:
         """Norm-relative difference from plain autograd that counts as agreement."""
-        return self.engine.tolerance
+        return self.engine.guard_tolerance
 
     def probe(self, memory: int | None = None) -> ProbeReport:
         """Choose a rule for each parameter and verify it, see `GradientEngine.probe`."""
@@ -127,12 +127,12 @@ class ModelProducer:
         for sample in sorted({batch.start, batch.stop - 1, batches.shortest(batch)}):
             place = sample - batch.start
             alone, loss = batches.of_samples([sample]), float(gradients.losses[place])
-            if abs(engine.loss_alone(alone) - loss) <= max(engine.tolerance, COUPLING) * max(abs(loss), 1e-3):
+            if abs(engine.loss_alone(alone) - loss) <= max(self.tolerance, COUPLING) * max(abs(loss), 1e-3):
                 continue
             rows = {name: v[place : place + 1] for name, v in gradients.rows.items() if name in names}
             factors = {name: [p.of(place) for p in pairs] for name, pairs in gradients.factors.items() if name in names}
             worst = max(engine.guard_alone(alone, rows, factors).values(), default=0.0)
-            if worst > engine.tolerance:
+            if worst > self.tolerance:
                 found[sample] = worst
         return found
 

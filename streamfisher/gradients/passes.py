@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from streamfisher.gradients.probe_report import ProbeReport
     from streamfisher.gradients.projection import Projection, Sides
 
+#: Where they are used on the way of float32 parameters, a rule is right up to their rounding.
+_HALVES = frozenset({torch.float16, torch.bfloat16})
+
 
 class GradientPasses:
     """Per-sample gradients of every selected trainable parameter, one backward pass per batch.
@@ -99,7 +102,7 @@ class GradientPasses:
         self.plain = PlainAutograd(self.model, loss, self.capture, self.slots, self._kept)
         self.projection: Projection | None = None  # serves buffers that are as narrow as it makes a row
         self.notes: tuple[str, ...] = ()  # what is done otherwise than the model would by itself
-        self.arithmetic: frozenset[torch.dtype] = frozenset()  # narrower dtypes than the parameters', see the probe
+        self.arithmetic: frozenset[torch.dtype] = frozenset()  # dtypes in which the model computes
         self.noise = 0.0  # by how much plain autograd differs between a sample in a batch and alone
         self._groups: list[Group] | None = None
         self._per_sample: tuple[str, ...] = ()
@@ -120,6 +123,16 @@ class GradientPasses:
     def floor(self) -> float:
         """Share of the whole gradient's norm below which a difference is rounding."""
         return FLOOR[self._coarsest()]
+
+    @property
+    def guard_tolerance(self) -> float:
+        """As `tolerance`, for sums over a batch: where only part of a float64 model is float32, they agree to that."""
+        return max(self.tolerance, *(TOLERANCE[dtype] for dtype in self.arithmetic), 0.0)
+
+    @property
+    def guard_floor(self) -> float:
+        """As `floor`, for sums over a batch."""
+        return max(self.floor, *(FLOOR[dtype] for dtype in self.arithmetic), 0.0)
 
     @property
     def factorable(self) -> tuple[str, ...]:
@@ -277,9 +290,9 @@ class GradientPasses:
         return self.plain_gradients(sample, index=place, names=names, left_out=left_out)
 
     def see_arithmetic(self, batch: Mapping[str, Any]) -> None:
-        """Note in which half-width dtypes the model computes, whatever that of its parameters is."""
+        """Note in which dtypes the model computes, whatever that of its parameters is."""
         seen = self.plain.saved_dtypes(batch, self.tensors.values())
-        self.arithmetic = frozenset(seen & {torch.float16, torch.bfloat16})
+        self.arithmetic = frozenset(seen & TOLERANCE.keys())
 
     def use_precision(self, report: ProbeReport) -> None:
         """Compare as the probe did that gave this report."""
@@ -368,7 +381,7 @@ class GradientPasses:
         return frozenset(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     def _coarsest(self) -> torch.dtype:
-        dtypes = {*self._model_dtypes, *self.arithmetic}
+        dtypes = {*self._model_dtypes, *(self.arithmetic & _HALVES)}
         if torch.is_autocast_enabled(self.device.type):
             dtypes.add(torch.get_autocast_dtype(self.device.type))
         known = [dtype for dtype in dtypes if dtype in TOLERANCE]

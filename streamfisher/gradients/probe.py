@@ -96,7 +96,7 @@ def run_probe(engine: GradientPasses, batch: Mapping[str, Any], memory: int) -> 
         groups=tuple(group.to_dict() for group in groups),
         notes=engine.notes,
         alone=engine.plain.alone,
-        arithmetic=tuple(dtype_name(dtype) for dtype in engine.arithmetic),
+        arithmetic=tuple(sorted(dtype_name(dtype) for dtype in engine.arithmetic)),
     )
     engine.use_groups(groups, dropped, report.unproved)
     return report

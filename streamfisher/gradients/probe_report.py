@@ -43,7 +43,7 @@ class ProbeReport:
     groups: tuple[dict[str, Any], ...] = field(default=(), repr=False)  # the routing, see groups.Group
     notes: tuple[str, ...] = ()  # what is done otherwise than the model would by itself
     alone: Alone = "as given"  # how samples are taken alone
-    arithmetic: tuple[str, ...] = ()  # half-width dtypes in which the model computes
+    arithmetic: tuple[str, ...] = ()  # dtypes in which the model computes
 
     @property
     def worst_error(self) -> float:
