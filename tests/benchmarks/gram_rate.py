@@ -117,11 +117,11 @@ def reduce(path: Path, workers: int, budget: int, tiles: bool, dtype: str) -> di
         start = time.perf_counter()
         if tiles:
             sink = _InMemory(n, found)
-            build_tiled_grams(store, config, sink, {"weight": ["weight"]}, budget=budget)
+            build_tiled_grams(store.rows, config, sink, {"weight": ["weight"]}, budget=budget)
             planned = tile_bytes(workers, store.rows.chunk_columns("weight")) + 8 * n**2
         else:
-            grams.build_grams(store, config, lambda gram: found.append(gram.gram))
-            slabs = plan_slabs(store, "weight", np.dtype(dtype), budget // workers)
+            grams.build_grams(store.rows, config, lambda gram: found.append(gram.gram))
+            slabs = plan_slabs(store.rows, "weight", np.dtype(dtype), budget // workers)
             planned = workers * (sums_bytes(n) + slabs.size) + DECODING_BYTES
         seconds = time.perf_counter() - start
     rows = store.rows.columns("weight", 0, store.parameters["weight"], rows=slice(0, 64)).astype(np.float64)
