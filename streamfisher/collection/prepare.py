@@ -90,6 +90,7 @@ def prepare(
         row_dtype=producer.row_dtype,
         activations=activations,
         segments=producer.segments(),
+        device=producer.device,
     )
     units = make_units(len(data.samples), config.chunk_size)
     tokens = padded_total(data.lengths, units, plan.batch_tokens)

@@ -64,7 +64,7 @@ def create_or_resume(
     new = prepared or prepare(path, model, producer, data, config, streamed=streamed)
     if progress:
         tqdm.write(new.report.summary())
-    if progress and (len(new.plan.waves) > 1 or new.plan.hold == "host"):
+    if progress and (len(new.plan.waves) > 1 or new.plan.hold != "disk"):
         tqdm.write(_announced(new.plan))
     path.mkdir(parents=True, exist_ok=True)
     locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
@@ -74,9 +74,10 @@ def create_or_resume(
 
 def _announced(plan: RunLayout) -> str:
     parts = ", ".join(format_bytes(wave.disk) for wave in plan.waves)
-    where = "In memory" if plan.hold == "host" else "On disk, uncompressed"
+    where = {"device": "On the device", "host": "In memory", "disk": "On disk, uncompressed"}[plan.hold]
     if len(plan.waves) == 1:
-        return f"Gradients stay in memory until they are reduced: {parts}"
+        place = "on the device" if plan.hold == "device" else "in memory"
+        return f"Gradients stay {place} until they are reduced: {parts}"
     return (
         f"{len(plan.waves)} waves: each is a pass over the data that captures some of the parameters, is reduced "
         f"to its Grams, and deleted before the next. {where}: {parts}"

@@ -18,6 +18,7 @@ from streamfisher.models.batches import ModelBatches
 from streamfisher.runtime.memory import give_back
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.sinks.centered import CenteredSink
+from streamfisher.sinks.device import DeviceSink
 from streamfisher.sinks.disk import DiskSink
 from streamfisher.sinks.interface import GradientSink, UnitFacts
 from streamfisher.sinks.mean import MeanSink
@@ -52,7 +53,7 @@ class Collection:
         store, ranks = self.store, self.ranks
         products = SpectralConfig.from_dict(store.manifest.config).gram_options(self.config)
         means = self._means() if store.centered else {}
-        held = store.run.hold == "host"
+        held = store.run.hold != "disk"
         for index, names in enumerate(store.waves):
             title = "gradients" if len(store.waves) == 1 else f"wave {index + 1} of {len(store.waves)}"
             passing = len(store.waves) > 1 or "*" not in store.keep
@@ -63,7 +64,7 @@ class Collection:
                     reduce_wave(store, index, products, ranks, progress=self.progress)  # what is left to be deleted
                 continue
             if held:
-                self._through_memory(index, names, title, products)
+                self._held(index, names, title, products)
                 continue
             disk = DiskSink(store, index, self.producer)
             sink = CenteredSink(disk, means) if store.centered else disk
@@ -79,12 +80,16 @@ class Collection:
             self.producer.finish(wave)
         self.producer.close()
 
-    def _through_memory(self, index: int, names: list[str], title: str, products: SpectralConfig) -> None:
-        """Take a wave whose gradients are in memory until its Grams are written; a kill costs the wave."""
+    def _held(self, index: int, names: list[str], title: str, products: SpectralConfig) -> None:
+        """Take a wave whose gradients are held, on the host or on the device, until its Grams are written.
+
+        A kill costs the wave.
+        """
         store = self.store
         factored = [name for name in names if store.rows.representation(name) == "factors"]
         alone = all(store.gram_members[key] == [key] for key in store.grams.keys_of(names))
-        sink = MemorySink(
+        kind = DeviceSink if store.run.hold == "device" else MemorySink
+        sink = kind(
             self.producer,
             store.units,
             factored,

@@ -27,6 +27,7 @@ class WaveLimits:
     memory: int  # of the host, beside the model and its activations
     disk_why: str = "--disk-budget"  # what sets the limit, for messages
     memory_why: str = "--memory-budget"
+    place: str = "on disk"  # where the gradients are, for messages
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,10 @@ def _too_small(name: str, alone: WaveSize, sizes: WaveSizes, kept: int, limits: 
             f"{format_bytes(alone.memory - limits.memory)} more, or leave the parameter out with --exclude."
         )
     return (
-        f"the gradients of {name} alone need {format_bytes(alone.disk)} on disk, and {limits.disk_why} leaves "
+        f"the gradients of {name} alone need {format_bytes(alone.disk)} {limits.place}, and {limits.disk_why} leaves "
         f"{format_bytes(max(limits.disk - kept, 0))}"
         + (f" beside {format_bytes(kept)} that --keep-gradients keeps" if kept else "")
-        + f". Give or free {format_bytes(alone.disk - limits.disk + kept)} more, take fewer samples, write to another "
-        "disk, or leave the parameter out with --exclude."
+        + f". Give or free {format_bytes(alone.disk - limits.disk + kept)} more, take fewer samples, "
+        + ("write to another disk, " if limits.place == "on disk" else "")
+        + "or leave the parameter out with --exclude."
     )

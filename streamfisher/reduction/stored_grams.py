@@ -12,13 +12,16 @@ from streamfisher.blocks.structures import assign_blocks, group_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CorruptRunError
 from streamfisher.reduction import gram as grams
+from streamfisher.reduction.device_grams import build_device_grams
 from streamfisher.reduction.moment import has_moment, moment_of, stored_moment
 from streamfisher.reduction.stored_tiles import StoredTiles
 from streamfisher.reduction.subsets import ColumnSubset, draw_columns
 from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles
 from streamfisher.runtime import run_log as runlog
 from streamfisher.runtime.memory import give_back, working_memory
+from streamfisher.sinks.device import DeviceGradients
 from streamfisher.sinks.interface import GradientSource
+from streamfisher.sinks.memory import MemoryRows
 from streamfisher.solving.tiled_gram import TILE
 from streamfisher.store import RunStore
 
@@ -60,14 +63,14 @@ def build_stored_grams(
 
 def build_held_grams(
     store: RunStore,
-    source: GradientSource,
+    source: GradientSource | DeviceGradients,
     valid: np.ndarray,
     config: SpectralConfig,
     keys: Sequence[str],
     *,
     progress: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Build Grams of gradients that are held in memory, and write them to a run, with their moments.
+    """Build Grams of gradients that are held in memory or on a device, and write them to a run, with their moments.
 
     Args:
         store: of the run.
@@ -86,6 +89,8 @@ def build_held_grams(
     """
     sink = _HeldSink(store, grams.gram_settings(config), source, valid)
     members = {key: store.gram_members[key] for key in keys}
+    if isinstance(source, DeviceGradients):
+        return dict(map(sink, build_device_grams(source, config, members, progress=progress)))
     built = dict(grams.build_grams(source, config, sink, keys=members, progress=progress))
     give_back()
     return built
@@ -97,13 +102,15 @@ class _HeldSink:
 
     store: RunStore
     settings: Mapping[str, Any]
-    source: GradientSource
+    source: GradientSource | DeviceGradients
     valid: np.ndarray  # (N,) bool
 
     def __call__(self, finished: grams.ParameterGram) -> tuple[str, np.ndarray]:
         key, moment = finished.name, None
         if has_moment(self.store, key):
-            moment = moment_of(self.source, key, self.store.parameters[key], self.valid)
+            on_device = isinstance(self.source, DeviceGradients)
+            rows = MemoryRows({key: self.source.on_host(key)}) if on_device else self.source
+            moment = moment_of(rows, key, self.store.parameters[key], self.valid)
         self.store.grams.write(
             key, finished.gram, finished.mean_products, self.settings, moment, single=finished.single
         )
