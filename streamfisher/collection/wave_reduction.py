@@ -81,11 +81,11 @@ def reduce_held(store: RunStore, wave: int, sink: MemorySink, config: SpectralCo
     done = store.grams.done(grams.gram_settings(config))
     keys = [key for key in store.grams.keys_of(store.waves[wave]) if key not in done]
     valid = np.array([number not in sink.skipped for number in range(store.n_samples)])
-    build_held_grams(store, sink.held(), valid, _share_of_host(config), keys, progress=progress)
+    built = build_held_grams(store, sink.held(), valid, _share_of_host(config), keys, progress=progress)
     norms = {}
     if not sink.every_norm:
         for name in store.waves[wave]:
-            norms[name] = store.grams.read(name)[0].diagonal()
+            norms[name] = built[name] if name in built else store.grams.read(name)[0].diagonal()
     store.kept.delete(wave)  # before any unit counts as done
     for unit in store.units:
         facts = sink.facts[unit.index]

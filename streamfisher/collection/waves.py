@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from streamfisher.collection.claims import Claims, idle_batches
 from streamfisher.collection.guard import Guard, OwnGuard, SharedGuard
@@ -13,6 +14,7 @@ from streamfisher.collection.progress import Progress
 from streamfisher.collection.wave_reduction import forget_wave, is_reduced, reduce_held, reduce_wave, reopen_wave
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import BatchRef, Unit
+from streamfisher.errors import CapacityError, first_line
 from streamfisher.gradients.producer import GradientProducer, Wave
 from streamfisher.models.batches import ModelBatches
 from streamfisher.runtime.memory import give_back
@@ -100,8 +102,15 @@ class Collection:
         forget_wave(store, index)
         wave = self._wave(index, names, sink)
         self.producer.begin(wave)
-        self._pass(sink, wave, title, "for the other ranks' gradients")
-        reduce_held(store, index, sink, products, progress=self.progress)
+        try:
+            self._pass(sink, wave, title, "for the other ranks' gradients")
+            reduce_held(store, index, sink, products, progress=self.progress)
+        except torch.cuda.OutOfMemoryError as error:
+            raise CapacityError(
+                f"{title}: {self.producer.device} ran out of memory: {first_line(error)} A run's layout does not "
+                "change; start it in another folder with a smaller --device-memory-budget or --batch-tokens, or with "
+                "--hold host."
+            ) from error
         del sink
         give_back()
         self.producer.finish(wave)

@@ -147,3 +147,12 @@ def test_a_device_too_small_by_a_byte_says_what_would_do(tmp_path, room):
 def test_without_a_device_it_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="hold='device': the model is not on a CUDA device; --hold host"):
         collected(tmp_path / "run", llama(), sequences(), hold="device")
+
+
+def test_a_device_that_runs_out_of_memory_midway_says_what_to_do(tmp_path, room, monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(device_grams, "_slabs", full)
+    with pytest.raises(CapacityError, match=r"ran out of memory: CUDA out of memory.*smaller --device-memory-budget"):
+        collected(tmp_path / "run", llama(), sequences(), hold="device")
