@@ -99,7 +99,7 @@ class FisherSpectral:
         size = _batch_size(batch)
         requested = size if n_samples is None else n_samples
         size = min(requested, size)
-        if model is None or size < 2:
+        if model is None or batch is None or size < 2:
             reason = "no model was given" if model is None else f"the batch has {size} samples; at least 2 are needed"
             return _empty(config, reason, requested)
         compute = _streamed if config.storage_mode == "streaming" else spectrum_in_memory

@@ -176,7 +176,8 @@ def layout_within(
     if keep is None:
         whole = sizes.of(names)
         keep = ("*",) if whole.disk <= limits.disk and whole.memory <= limits.memory else ()
-    waves, hold = _cut_and_hold(sizes, limits, keep, config, segments, device_memory)
+    needs_disk = held_on_disk_for(config, keep, n_samples, memory)
+    waves, hold = _cut_and_hold(sizes, limits, keep, config, segments, needs_disk, device_memory)
     if len(waves) > 1 and config.store_centered:
         raise ConfigError(
             f"store_centered=True takes one pass over all parameters, and within the budgets the run takes {len(waves)}"
@@ -194,6 +195,7 @@ def _cut_and_hold(
     keep: Sequence[str],
     config: SpectralConfig,
     segments: Sequence[Sequence[str]] | None,
+    needs_disk: str | None,
     device_memory: int | None,
 ) -> tuple[list[WaveSize], str]:
     """Return the waves, and where their gradients are until they are reduced: the nearest place that has room.
@@ -209,7 +211,6 @@ def _cut_and_hold(
         groups: Sequence[Sequence[str] | None] = [None] if segments is None else segments
         return [wave for names in groups for wave in cut_waves(sizes, limits, keep, names)]
 
-    needs_disk = held_on_disk_for(config, keep, sizes.n_samples, limits.memory)
     if config.hold in ("host", "device") and needs_disk is not None:
         raise ConfigError(f"hold={config.hold!r} holds gradients in memory, and {needs_disk}; leave out --hold.")
     if config.hold == "device" and device_memory is None:
@@ -272,9 +273,16 @@ def held_on_disk_for(config: SpectralConfig, keep: Sequence[str], n_samples: int
         return "Grams of drawn columns (max_params_per_block) are of stored rows"
     if world_size() > 1:
         return "several ranks have parts of them, which meet on the disk"
-    if needs_tiles(n_samples, memory, PANEL):
+    if _by_tiles(n_samples, memory):
         return f"Grams of {n_samples} samples, which are larger than the memory, are built by tiles of stored rows"
     return None
+
+
+def _by_tiles(n_samples: int, memory: int) -> bool:
+    try:
+        return needs_tiles(n_samples, memory, PANEL)
+    except CapacityError:  # the reduction says so
+        return False
 
 
 def _wave_limits(

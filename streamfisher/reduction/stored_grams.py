@@ -108,8 +108,8 @@ class _HeldSink:
     def __call__(self, finished: grams.ParameterGram) -> tuple[str, np.ndarray]:
         key, moment = finished.name, None
         if has_moment(self.store, key):
-            on_device = isinstance(self.source, DeviceGradients)
-            rows = MemoryRows({key: self.source.on_host(key)}) if on_device else self.source
+            source = self.source
+            rows = MemoryRows({key: source.on_host(key)}) if isinstance(source, DeviceGradients) else source
             moment = moment_of(rows, key, self.store.parameters[key], self.valid)
         self.store.grams.write(
             key, finished.gram, finished.mean_products, self.settings, moment, single=finished.single

@@ -22,7 +22,7 @@ def compute(monkeypatch, **options):
 @pytest.mark.parametrize("options", [{}, {"representation": "factors"}, {"max_params_per_block": 300}], ids=str)
 def test_less_memory_takes_more_passes_and_gives_the_same_numbers(monkeypatch, options):
     whole, once = compute(monkeypatch, **options)
-    tight, several = compute(monkeypatch, memory_budget="700kB", n_workers=1, **options)
+    tight, several = compute(monkeypatch, memory_budget="1MB", n_workers=1, **options)
     assert once == 1 and several > 1
     assert list(tight["per_block"]) == list(whole["per_block"])
     for block, metrics in whole["per_block"].items():
