@@ -25,12 +25,12 @@ import torch
 import streamfisher as sf
 from streamfisher.byte_sizes import format_bytes, parse_bytes
 from streamfisher.config import dtype_name
+from streamfisher.reduction import build_tiled_grams, plan_slabs
 from streamfisher.reduction import gram as grams
-from streamfisher.reduction.slabs import DECODING_BYTES, plan_slabs, sums_bytes
-from streamfisher.reduction.tiles import build_tiled_grams, tile_bytes
+from streamfisher.reduction.slabs import DECODING_BYTES, sums_bytes
+from streamfisher.reduction.tiles import tile_bytes
 from streamfisher.sinks import MemoryRows
-from streamfisher.store import Manifest, RunStore, UnitRecord, versions
-from streamfisher.store.layout import PANEL, chunk_columns
+from streamfisher.store import PANEL, Manifest, RunStore, UnitRecord, chunk_columns, versions
 
 CHUNK_ROWS = 32
 

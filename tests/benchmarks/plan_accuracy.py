@@ -21,11 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import streamfisher as sf
 from streamfisher.demo import demo_samples, load_demo_model
-from streamfisher.planning.machine import this_machine
-from streamfisher.planning.plan import plan_run
-from streamfisher.planning.rates import measure
-from streamfisher.planning.run_plan import RunPlan
-from streamfisher.planning.tracing import trace_model
+from streamfisher.planning import RunPlan, measure, plan_run, this_machine, trace_model
 
 
 def build_llama() -> torch.nn.Module:

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from command_line import arrays, cli, contents
+from command_line import arrays, build_parser, cli, contents
 
 from streamfisher import SpectralConfig, open_run
 from streamfisher.cli import collect
-from streamfisher.cli.main import build_parser
 from streamfisher.reduction import gram_settings
 
 MODEL, DATA = "tiny_models:causal", "tiny_models:sequences"

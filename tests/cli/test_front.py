@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
+from command_line import build_parser
 
 from streamfisher.cli.commands import COMMANDS
 from streamfisher.cli.front import main
-from streamfisher.cli.main import build_parser
 
 LIGHT = """
 import sys

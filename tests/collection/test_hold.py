@@ -11,8 +11,7 @@ from tiny_models import TinyRegression, vectors
 
 import streamfisher as sf
 from streamfisher.errors import CapacityError, ConfigError
-from streamfisher.store import KeptGradients, RunStore
-from streamfisher.store.grams import GramStore
+from streamfisher.store import GramStore, KeptGradients, RunStore
 
 
 def collected(path, model, samples, **options):
