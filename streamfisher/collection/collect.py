@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from streamfisher.collection.behaviour import check_behaviour
 from streamfisher.collection.prepare import beside_weights, make_manifest, prepare_either, probe
 from streamfisher.collection.producers import check_streamable, fixed_choice, make_producer
-from streamfisher.collection.resume import create_or_resume
+from streamfisher.collection.resume import create_or_resume, grown_to
 from streamfisher.collection.survey import survey
 from streamfisher.collection.waves import Collection
 from streamfisher.config import SpectralConfig
@@ -91,9 +92,12 @@ def collect_gradients(
                 locks.enter_context(RankLock(path))
             store = RunStore(path)
             store.fsync = config.fsync
+            producer.apply_routes(ProbeReport.from_dict(store.manifest.probe))
+            check_behaviour(store, producer, data.batches(model, config, store.batch_tokens, store.units))
+            ranks.wait("for the comparison with the run")  # nothing is changed before all ranks agree
+            store = grown_to(len(data.samples), store, manifest, ranks, progress)
             facts = {"samples": store.n_samples, "ranks": ranks.count, "waves": len(store.waves)}
             locks.enter_context(RunLog(path, "collect", ranks.index, device=str(state.device), **facts))
-            producer.apply_routes(ProbeReport.from_dict(store.manifest.probe))
             if ranks.is_main:
                 store.sweep()
                 store.samples.write_fields(data.fields)
