@@ -32,6 +32,7 @@ from streamfisher.data.batches import make_units
 from streamfisher.data.samples import Samples
 from streamfisher.errors import ConfigError, DataError, NonFiniteError
 from streamfisher.gradients.producer import GradientProducer, Wave
+from streamfisher.models.dtypes import in_dtype
 from streamfisher.planning.representation import choose_representation
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.subsets import draw_columns
@@ -110,6 +111,11 @@ class FisherSpectral:
                 reason = f"{len(given)} precomputed gradients were given; a spectrum needs at least 2"
                 return _empty(config, reason, requested)
             return _with_options(_from_gradients(given, config).to_dict(), config, requested)
+        if not isinstance(batch, Mapping | None):
+            raise DataError(
+                f"batch is a {type(batch).__name__}; it must be one dict of batched tensors. Datasets, DataLoaders and "
+                "iterators are for streamfisher.collect."
+            )
         batch = None if batch is None else _tensors_of(batch)
         size = _batch_size(batch)
         requested = size if n_samples is None else n_samples
@@ -131,6 +137,7 @@ def _in_memory(model: nn.Module, batch: Any, n_samples: int, config: SpectralCon
     """Hold all rows in memory: on the model's device ('full'), or on the host, a chunk at a time ('chunked')."""
     if config.storage_mode == "full":
         config = config.replace(chunk_size=n_samples)
+    model = in_dtype(model, config.dtype_model)
     with deterministic(config.use_deterministic, config.seed):
         data = survey(model, batch, config, n_samples=n_samples)
         with model_producer(model, data, config) as producer:

@@ -80,8 +80,9 @@ def check_behaviour(store: RunStore, producer: GradientProducer, batches: ModelB
     raise RunMismatchError(
         f"{store.path} cannot be resumed, because model or loss compute something else than when it was made:\n"
         f"  - {difference}.\nNames, weights and data are the same, and relative differences up to {allowed:.0e} pass "
-        f"as rounding{elsewhere}. Another loss function of the same name does this, another activation, scale or setting "
-        "in the model's code, or another version of a library. Use what the run was made with, or another folder."
+        f"as rounding{elsewhere}. Another loss function of the same name does this, another activation, scale or "
+        "setting in the model's code, or another version of a library. Use what the run was made with, or another "
+        "folder."
     )
 
 

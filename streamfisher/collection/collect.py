@@ -7,7 +7,6 @@ Units are claimed by whichever rank is free, and what a unit gives depends neith
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import padded_total
 from streamfisher.gradients import ProbeReport
 from streamfisher.gradients.state import without_packing
+from streamfisher.models.dtypes import in_dtype
 from streamfisher.models.sharding import is_sharded, reshard
 from streamfisher.models.weights import Resident
 from streamfisher.planning.run_layout import boundary_room
@@ -58,9 +58,7 @@ def collect_gradients(
     if config.stream == "layers":
         check_streamable(model, config)
     state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}  # quantised weights keep theirs
-    if config.dtype_model is not None and dtypes - {config.dtype_model}:
-        model = copy.deepcopy(model).to(config.dtype_model)
+    model = in_dtype(model, config.dtype_model)
     with (
         finishing_first() as stop,
         Ranks(state, timeout=config.rank_timeout, stop=stop) as ranks,

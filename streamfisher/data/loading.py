@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamfisher.data.sources import as_source
 from streamfisher.errors import DataError
 from streamfisher.runtime.callables import call, is_callable_spec
+from streamfisher.runtime.paths import expanded
 
 Tokenize = Callable[[str], list[int]]
 
@@ -27,7 +29,12 @@ def tokenize_bytes(text: str) -> list[int]:
 
 
 def load_samples(
-    spec: str, *, tokenize: Tokenize | None = None, field: str = "text", max_length: int | None = None
+    spec: str,
+    *,
+    tokenize: Tokenize | None = None,
+    field: str = "text",
+    max_length: int | None = None,
+    n_samples: int | None = None,
 ) -> Any:
     """Return a map-style dataset for what `spec` names.
 
@@ -43,15 +50,16 @@ def load_samples(
         tokenize: text to token ids; `None` takes bytes.
         field: of JSON lines.
         max_length: tokens per sequence; `None` means 128 where text must be cut.
+        n_samples: take no more than so many of what a callable yields; `None` means all.
 
     Raises:
         DataError: nothing is there, it is empty, or of a kind that is not known.
     """
-    path = Path(spec)
+    path = expanded(spec)
     tokenize = tokenize or tokenize_bytes
     length = max_length or DEFAULT_LENGTH
     if not path.exists() and is_callable_spec(spec):
-        return _called(spec)
+        return _called(spec, n_samples)
     if not path.exists():
         raise DataError(f"DATA {spec}: there is no such file or folder, and it is not of the form module:callable.")
     if path.is_dir():
@@ -63,13 +71,11 @@ def load_samples(
     return _nonempty(list(_sequences(tokenize(_read_text(path)), length)), spec)
 
 
-def _called(spec: str) -> Any:
+def _called(spec: str, n_samples: int | None) -> Any:
     source = call(spec, "DATA")
-    if isinstance(source, Mapping) or (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
-        return source
-    if not isinstance(source, Iterable):
+    if not isinstance(source, Iterable) and not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise DataError(f"DATA {spec} returned a {type(source).__name__}; it must return or yield dicts of tensors.")
-    return list(source)
+    return source if isinstance(source, Mapping) else as_source(source, n_samples)
 
 
 def _folder(folder: Path, tokenize: Tokenize, length: int) -> Iterator[dict[str, Tensor]]:
@@ -95,7 +101,7 @@ def _json_lines(path: Path, tokenize: Tokenize, field: str, max_length: int | No
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # not JSON, numbers too long, brackets too deep
                 raise DataError(f"DATA {path}, line {number}: not JSON ({error}).") from error
             if not isinstance(record, dict) or field not in record:
                 keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__

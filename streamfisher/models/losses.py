@@ -89,7 +89,7 @@ class PerSampleLoss:
             labels = batch.get("input_ids")
         if labels is None:
             raise LossError(f"The batch has neither labels nor input_ids, only {', '.join(batch)}. Add labels.")
-        return labels
+        return labels if labels.is_floating_point() else labels.long()  # cross-entropy knows no other integers
 
     def from_logits(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Return the losses `(B,)` of already computed logits."""
