@@ -132,6 +132,11 @@ def _check_kinds(model: nn.Module) -> None:
                     f"Parameter {name!r} of {module_name or 'the model'} ({type(module).__name__}) has no shape yet. "
                     "Call the model once on a batch, which gives it one."
                 )
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise ModelError(
+                f"{module_name or 'the model'} is a {type(module).__name__}, whose copies no hook sees. Give what it "
+                "wraps (model.module); samples are spread over devices by `accelerate launch`."
+            )
         scripted = isinstance(module, torch.jit.ScriptModule)
         if scripted and any(parameter.requires_grad for parameter in module.parameters()):
             raise ModelError(
