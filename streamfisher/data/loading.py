@@ -111,8 +111,13 @@ def _json_lines(path: Path, tokenize: Tokenize, field: str, max_length: int | No
             value = record[field]
             if not isinstance(value, str) and not (isinstance(value, list) and all(type(id) is int for id in value)):
                 raise DataError(f"DATA {path}, line {number}: {field!r} is neither text nor token ids; use --field.")
-            ids = tokenize(value) if isinstance(value, str) else value
-            yield {"input_ids": torch.tensor(ids, dtype=torch.int64)[:max_length]}
+            if isinstance(value, str):  # half a surrogate pair is no text, as bytes that are no UTF-8 are none
+                value = tokenize(value.encode("utf-8", errors="replace").decode())
+            try:
+                ids = torch.tensor(value, dtype=torch.int64)
+            except (RuntimeError, OverflowError, ValueError) as error:
+                raise DataError(f"DATA {path}, line {number}: a token id does not fit into 64 bits.") from error
+            yield {"input_ids": ids[:max_length]}
 
 
 def _arrays(path: Path, length: int) -> Any:
@@ -127,8 +132,12 @@ def _arrays(path: Path, length: int) -> Any:
     for key, array in arrays.items():
         if array.dtype.kind not in "biuf":
             raise DataError(f"DATA {path}: {key!r} has dtype {array.dtype}; only numbers can be samples.")
+        if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
+            raise DataError(f"DATA {path}: {key!r} holds {array.max()}, which does not fit into int64.")
         if array.dtype.kind in "iu":
             arrays[key] = array.astype(np.int64)  # torch indexes with int64 and does not know all of the others
+        elif array.dtype.kind == "f":  # torch knows neither other byte orders nor more than 64 bits
+            arrays[key] = array.astype(f"=f{min(array.dtype.itemsize, 8)}", copy=False)
     ids = arrays.get("input_ids")
     if len(arrays) == 1 and ids is not None and ids.ndim == 1 and ids.dtype.kind == "i":
         return _nonempty(list(_sequences(ids.tolist(), length)), str(path))

@@ -58,8 +58,8 @@ def of_batch_norms(model: nn.Module) -> str:
     if not names:
         return ""
     return (
-        f" {names[0] or 'The model'} is a batch norm without running statistics, which takes those of the batch even in "
-        "eval mode: train it with track_running_stats=True, or use another normalisation."
+        f" {names[0] or 'The model'} is a batch norm without running statistics, which takes those of the batch even "
+        "in eval mode: train it with track_running_stats=True, or use another normalisation."
     )
 
 

@@ -162,7 +162,10 @@ def _load_pretrained(
 
 def auto_class(transformers: Any, config: Any) -> Any:
     """Return the class the checkpoint was saved from, so that no head is made up or lost."""
-    for name in getattr(config, "architectures", None) or []:
+    names = getattr(config, "architectures", None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"config.json: architectures must be a list of names of classes, not {names!r:.80}.")
+    for name in names:
         kind = getattr(transformers, name, None)
         if kind is not None:
             return kind
