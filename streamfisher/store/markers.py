@@ -15,6 +15,8 @@ from streamfisher.store.folder import RunFolder
 
 #: Bytes of a file of results.
 _LARGEST_RESULT = 2 << 30
+#: Of so few units each marker is looked at: the folder has some for every parameter too.
+_FEW = 64
 
 
 class Markers:
@@ -25,6 +27,9 @@ class Markers:
 
     def done_units(self, stage: str = "rows") -> set[int]:
         """Return the indices of the units of `stage` ('rows', 'mean', or `stage_of(wave)`) whose markers exist."""
+        if len(self.run.units) <= _FEW:
+            paths = {unit.index: self.run.path / "done" / f"{stage}-{unit.index:06d}.json" for unit in self.run.units}
+            return {index for index, path in paths.items() if path.is_file()}
         prefix = f"{stage}-"
         names = (path.stem[len(prefix) :] for path in (self.run.path / "done").glob(f"{prefix}*.json"))
         return {int(name) for name in names if len(name) >= 6 and name.isdecimal() and int(name) < len(self.run.units)}

@@ -192,7 +192,7 @@ class _DeepCheck:
                     continue
                 squared_differences[place] += ((stored - part[place]) ** 2).sum()
         allowed = self.tolerance * np.sqrt(squares) + noise
-        column = list(self.store.parameters).index(name)
+        column = self.store.run.columns[name]
         for key in keys:
             self.slack[key] += noise
         for place, norm in enumerate(np.sqrt(squares)):
