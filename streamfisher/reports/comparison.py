@@ -79,7 +79,9 @@ def comparison_picture(comparison: Comparison, path: str | Path) -> Path:
                 band(axis, spectrum.bootstrap.blocks[key], block, colour)
             style = STYLES[number % len(STYLES)]
             partial = " (partial)" if spectrum.metadata.get("partial") else ""
-            axis.loglog(index, block.eigenvalues[above], style, color=colour, linewidth=1.5, label=as_text(label + partial))
+            axis.loglog(
+                index, block.eigenvalues[above], style, color=colour, linewidth=1.5, label=as_text(label + partial)
+            )
         axis.set_title(key, fontsize=10)
         axis.grid(which="major", linewidth=0.4, alpha=0.5)
     axes[0, 0].legend(fontsize=7, frameon=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class RunFolder:
         """The dtype in which stored rows are read: float64 where they were stored so."""
         return np.dtype("float64" if self.store_dtype == torch.float64 else "float32")
 
-    @property
+    @cached_property
     def largest_marker(self) -> int:
         """Bytes that the marker of a unit may have, at most: checksums, reasons, and the lengths of factors."""
         names = sum(len(name) for name in self.parameters)
