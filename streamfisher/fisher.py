@@ -24,7 +24,7 @@ from streamfisher.collection.in_memory import spectrum_in_memory
 from streamfisher.config import SpectralConfig, dtype_name
 from streamfisher.config.kinds import optional, whole
 from streamfisher.data.samples import Samples
-from streamfisher.errors import ConfigError, NonFiniteError
+from streamfisher.errors import ConfigError, DataError, NonFiniteError
 from streamfisher.results.spectrum import NORMALIZATION, Spectrum
 from streamfisher.solving.blocksolver import empty_block
 from streamfisher.version import versions
@@ -95,6 +95,11 @@ class FisherSpectral:
                 reason = f"{len(given)} precomputed gradients were given; a spectrum needs at least 2"
                 return _empty(config, reason, requested)
             return _with_options(spectrum_of_gradients(given, config).to_dict(), config, requested)
+        if not isinstance(batch, Mapping | None):
+            raise DataError(
+                f"batch is a {type(batch).__name__}; it must be one dict of batched tensors. Datasets, DataLoaders and "
+                "iterators are for streamfisher.collect."
+            )
         batch = None if batch is None else _tensors_of(batch)
         size = _batch_size(batch)
         requested = size if n_samples is None else n_samples

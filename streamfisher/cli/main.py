@@ -32,6 +32,7 @@ from streamfisher.cli.selection import add_selection_options, check_target, sele
 from streamfisher.cli.verify import verify_command
 from streamfisher.errors import CapacityError, ConfigError, RunError, StreamfisherError, first_line, no_memory
 from streamfisher.runtime.dask_pool import dask_client
+from streamfisher.runtime.paths import expanded
 from streamfisher.runtime.printable import printable, printable_message
 from streamfisher.runtime.signals import die_with_launcher, stopping_at_once
 
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)
+    for name, value in vars(arguments).items():  # the shell leaves `--out=~/runs/x` as it is
+        if isinstance(value, str) and value.startswith("~"):
+            setattr(arguments, name, str(expanded(value)))
     if getattr(arguments, "use_deterministic", False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     warnings.filterwarnings("ignore", message=".*not recognized as a component of a Zarr hierarchy.*")

@@ -124,7 +124,11 @@ def _samples(options: RunOptions, source: Any) -> tuple[list[int], dict[str, tor
     config = options.config
     if options.data:
         source = source or load_samples(
-            options.data, tokenize=options.tokenizer(), field=options.field, max_length=config.max_length
+            options.data,
+            tokenize=options.tokenizer(),
+            field=options.field,
+            max_length=config.max_length,
+            n_samples=options.samples,
         )
         samples = Samples(source, options.samples, config.max_length)
         lengths = [sequence_length(samples[index]) or 1 for index in range(len(samples))]

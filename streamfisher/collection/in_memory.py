@@ -19,6 +19,7 @@ from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import make_units
 from streamfisher.errors import CapacityError, NonFiniteError
 from streamfisher.gradients.producer import GradientProducer, Wave
+from streamfisher.models.dtypes import in_dtype
 from streamfisher.planning.representation import choose_representation, sample_bytes
 from streamfisher.planning.run_layout import fit_batches, limits_in_memory, samples_of_batches
 from streamfisher.planning.waves import WaveSizes, cut_waves
@@ -50,6 +51,7 @@ def spectrum_in_memory(model: nn.Module, batch: Mapping[str, Any], n_samples: in
     """
     if config.storage_mode == "full":
         config = config.replace(chunk_size=n_samples)
+    model = in_dtype(model, config.dtype_model)
     with deterministic(config.use_deterministic, config.seed):
         data = survey(model, batch, config, n_samples=n_samples)
         with model_producer(model, data, config) as producer:

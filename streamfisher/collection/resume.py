@@ -36,7 +36,7 @@ def create_or_resume(
     prepared: PreparedRun | None,
     streamed: bool,
 ) -> None:
-    """Make the run's folder, or check that what is there is this very run; lock it for all ranks."""
+    """Make the run's folder, or check that what is there is named as this very run; lock it for all ranks."""
     resuming = (path / "manifest.json").is_file()
     if is_sharded(model):
         ranks.share("whether the run exists", resuming)
@@ -55,11 +55,6 @@ def create_or_resume(
             left = units_left(store, len(data.samples)) / max(len(units), 1)
             grams = 8 * len(data.samples) ** 2 * len(store.gram_members)
             check_disk(path, int(store.rows.bytes_of(len(data.samples)) * left) + grams)
-        if len(data.samples) > store.n_samples:
-            if progress:
-                tqdm.write(f"{path} grows from {store.n_samples} to {len(data.samples)} samples")
-            store.fsync = config.fsync
-            grow_run(store, manifest)
         return
     new = prepared or prepare(path, model, producer, data, config, streamed=streamed)
     if progress:
@@ -70,6 +65,20 @@ def create_or_resume(
     locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
     layout = manifest.layout | new.layout()
     RunStore.create(path, dataclasses.replace(manifest, probe=new.report.to_dict(), layout=layout))
+
+
+def grown_to(n_samples: int, store: RunStore, manifest: Manifest, ranks: Ranks, progress: bool) -> RunStore:
+    """Return the run with room for so many samples; all ranks wait until rank 0 has made it."""
+    if n_samples <= store.n_samples:
+        return store
+    if ranks.is_main:
+        if progress:
+            tqdm.write(f"{store.path} grows from {store.n_samples} to {n_samples} samples")
+        grow_run(store, manifest)
+    ranks.wait("for the run to grow")
+    grown = RunStore(store.path, looked_over=True)
+    grown.fsync = store.fsync
+    return grown
 
 
 def _announced(plan: RunLayout) -> str:

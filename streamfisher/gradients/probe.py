@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from streamfisher.errors import CaptureError, LossError, first_line
 from streamfisher.gradients.candidates import Candidate, NoiseSearch, groups_of, options_of
 from streamfisher.gradients.groups import Group
+from streamfisher.gradients.modes import of_batch_norms
 from streamfisher.gradients.norms import distance, norm
 from streamfisher.gradients.passes import GradientPasses
 from streamfisher.gradients.probe_report import ParameterReport, ProbeReport
@@ -253,10 +254,19 @@ def _check_independence(
                 f"The loss of one sample is {reference.losses[i]:.6g} at one time and {float(again):.6g} at the next: "
                 "the model or the loss is random even in eval mode. Make it deterministic."
             )
+        if gap <= limit:
+            raise LossError(
+                f"The gradient of sample {i} of the batch, alone and in a batch of {len(samples)}, differs by "
+                f"{worst[0]:.1e} (relative), and its loss of {reference.losses[i]:.6g} does not: the backward pass "
+                "depends on the batch or on chance (an autograd function of one's own, a hook, a kernel that adds up "
+                f"in no fixed order, which use_deterministic excludes).{of_batch_norms(engine.model)}",
+                samples=[i],
+            )
         raise LossError(
             f"The loss couples samples: alone, sample {i} of the batch has the loss {reference.losses[i]:.6g} and in a "
             f"batch of {len(samples)} {float(loss):.6g}; its gradients differ by {worst[0]:.1e} (relative). Per-sample "
-            "gradients need a loss of each sample by itself (no contrastive terms, no batch statistics).",
+            "gradients need a loss of each sample by itself (no contrastive terms, no batch statistics)."
+            f"{of_batch_norms(engine.model)}",
             samples=[i],
         )
     return noise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +130,7 @@ def build_unstored_grams(
     blocks = group_blocks(assign_blocks(store.parameters, config.block_structure))
     subsets = draw_columns(store.parameters, blocks, config.max_params_per_block, config.seed)
     members = {key: store.gram_members[key] for key in keys}
-    sink = _CheckedGram(store, frozenset(subsets))
+    sink = _CheckedGram(NormCheck(store, frozenset(subsets)))
     built = grams.build_grams(store.rows, config, sink, keys=members, subsets=subsets, progress=progress)
     give_back()
     return built
@@ -189,7 +190,8 @@ class GramSink:
     def __init__(
         self, store: RunStore, settings: Mapping[str, Any], *, subsampled: frozenset[str], compare: bool = False
     ):
-        self.store, self.settings, self.subsampled, self.compare = store, dict(settings), subsampled, compare
+        self.settings, self.compare = dict(settings), compare
+        self.store, self.subsampled, self.norms = store, subsampled, NormCheck(store, subsampled)
 
     def __call__(self, finished: grams.ParameterGram) -> tuple[str, float | None]:
         """Write a Gram; return its key and how far one that was there is from it, relatively.
@@ -198,7 +200,7 @@ class GramSink:
             CorruptRunError: its diagonal is not what was seen while collecting.
         """
         name = finished.name
-        check_norms(self.store, finished, self.subsampled)
+        self.norms.check(finished)
         difference = self._difference(finished) if self.compare else None
         moment = stored_moment(self.store, name, self.subsampled)
         self.store.grams.write(
@@ -224,29 +226,46 @@ class GramSink:
 class _CheckedGram:
     """Checks a finished Gram and hands it back; picklable for Dask workers."""
 
-    store: RunStore
-    subsampled: frozenset[str]
+    norms: NormCheck
 
     def __call__(self, finished: grams.ParameterGram) -> grams.ParameterGram:
-        check_norms(self.store, finished, self.subsampled)
+        self.norms.check(finished)
         return finished
 
 
-def check_norms(store: RunStore, finished: grams.ParameterGram, subsampled: frozenset[str]) -> None:
-    """Refuse a Gram whose diagonal is not what was seen while collecting; one of drawn columns has another.
+class NormCheck:
+    """Holds the diagonals of Grams against the norms that were seen while collecting, which each process reads once.
 
-    Raises:
-        CorruptRunError: it names the samples.
+    Args:
+        store: of the run.
+        subsampled: parameters of which some columns are drawn; their Grams have other diagonals.
     """
-    members = store.gram_members[finished.name]
-    if subsampled.intersection(members):
-        return
-    columns = [list(store.parameters).index(member) for member in members]
-    expected = store.samples.per_sample("squared_norm")[:, columns].sum(axis=1)
-    wrong = np.flatnonzero(np.abs(finished.gram.diagonal() - expected) > store.rows.norm_tolerance * expected)
-    if len(wrong):
-        raise CorruptRunError(
-            f"{store.path}: the stored rows of {finished.name} do not have the norms they were collected with "
-            f"(samples {', '.join(map(str, wrong[:8]))}{' and more' if len(wrong) > 8 else ''}). "
-            "`streamfisher verify` tells which chunks are affected."
-        )
+
+    def __init__(self, store: RunStore, subsampled: frozenset[str]) -> None:
+        self.store, self.subsampled = store, subsampled
+        self._lock = threading.Lock()
+        self._squares: np.ndarray | None = None  # (N, K) float64
+
+    def __reduce__(self) -> tuple[type[NormCheck], tuple[RunStore, frozenset[str]]]:
+        return NormCheck, (self.store, self.subsampled)
+
+    def check(self, finished: grams.ParameterGram) -> None:
+        """Refuse a Gram whose diagonal is not what was seen while collecting.
+
+        Raises:
+            CorruptRunError: it names the samples.
+        """
+        store, members = self.store, self.store.gram_members[finished.name]
+        if self.subsampled.intersection(members):
+            return
+        with self._lock:
+            if self._squares is None:
+                self._squares = store.samples.per_sample("squared_norm")
+        expected = self._squares[:, [store.run.columns[member] for member in members]].sum(axis=1)
+        wrong = np.flatnonzero(np.abs(finished.gram.diagonal() - expected) > store.rows.norm_tolerance * expected)
+        if len(wrong):
+            raise CorruptRunError(
+                f"{store.path}: the stored rows of {finished.name} do not have the norms they were collected with "
+                f"(samples {', '.join(map(str, wrong[:8]))}{' and more' if len(wrong) > 8 else ''}). "
+                "`streamfisher verify` tells which chunks are affected."
+            )

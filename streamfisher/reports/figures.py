@@ -69,6 +69,11 @@ def svg(draw: Callable[[Any], None], *, width: float, height: float, title: str)
     return text.replace("<svg ", f'<svg role="img" aria-label="{escaped}" ', 1)
 
 
+def as_text(name: str) -> str:
+    """Return a name for matplotlib, which would take what stands between two dollars for a formula."""
+    return name.replace("$", r"\$")
+
+
 def eigenvalue_curves(spectrum: Spectrum, title: str) -> str:
     """Draw eigenvalues against their index, log-log, with noise floors (dotted) and bootstrap intervals (bands)."""
 
@@ -105,7 +110,7 @@ def densities(spectra: Sequence[tuple[str, BlockSpectrum]], title: str) -> str:
             if values.size:
                 density = np.histogram(values, edges)[0] / values.size / np.diff(edges)
                 style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
-                axis.stairs(density, edges, label=name, linewidth=1.5, **style)
+                axis.stairs(density, edges, label=as_text(name), linewidth=1.5, **style)
         axis.set_xlabel("log10 of the eigenvalue")
         axis.set_ylabel("share per decade")
         axis.legend(fontsize=7, frameon=False)
@@ -127,7 +132,9 @@ def cumulative_variance(spectrum: Spectrum, title: str) -> str:
                 colour = "#000000" if whole else COLOURS[number % len(COLOURS)]
                 style = "-" if whole else STYLES[number // len(COLOURS) % len(STYLES)]
                 index = np.arange(1, len(share) + 1)
-                axis.semilogx(index, share, style, color=colour, linewidth=2.2 if whole else 1.3, label=block.name)
+                axis.semilogx(
+                    index, share, style, color=colour, linewidth=2.2 if whole else 1.3, label=as_text(block.name)
+                )
         axis.set_ylim(0, 1.02)
         axis.set_xlabel("number of leading eigenvalues")
         axis.set_ylabel("share of the trace")
@@ -148,7 +155,7 @@ def growth_curves(growth: Growth, metric: str, label: str, title: str, *, log: b
             style = STYLES[number // len(COLOURS) % len(STYLES)]
             colour = COLOURS[number % len(COLOURS)]
             values = growth.curve(metric, name)
-            axis.plot(growth.sizes, values, style, color=colour, marker="o", markersize=3, label=name)
+            axis.plot(growth.sizes, values, style, color=colour, marker="o", markersize=3, label=as_text(name))
         axis.set_xscale("log", base=2)
         axis.set_xticks(growth.sizes, [str(size) for size in growth.sizes])
         axis.minorticks_off()
@@ -187,8 +194,8 @@ def heat_map(
         axis = figure.subplots()
         norm = LogNorm() if log and shown.count() else None
         image = axis.imshow(shown, cmap="cividis", aspect="auto", norm=norm)
-        axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8)
-        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.set_xticks(range(len(columns)), [as_text(name) for name in columns], rotation=35, ha="right", fontsize=8)
+        axis.set_yticks(range(len(rows)), [as_text(name) for name in rows], fontsize=8)
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0)
         figure.colorbar(image, ax=axis, label=label, shrink=0.9)
@@ -267,12 +274,12 @@ def panel(axis: Any, spectrum: Spectrum) -> None:
         above, below = block.above_floor, (~block.above_floor) & (values > 0)
         if spectrum.bootstrap is not None:
             band(axis, spectrum.bootstrap.blocks[name], block, colour)
-        axis.loglog(index[above], values[above], color=colour, linestyle=style, linewidth=1.6, label=name)
+        axis.loglog(index[above], values[above], color=colour, linestyle=style, linewidth=1.6, label=as_text(name))
         if below.any():
             axis.loglog(index[below], values[below], color=colour, linestyle=style, linewidth=0.8, alpha=0.25)
     kind = "gradient covariance" if facts.get("centered") else "empirical Fisher"
     partial = partial_prefix(spectrum).replace(": ", "\n")
-    axis.set_title(f"{partial}{kind}, blocks: {structure_name(spectrum)}", fontsize=10)
+    axis.set_title(f"{partial}{kind}, blocks: {as_text(structure_name(spectrum))}", fontsize=10)
     axis.set_xlabel("index")
     axis.grid(which="major", linewidth=0.4, alpha=0.5)
     if 1 < len(spectrum.blocks) <= 16:
