@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from streamfisher.collection.prepare import beside_weights, make_manifest, prepare_either, probe
 from streamfisher.collection.producers import check_streamable, fixed_choice, make_producer
-from streamfisher.collection.resume import create_or_resume
+from streamfisher.collection.resume import create_or_resume, stored_routes
 from streamfisher.collection.survey import survey
 from streamfisher.collection.waves import Collection
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import padded_total
-from streamfisher.gradients import ProbeReport
 from streamfisher.gradients.state import without_packing
 from streamfisher.models.sharding import is_sharded, reshard
 from streamfisher.models.weights import Resident
@@ -93,7 +92,7 @@ def collect_gradients(
             store.fsync = config.fsync
             facts = {"samples": store.n_samples, "ranks": ranks.count, "waves": len(store.waves)}
             locks.enter_context(RunLog(path, "collect", ranks.index, device=str(state.device), **facts))
-            producer.apply_routes(ProbeReport.from_dict(store.manifest.probe))
+            producer.apply_routes(stored_routes(store))
             if ranks.is_main:
                 store.sweep()
                 store.samples.write_fields(data.fields)

@@ -16,6 +16,7 @@ from streamfisher.runtime.durable import read_json
 from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import codecs, stage_of
 from streamfisher.store.factors import checksum_of
+from streamfisher.store.forms import EIGENVECTORS, FINISHED_EIGENVECTORS, require_form
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.names import node_name
 from streamfisher.store.opening import open_array
@@ -233,10 +234,9 @@ def _wrong_eigenvectors(marks: Path, folder: Path) -> str | None:
         for marker in marks.glob("*.json"):
             if marker.stem != "identity" and read_json(marker).get("marker", marker.stem) != marker.stem:
                 return f"{marker} is another marker."
-        if finished and "orthonormality_error" not in finished:
-            return f"{marks / 'finished.json'} is another marker."
-        if "parameters" not in identity or "marker" in identity:
-            return f"{marks / 'identity.json'} is another marker."
+        require_form(identity, EIGENVECTORS, marks / "identity.json")
+        if finished:
+            require_form(finished, FINISHED_EIGENVECTORS, marks / "finished.json")
         names = ["solved", *(f"parameter-{node_name(name)}" for name in identity["parameters"])] if finished else []
         for name in names:
             read_json(marks / f"{name}.json")

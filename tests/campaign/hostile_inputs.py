@@ -200,7 +200,7 @@ def _lying_weights(path: Path, dice: random.Random) -> str:
     def changed(**facts: Any) -> None:
         _safetensors(path, header | {name: header[name] | facts}, rest)
 
-    ways: dict[str, Callable[[], None]] = {
+    ways: dict[str, Callable[[], object]] = {
         "a header of 2^60 bytes": lambda: _safetensors(path, header, rest, 1 << 60),
         "a header of no JSON": lambda: _safetensors(path, b"{" * 1000, rest),
         "a deep header": lambda: _safetensors(path, b"[" * 200_000, rest),
@@ -212,11 +212,11 @@ def _lying_weights(path: Path, dice: random.Random) -> str:
         "another dtype": lambda: changed(dtype="F64"),
         "a dtype that is none": lambda: changed(dtype=EVILS[0]),
         "one tensor less": lambda: _safetensors(path, {key: header[key] for key in header if key != name}, rest),
-        "NaN": lambda: path.write_bytes(content[: 8 + size] + b"\xff" * len(rest)) and None,
-        "torn": lambda: path.write_bytes(content[: dice.randrange(len(content))]) and None,
-        "a pickle": lambda: path.write_bytes(b"\x80\x04\x95" + bytes(200)) and None,
-        "nothing": lambda: path.write_bytes(b"") and None,
-        "none, and a pickle beside it": lambda: path.rename(path.with_name("pytorch_model.bin")) and None,
+        "NaN": lambda: path.write_bytes(content[: 8 + size] + b"\xff" * len(rest)),
+        "torn": lambda: path.write_bytes(content[: dice.randrange(len(content))]),
+        "a pickle": lambda: path.write_bytes(b"\x80\x04\x95" + bytes(200)),
+        "nothing": lambda: path.write_bytes(b""),
+        "none, and a pickle beside it": lambda: path.rename(path.with_name("pytorch_model.bin")),
         "a terabyte": lambda: _longer(path),
     }
     way = dice.choice(sorted(ways))
