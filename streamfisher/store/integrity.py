@@ -22,11 +22,7 @@ from streamfisher.runtime.durable import LARGEST_JSON
 from streamfisher.runtime.own_files import open_own, require_own
 from streamfisher.store import codecs
 from streamfisher.store.forms import MANIFEST, require_form
-from streamfisher.store.names import node_name
 from streamfisher.store.opening import LARGEST_CHUNK
-
-#: Bytes of a name that every filesystem takes, less what is put before and after it.
-_LONGEST_NAME = 255
 
 
 def chunk_digest(folder: Path) -> int:
@@ -141,8 +137,8 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
 def _check_parameter(item: Mapping[str, Any], rows: int, itemsize: int, project: Any) -> None:
     """Refuse a parameter of another size than a run can have."""
     name = reprlib.repr(item["name"])
-    if not item["name"] or len(node_name(item["name"])) > _LONGEST_NAME:
-        raise CorruptRunError(f"manifest.json: {name} cannot be the name of a parameter's folder.")
+    if not item["name"]:
+        raise CorruptRunError("manifest.json has a parameter without a name.")
     elements = 1
     for size in item["shape"]:
         elements *= size

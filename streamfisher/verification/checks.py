@@ -95,10 +95,13 @@ class GramCheck:
 
     def find(self) -> list[Problem]:
         """Return the Grams that are damaged."""
-        problems = []
-        for key in filter(self.run.store.grams.has, self.run.store.gram_members):
+        problems, store = [], self.run.store
+        for key in filter(store.grams.has, store.gram_members):
             try:
-                self.run.store.grams.check(key)
+                store.grams.check(key)
+                moment = store.grams.moment(key)
+                if moment is not None and moment.count != store.n_samples - len(store.samples.skipped()):
+                    raise CorruptRunError(f"the moment of {key} is of {moment.count} samples, not of the valid ones.")
             except CorruptRunError as error:
                 problems.append(Problem("gram", key, None, None, str(error)))
                 self._damaged.append(key)

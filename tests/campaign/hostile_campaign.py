@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -177,7 +178,7 @@ class Campaign:
             case.wrong.append(f"{found.peak >> 20} MB were taken")
         for said in found.said:
             case.wrong += [f"{said.command.name}: {words}" for words in self._judge(case, said, same)]
-        if case.kind != "hard link" and case.kind != "link to a file":
+        if case.kind != "hard link":  # whose contents are those of the run's own file
             case.wrong += self._leaks(out, found.said)
         case.wrong += _in_files(out)
         return case
@@ -203,15 +204,22 @@ class Campaign:
                 wrong.append(f"{name} has {first!a}: {shown[:300]!a}")
             if any(line.startswith("streamfisher: all is well") for line in shown.split("\n")):
                 wrong.append(f"a line of {name} was forged")
-        expected = self.expected.get(("data", same) if same else (case.workflow, _question(said.command)))
-        if said.code == 0 and expected and _answers(said.command) and (case.kind != "data" or same):
-            try:
-                other = differing(expected, values_of(json.loads(said.out)))
-            except ValueError as error:
-                other = f"no JSON ({error})"
-            if other is not None:
-                wrong.append(f"another answer: {other}")
+        if said.code == 0 and _answers(said.command) and (case.kind != "data" or same):
+            other = self._another(case, said, ("data", same) if same else (case.workflow, _question(said.command)))
+            wrong += [f"another answer: {other}"] if other else []
         return wrong
+
+    def _another(self, case: Case, said: Said, question: tuple[str, str]) -> str | None:
+        """Return how an answer is not what it was before the run was hostile; `None`: it is."""
+        expected = self.expected.get(question)
+        try:
+            content = json.loads(said.out)
+        except ValueError as error:
+            return f"no JSON ({error})"
+        of_manifest = case.kind == "contradiction in the manifest"
+        if of_manifest and (question[1] == "density" or re.search(rb'"parameter_subsampling": \d', said.out)):
+            return None  # another seed, or columns that are drawn: options of the run, and the answer says so
+        return differing(expected, values_of(content)) if expected else None
 
     def _leaks(self, out: Path, said: Sequence[Said]) -> list[str]:
         """Return where contents of a file outside were shown or written."""

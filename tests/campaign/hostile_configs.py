@@ -14,13 +14,18 @@ QUIET = ("--quiet", "--device", "cpu", "--workers", 1)
 Given = tuple[str, list[Command], str]  # what it is, commands, and the name of the answer that it must be; "": none
 
 DIGITS = "9" * 5000
-_ALIASES = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
-    f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 10)}]\n" for n in range(9)
+_ALIASES = (
+    "[&a [x,x,x,x,x,x,x,x,x,x]"
+    + "".join(f", &{chr(98 + n)} [{', '.join(['*' + chr(97 + n)] * 10)}]" for n in range(9))
+    + "]"
 )
 CONFIGS = {
     "yaml": [
-        _ALIASES,
-        _ALIASES + "include: *j\n",
+        f"include: {_ALIASES}\n",
+        f"seed: {_ALIASES}\n",
+        f"blocks: {_ALIASES}\n",
+        f"memory_budget: {_ALIASES}\n",
+        f"'first.*': {_ALIASES}\n",
         "include: &a [*a]\n",
         "seed: &a {x: *a}\n",
         "? {a: 1}\n: 2\n",

@@ -7,6 +7,7 @@ takes, and how much memory the process has. What lies around the run is looked a
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -99,6 +100,7 @@ def _child(commands: Sequence[Command], work: Path, printed: Path, at: mmap.mmap
     os.chdir(work)
     resource.setrlimit(resource.RLIMIT_FSIZE, (BYTES, BYTES))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    find = importlib.util.find_spec  # which hides matplotlib from some commands
     for number, command in enumerate(commands):
         at[:8] = (number + 1).to_bytes(8, "little")
         for descriptor, kind in ((1, "out"), (2, "err")):
@@ -109,6 +111,7 @@ def _child(commands: Sequence[Command], work: Path, printed: Path, at: mmap.mmap
         sys.stderr = io.TextIOWrapper(
             io.FileIO(2, "w", closefd=False), encoding="utf-8", errors="backslashreplace", write_through=True
         )
+        importlib.util.find_spec = find
         start = time.monotonic()
         try:
             code = streamfisher(command.words, pictures=command.pictures)()

@@ -44,7 +44,6 @@ MANIFESTS = {
     "patterns that are none": lambda m: m["layout"].update(keep=[7]),
     "no parameters": lambda m: m.update(parameters=[]),
     "a name of no length": lambda m: m["parameters"][0].update(name=""),
-    "a name longer than a file's": lambda m: m["parameters"][0].update(name="x" * 300),
     "half of a letter": lambda m: m["parameters"][0].update(name="\ud800"),
     "an axis too large": lambda m: m["parameters"][0].update(shape=[2**60]),
     "axes without end": lambda m: m["parameters"][0].update(shape=[2] * 10_000),
@@ -139,3 +138,13 @@ def test_facts_of_a_result_cannot_be_overwritten_by_the_loss(run):
     facts = open_run(run).spectrum("none").metadata
     assert (facts["n_samples_stored"], facts["model_mode"]) == (24, "eval")
     assert json.dumps(facts)
+
+
+def test_a_moment_of_other_samples_than_it_says_answers_for_none(tmp_path):
+    run = make_run(tmp_path / "run.zarr")
+    run.build_grams()
+    (path,) = (run.path / "done").glob("moment-second.bias.json")
+    write_json(path, read_json(path) | {"count": 7})
+    with pytest.raises(CorruptRunError, match="is of 7 samples, and 24 are valid"):
+        open_run(run.path).spectrum("parameter", samples=slice(7))
+    assert [problem.parameter for problem in verify(open_run(run.path))] == ["second.bias"]
