@@ -95,17 +95,25 @@ class GramCheck:
 
     def find(self) -> list[Problem]:
         """Return the Grams that are damaged."""
-        problems, store = [], self.run.store
+        problems, store, valid = [], self.run.store, self._valid()
         for key in filter(store.grams.has, store.gram_members):
             try:
                 store.grams.check(key)
                 moment = store.grams.moment(key)
-                if moment is not None and moment.count != store.n_samples - len(store.samples.skipped()):
+                if moment is not None and valid not in (None, moment.count):
                     raise CorruptRunError(f"the moment of {key} is of {moment.count} samples, not of the valid ones.")
             except CorruptRunError as error:
                 problems.append(Problem("gram", key, None, None, str(error)))
                 self._damaged.append(key)
         return problems
+
+    def _valid(self) -> int | None:
+        """Return how many samples count; `None` where not all units are finished and whole."""
+        store = self.run.store
+        try:
+            return store.n_samples - len(store.samples.skipped()) if store.markers.is_collected else None
+        except CorruptRunError:
+            return None
 
     def repair(self) -> None:
         """Forget them."""
