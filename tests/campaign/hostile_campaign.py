@@ -251,6 +251,9 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
+_ICON = {"rel": "icon", "href": "data:,"}
+
+
 class _Page(HTMLParser):
     """Finds what a page of ours never has."""
 
@@ -259,7 +262,7 @@ class _Page(HTMLParser):
         self.found: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in ("script", "iframe", "img", "object", "embed", "link", "form"):
+        if tag in ("script", "iframe", "img", "object", "embed", "form") or (tag == "link" and dict(attrs) != _ICON):
             self.found.append(f"<{tag}>")
         self.found += [f"{tag} {name}" for name, value in attrs if name.startswith("on") or "javascript:" in str(value)]
 
