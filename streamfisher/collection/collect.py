@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from streamfisher.collection.behaviour import check_behaviour
 from streamfisher.collection.prepare import beside_weights, make_manifest, prepare_either, probe
 from streamfisher.collection.producers import check_streamable, fixed_choice, make_producer
-from streamfisher.collection.resume import create_or_resume, grown_to
+from streamfisher.collection.resume import create_or_resume, grown_to, stored_routes
 from streamfisher.collection.survey import survey
 from streamfisher.collection.waves import Collection
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import padded_total
-from streamfisher.gradients import ProbeReport
 from streamfisher.gradients.state import without_packing
 from streamfisher.models.dtypes import in_dtype
 from streamfisher.models.sharding import is_sharded, reshard
@@ -90,7 +89,7 @@ def collect_gradients(
                 locks.enter_context(RankLock(path))
             store = RunStore(path)
             store.fsync = config.fsync
-            producer.apply_routes(ProbeReport.from_dict(store.manifest.probe))
+            producer.apply_routes(stored_routes(store))
             check_behaviour(store, producer, data.batches(model, config, store.batch_tokens, store.units))
             ranks.wait("for the comparison with the run")  # nothing is changed before all ranks agree
             store = grown_to(len(data.samples), store, manifest, ranks, progress)

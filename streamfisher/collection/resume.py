@@ -14,7 +14,9 @@ from streamfisher.collection.prepare import PreparedRun, prepare
 from streamfisher.collection.survey import RunData
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import make_units
-from streamfisher.errors import RunMismatchError
+from streamfisher.errors import CorruptRunError, RunMismatchError
+from streamfisher.gradients import RULES, ProbeReport
+from streamfisher.gradients.groups import GENERIC
 from streamfisher.gradients.producer import GradientProducer
 from streamfisher.models.sharding import is_sharded
 from streamfisher.planning.run_layout import RunLayout
@@ -79,6 +81,25 @@ def grown_to(n_samples: int, store: RunStore, manifest: Manifest, ranks: Ranks, 
     grown = RunStore(store.path, looked_over=True)
     grown.fsync = store.fsync
     return grown
+
+
+def stored_routes(store: RunStore) -> ProbeReport:
+    """Return how the gradients of a run are formed, as its probe found.
+
+    Raises:
+        CorruptRunError: the manifest does not say it of every parameter, or names a rule that there is not.
+    """
+    if not store.manifest.probe:
+        raise CorruptRunError(f"{store.path}: manifest.json does not say how gradients are formed.")
+    report = ProbeReport.from_dict(store.manifest.probe)
+    rules = GENERIC.keys() | {rule.name for rule in RULES}
+    served = {name for group in report.groups for name in group["names"].values()} | set(report.per_sample)
+    served |= {name for name, one in report.parameters.items() if one.zero or one.rule == "unreached"}
+    unknown = {group["rule"] for group in report.groups} - rules
+    if unknown or set(report.parameters) - served:
+        what = f"knows no rule {min(unknown)!r}" if unknown else "does not say how each gradient is formed"
+        raise CorruptRunError(f"{store.path}: manifest.json {what}.")
+    return report
 
 
 def _announced(plan: RunLayout) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from streamfisher.errors import ConfigError, ModelError, StreamfisherError, first_line, require
+from streamfisher.errors import ConfigError, ModelError, StreamfisherError, first_line, no_memory, require
 from streamfisher.models.checkpoint import load_sharded, load_weights
 from streamfisher.models.device_map import DeviceMap, check_device_map, place
 from streamfisher.models.sharding import shard
@@ -80,12 +81,8 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> Any:
     require("transformers", "hf", f"tokenize text for {spec}")
     import transformers
 
-    try:
+    with in_a_sentence(f"no tokenizer could be loaded from {spec}", " Use --tokenizer bytes, or give token ids."):
         return transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"no tokenizer could be loaded from {spec}: {first_line(error)}. Use --tokenizer bytes, or give token ids."
-        ) from error
 
 
 def _expanded(spec: str) -> str:
@@ -143,7 +140,7 @@ def _load_pretrained(
     require("transformers", "hf", f"load the model {spec}")
     import transformers
 
-    try:
+    with in_a_sentence(f"MODEL {spec} cannot be loaded"):
         config = transformers.AutoConfig.from_pretrained(spec, trust_remote_code=trust_remote_code)
         kind = auto_class(transformers, config)
         options = {"config": config, "dtype": dtype or "auto", "use_safetensors": True}
@@ -154,10 +151,29 @@ def _load_pretrained(
             with torch.device("meta"):
                 check_device_map(kind._from_config(config), where["device_map"])
         return load_weights(kind, spec, {**options, **where})
+
+
+@contextlib.contextmanager
+def in_a_sentence(what: str, remedy: str = "") -> Iterator[None]:
+    """Say in a sentence what is wrong with a checkpoint: transformers raises whatever its files lead it to.
+
+    Args:
+        what: goes before the reason.
+        remedy: goes after it.
+
+    Raises:
+        ModelError: anything was raised but our own errors, and those of a memory that is used up.
+    """
+    try:
+        yield
     except StreamfisherError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ModelError(f"MODEL {spec} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:
+        if no_memory(error):
+            raise
+        known = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
+        reason = first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"{what}: {reason}{'.' if remedy else ''}{remedy}") from error
 
 
 def auto_class(transformers: Any, config: Any) -> Any:
@@ -167,6 +183,6 @@ def auto_class(transformers: Any, config: Any) -> Any:
         raise ModelError(f"config.json: architectures must be a list of names of classes, not {names!r:.80}.")
     for name in names:
         kind = getattr(transformers, name, None)
-        if kind is not None:
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
             return kind
     return transformers.AutoModelForCausalLM

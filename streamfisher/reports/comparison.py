@@ -82,10 +82,10 @@ def comparison_picture(comparison: Comparison, path: str | Path) -> Path:
             axis.loglog(
                 index, block.eigenvalues[above], style, color=colour, linewidth=1.5, label=as_text(label + partial)
             )
-        axis.set_title(key, fontsize=10)
+        axis.set_title(as_text(key), fontsize=10)
         axis.grid(which="major", linewidth=0.4, alpha=0.5)
     axes[0, 0].legend(fontsize=7, frameon=False)
-    figure.supxlabel(f"index (blocks: {structure_name(comparison.spectra[0])})", fontsize=9)
+    figure.supxlabel(f"index (blocks: {as_text(structure_name(comparison.spectra[0]))})", fontsize=9)
     figure.supylabel("eigenvalue", fontsize=9)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

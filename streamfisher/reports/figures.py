@@ -20,12 +20,19 @@ from streamfisher.results.bootstrap import BlockBootstrap
 from streamfisher.results.notebook import partial_prefix, structure_name
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum
 from streamfisher.runtime.durable import replacing
+from streamfisher.runtime.printable import printable
 
 #: Okabe and Ito's colours, told apart by the colour-blind; line styles tell apart what repeats.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 
 _LEGEND = 16  # more entries than that say nothing
+
+
+def as_text(name: object) -> str:
+    """Return a name as a figure shows it: dollars begin no formula, nothing is hidden, no letter is missing in XML."""
+    text = printable(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text  # a legend leaves such labels out
 
 
 def svg(draw: Callable[[Any], None], *, width: float, height: float, title: str) -> str:
@@ -65,13 +72,8 @@ def svg(draw: Callable[[Any], None], *, width: float, height: float, title: str)
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r'((?:xlink:)?href="#)', rf"\1{prefix}-", text)
     text = text.replace("url(#", f"url(#{prefix}-")
-    escaped = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    escaped = printable(title).replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return text.replace("<svg ", f'<svg role="img" aria-label="{escaped}" ', 1)
-
-
-def as_text(name: str) -> str:
-    """Return a name for matplotlib, which would take what stands between two dollars for a formula."""
-    return name.replace("$", r"\$")
 
 
 def eigenvalue_curves(spectrum: Spectrum, title: str) -> str:
@@ -194,8 +196,8 @@ def heat_map(
         axis = figure.subplots()
         norm = LogNorm() if log and shown.count() else None
         image = axis.imshow(shown, cmap="cividis", aspect="auto", norm=norm)
-        axis.set_xticks(range(len(columns)), [as_text(name) for name in columns], rotation=35, ha="right", fontsize=8)
-        axis.set_yticks(range(len(rows)), [as_text(name) for name in rows], fontsize=8)
+        axis.set_xticks(range(len(columns)), list(map(as_text, columns)), rotation=35, ha="right", fontsize=8)
+        axis.set_yticks(range(len(rows)), list(map(as_text, rows)), fontsize=8)
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0)
         figure.colorbar(image, ax=axis, label=label, shrink=0.9)

@@ -12,6 +12,7 @@ from streamfisher.errors import CorruptRunError, RunError
 from streamfisher.runtime.durable import read_json, write_json
 from streamfisher.runtime.own_files import read_own
 from streamfisher.store.folder import RunFolder
+from streamfisher.store.forms import RESULT, UNIT, require_form
 
 #: Bytes of a file of results.
 _LARGEST_RESULT = 2 << 30
@@ -79,10 +80,14 @@ class Markers:
         """
         path = self._path(unit, wave)
         marker = self._read(path)
-        if not isinstance(marker, dict) or (marker.get("start"), marker.get("stop")) != (unit.start, unit.stop):
+        require_form(marker, UNIT, path)
+        if (marker["start"], marker["stop"]) != (unit.start, unit.stop):
             raise CorruptRunError(f"{path} is not the marker of samples {unit.start} to {unit.stop - 1}.")
-        if marker.get("wave", wave) != wave or not isinstance(marker.get("skipped"), dict):
+        if marker.get("wave", wave) != wave:
             raise CorruptRunError(f"{path} is not the marker of wave {wave}.")
+        for sample in map(int, marker["skipped"]):
+            if not unit.start <= sample < unit.stop:
+                raise CorruptRunError(f"{path} is the marker of samples {unit.start} to {unit.stop - 1}, not {sample}.")
         return marker
 
     def _read(self, path: Path) -> Any:
@@ -116,8 +121,10 @@ class Markers:
         for marker in sorted((self.run.path / "done" / "results").glob("*.json")):
             path = self.run.path / marker.stem
             try:
-                right = read_json(marker)["crc32c"] == google_crc32c.value(read_own(path, _LARGEST_RESULT))
-            except (OSError, KeyError, TypeError, CorruptRunError):
+                content = read_json(marker)
+                require_form(content, RESULT, marker)
+                right = content["crc32c"] == google_crc32c.value(read_own(path, _LARGEST_RESULT))
+            except (OSError, CorruptRunError):
                 right = False
             if not right:
                 found.append(path.name)

@@ -12,6 +12,7 @@ from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.runtime.durable import read_json
 from streamfisher.store.arrays import CHUNK, values_of, write_array
 from streamfisher.store.folder import RunFolder
+from streamfisher.store.forms import FIELDS, require_form
 from streamfisher.store.integrity import check_layout, digest_of_values, require_inside
 from streamfisher.store.markers import Markers, stage_of
 from streamfisher.store.names import node_name
@@ -40,7 +41,9 @@ class SampleStore:
             CorruptRunError: the marker is damaged.
         """
         marker = self.run.path / "done" / "fields.json"
-        names = read_json(marker).get("crc32c", {}) if marker.is_file() else {}
+        content = read_json(marker) if marker.is_file() else {"crc32c": {}}
+        require_form(content, FIELDS, marker)
+        names = content["crc32c"]
         return [name for name in names if not (self.run.path / "fields" / node_name(name) / "zarr.json").is_file()]
 
     def fields(self) -> dict[str, np.ndarray]:

@@ -17,10 +17,11 @@ from streamfisher.analysis.run import StoredRun
 from streamfisher.byte_sizes import parse_bytes
 from streamfisher.collection.prepare import make_manifest
 from streamfisher.collection.producers import model_producer
+from streamfisher.collection.resume import stored_routes
 from streamfisher.collection.survey import survey
 from streamfisher.config import parse_dtype
 from streamfisher.errors import ConfigError, CorruptRunError, RunError, RunMismatchError
-from streamfisher.gradients import GradientEngine, ProbeReport
+from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.factors import FactorPair, product
 from streamfisher.gradients.state import without_packing
 from streamfisher.models.batches import ModelBatches
@@ -77,7 +78,7 @@ def deep_problems(
                     + "\nUse the same model, data and settings."
                 )
             if config.stream == "none":
-                producer.apply_routes(ProbeReport.from_dict(run.manifest.probe))
+                producer.apply_routes(stored_routes(run.store))
             else:  # its routes are those of segments, and here the model is whole
                 producer.probe(None if config.memory_budget is None else parse_bytes(config.memory_budget))
             batches = now.batches(model, config, run.store.batch_tokens, run.store.units)
