@@ -65,7 +65,8 @@ def collect_gradients(
         without_packing(model),  # from the first pass on
         chunks_at_a_time(len(os.sched_getaffinity(0)) // local_ranks()),
     ):
-        data = survey(model, samples, config, loss, n_samples)
+        known = RunStore(path).manifest.layout.get("kept_apart") if (path / "manifest.json").is_file() else None
+        data = survey(model, samples, config, loss, n_samples, known)
         reshard(model)
         sharded = is_sharded(model)
         prepared = None
@@ -103,6 +104,6 @@ def collect_gradients(
             collection = Collection(store, producer, batches, left, ranks, sharded, progress)
             if config.store_centered:
                 collection.collect_mean()
-            tokens = padded_total(data.lengths, store.units, store.batch_tokens)
+            tokens = padded_total(data.lengths, store.units, store.batch_tokens, data.apart)
             producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens, path / "stream")
             collection.collect_waves()

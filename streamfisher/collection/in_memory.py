@@ -85,7 +85,7 @@ def _collected(
         sink,
         wave,
         sink.todo(),
-        guard=OwnGuard(producer, sink.parameters, config.guard_every),
+        guard=OwnGuard(producer, wave.batches, sink.parameters, config.guard_every, config.seed),
         skip_nonfinite=config.on_nonfinite == "skip",
     )
     producer.finish(wave)
@@ -110,7 +110,7 @@ def _cut(
         chosen,
         n_samples=n,
         unit_rows=0,
-        batch_samples=max(samples_of_batches(data.lengths, config.chunk_size, batch_tokens)),
+        batch_samples=max(samples_of_batches(data.lengths, config.chunk_size, batch_tokens, data.apart)),
         row_itemsize=producer.row_dtype.itemsize,
         stored_itemsize=producer.row_dtype.itemsize,
     )

@@ -92,9 +92,10 @@ def prepare(
         activations=activations,
         segments=producer.segments(),
         device=producer.device,
+        apart=data.apart,
     )
     units = make_units(len(data.samples), config.chunk_size)
-    tokens = padded_total(data.lengths, units, plan.batch_tokens)
+    tokens = padded_total(data.lengths, units, plan.batch_tokens, data.apart)
     producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens)
     return PreparedRun(streamed, report, plan)
 
@@ -162,6 +163,7 @@ def make_manifest(
             "codec": config.codec,
             "centered": config.store_centered,
             "arithmetic": arithmetic_of(producer.device),
+            "kept_apart": data.kept_apart,
         },
         probe=report.to_dict() if report else {},
         versions=versions(),

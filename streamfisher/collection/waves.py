@@ -141,11 +141,10 @@ class Collection:
         """Take the units that this rank claims; with sharded weights, go along with the other ranks' batches too."""
         config, ranks = self.config, self.ranks
         claims = Claims(ranks, title, sink.todo(), self.store.units, together=self.sharded)
-        guard: Guard = OwnGuard(self.producer, list(sink.parameters), config.guard_every)
+        guarded = (list(sink.parameters), config.guard_every, config.seed)
+        guard: Guard = OwnGuard(self.producer, self.batches, *guarded)
         if self.sharded:
-            guard = SharedGuard(
-                self.producer, self.batches, claims.units, ranks, list(sink.parameters), config.guard_every
-            )
+            guard = SharedGuard(self.producer, self.batches, claims.units, ranks, *guarded)
         todo = sum(len(unit) for unit in claims.units)
         with Progress(ranks, title, todo=todo, total=self.store.n_samples, shown=self.progress) as bar:
 

@@ -141,6 +141,33 @@ def _requires(model: nn.Module, name: str) -> bool:
     return parameter is not None and parameter.default is parameter.empty
 
 
+def unpadded(batch: Mapping[str, Any], *, leading: bool = False, labels: bool = True) -> Mapping[str, Any]:
+    """Return a batch of one without the padding at its end that `attention_mask` shows, itself if there is none.
+
+    Args:
+        batch: of one sample.
+        leading: padding at its start is left out too.
+        labels: they are as long as the input; not those of an encoder-decoder.
+    """
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != 1 or bool(mask.all()) or not mask.any():
+        return batch
+    length = mask.shape[1]
+    used = mask[0].nonzero().flatten()
+    where = slice(int(used[0]) if leading else 0, int(used[-1]) + 1)
+    if where == slice(0, length):
+        return batch
+    found = {}
+    for key, value in batch.items():
+        own = not key.startswith("decoder_") and (labels or key != "labels")
+        if own and isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == length:
+            if length in value.shape[2:]:
+                return batch  # a mask of pairs, or what happens to be as wide: it cannot be told
+            value = value[:, where]
+        found[key] = value
+    return found
+
+
 def batch_size(batch: Mapping[str, Any]) -> int:
     """Return the number of samples: the first axis of `input_ids`, `labels` or the first tensor.
 

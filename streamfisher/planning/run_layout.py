@@ -79,6 +79,7 @@ def plan_layout(
     activations: float = 0.0,
     segments: Sequence[Sequence[str]] | None = None,
     device: torch.device | None = None,
+    apart: Sequence[int] | None = None,
 ) -> RunLayout:
     """Decide how a new run is laid out within its budgets and what is free here: `layout_within`, which says the rest.
 
@@ -91,6 +92,7 @@ def plan_layout(
         activations: bytes in host memory that a backward pass takes for each padded token.
         segments: parameters that share no wave with those of another segment.
         device: where gradients are made.
+        apart: samples that share no batch, see `batches_of`.
 
     Raises:
         CapacityError: something does not fit.
@@ -106,6 +108,7 @@ def plan_layout(
         row_dtype=row_dtype,
         activations=activations,
         segments=segments,
+        apart=apart,
     )
 
 
@@ -120,6 +123,7 @@ def layout_within(
     device_memory: int | None = None,
     activations: float = 0.0,
     segments: Sequence[Sequence[str]] | None = None,
+    apart: Sequence[int] | None = None,
 ) -> RunLayout:
     """Decide how a run is laid out within limits, of this machine or of another: what plans and runs both ask.
 
@@ -133,6 +137,7 @@ def layout_within(
         device_memory: bytes that the run may take on its device; `None`: gradients are made in host memory.
         activations: bytes in host memory that a backward pass takes for each padded token.
         segments: parameters that share no wave with those of another segment, in this order; `None`: any may.
+        apart: samples that share no batch, see `batches_of`.
 
     Raises:
         CapacityError: something does not fit; the message says what, by how much, and what would make it fit.
@@ -151,7 +156,7 @@ def layout_within(
         chosen,
         n_samples=n_samples,
         unit_rows=min(config.chunk_size, n_samples),
-        batch_samples=max(samples_of_batches(lengths, config.chunk_size, batch_tokens)),
+        batch_samples=max(samples_of_batches(lengths, config.chunk_size, batch_tokens, apart)),
         row_itemsize=row_itemsize,
         stored_itemsize=stored_itemsize,
     )
@@ -335,10 +340,12 @@ def fit_batches(config: SpectralConfig, lengths: Sequence[int], activations: flo
     return min(config.batch_tokens, max(fits, longest))
 
 
-def samples_of_batches(lengths: Sequence[int], chunk_size: int, batch_tokens: int) -> list[int]:
+def samples_of_batches(
+    lengths: Sequence[int], chunk_size: int, batch_tokens: int, apart: Sequence[int] | None = None
+) -> list[int]:
     """Return the samples of each batch of a run."""
     units = make_units(len(lengths), chunk_size)
-    return [len(batch) for unit in units for batch in batches_of(unit, lengths, batch_tokens)]
+    return [len(batch) for unit in units for batch in batches_of(unit, lengths, batch_tokens, apart)]
 
 
 def boundary_room(limit: float) -> int:

@@ -57,9 +57,10 @@ class StrategyPlanner:
         machine: Machine,
         rates: Rates,
         structures: int = 1,
+        apart: Sequence[int] | None = None,
     ):
         self.trace, self.config, self.machine, self.rates = trace, config, machine, rates
-        self.lengths = list(lengths)
+        self.lengths, self.apart = list(lengths), apart
         self.n = len(lengths)
         self.rows = projected(trace.shapes, config.project)
         self.shapes = {shape.name: shape for shape in self.rows}
@@ -69,7 +70,7 @@ class StrategyPlanner:
         self.per_token = TEMPORARY * trace.activation_bytes / trace.tokens  # of activations
         self.host_per_token = self.per_token if on_host else 0.0
         self.batch_tokens = self._batch_tokens()
-        self.batches = samples_of_batches(self.lengths, config.chunk_size, self.batch_tokens)
+        self.batches = samples_of_batches(self.lengths, config.chunk_size, self.batch_tokens, apart)
         self.stages = StageCosts(trace, self.rows, config, machine, rates, self.batches, self.row_dtype, structures)
         self.n_grams, self.gram_bytes = self.stages.n_grams, self.stages.gram_bytes
         self.shortfalls = Shortfalls(machine, config, self.gram_bytes, trace.weight_bytes)
@@ -116,6 +117,7 @@ class StrategyPlanner:
             row_dtype=self.row_dtype,
             activations=self.host_per_token / (max(len(segments) - 1, 1) if streamed else 1),
             segments=segments if streamed else None,
+            apart=self.apart,
         )
 
     def _device_room(self) -> int | None:
@@ -288,7 +290,8 @@ class StrategyPlanner:
         if not edges:
             return 1, 0.0
         units = make_units(self.n, self.config.chunk_size)
-        samples = padded_total(self.lengths, units, self.batch_tokens) / self.trace.tokens  # of the mean length
+        padded = padded_total(self.lengths, units, self.batch_tokens, self.apart)
+        samples = padded / self.trace.tokens  # of the mean length
         try:
             room = boundary_room(or_any(self.machine.disk))
             every = boundary_spacing(room, int(samples * max(edges)), n_segments)

@@ -80,8 +80,9 @@ class OpenSegment:
             self.engine: GradientEngine | None = None
             if inside:
                 self.engine = stack.enter_context(make_engine(module, self.current, list(inside)))
-                self.engine.noise = report.tolerance / 10.0
-                self.engine.use_groups(groups, self.slow)
+                self.engine.use_precision(report)
+                unproved = [own for own, name in inside.items() if name in report.unproved]
+                self.engine.use_groups(groups, self.slow, unproved)
             else:
                 stack.enter_context(frozen(module))
             self.inside = {own: name for own, name in inside.items() if name in segment.parameters}

@@ -67,7 +67,8 @@ def deep_problems(
     model = in_dtype(model, config.dtype_model)
     chosen = _draw(run, count, seed)
     with deterministic(config.use_deterministic, config.seed), without_packing(model):
-        now = survey(model, samples, config, loss, data.get("n_sequences", data["n_samples"]))
+        kept_apart = run.manifest.layout.get("kept_apart")
+        now = survey(model, samples, config, loss, data.get("n_sequences", data["n_samples"]), kept_apart)
         with model_producer(model, now, config) as producer:
             manifest = make_manifest(model, producer, now, config, None)
             differences = resume_differences(run.manifest, manifest, now.samples.digest)
