@@ -20,7 +20,7 @@ from streamfisher.analysis.unstored_grams import UnstoredGrams
 from streamfisher.blocks.gram_keys import check_grouping, layers_of
 from streamfisher.blocks.structures import assign_blocks
 from streamfisher.config import SpectralConfig
-from streamfisher.errors import RunError
+from streamfisher.errors import CorruptRunError, RunError
 from streamfisher.reduction.gram import gram_settings
 from streamfisher.reduction.product_dtypes import float32_grams
 from streamfisher.results.analyses import Alignment, Growth, Scale, SpectralDensity
@@ -116,16 +116,26 @@ class Analyses:
             mean_products_of=(lambda name: None)
             if center or isinstance(source, PartialGrams)
             else source.mean_products,
-            moment_of=self._moments(source, config),
+            moment_of=self._moments(source, config, int(valid.sum())),
         )
 
     def _moments(
-        self, source: GramStore | PartialGrams | UnstoredGrams, config: SpectralConfig
+        self, source: GramStore | PartialGrams | UnstoredGrams, config: SpectralConfig, n_valid: int
     ) -> Callable[[str], Moment | None]:
         """Return what reads moments; drawn columns and unfinished runs have none, one from before is of other rows."""
         if isinstance(source, PartialGrams) or config.max_params_per_block is not None:
             return lambda name: None
-        return source.moment
+
+        def moment_of(name: str) -> Moment | None:
+            moment = source.moment(name)
+            if moment is not None and moment.count != n_valid:  # it would pass for that of a choice of samples
+                raise CorruptRunError(
+                    f"{self.store.path}: the moment of {name} is of {moment.count} samples, and {n_valid} are valid; "
+                    "`streamfisher gram --rebuild` remakes it."
+                )
+            return moment
+
+        return moment_of
 
     def _grams(self, config: SpectralConfig, *, progress: bool) -> GramStore | UnstoredGrams:
         """Return the Grams that `config` asks for, from the run, or for this answer only.

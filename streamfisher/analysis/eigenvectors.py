@@ -27,6 +27,7 @@ from streamfisher.runtime.durable import read_json, write_json, write_marker
 from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import RunLock, RunStore, codecs
 from streamfisher.store.eigenvectors import Eigenvectors, folder_name, open_eigenvectors
+from streamfisher.store.forms import EIGENVECTORS, require_form
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.names import node_name
 from streamfisher.store.opening import open_array
@@ -144,6 +145,7 @@ def _prepare(store: RunStore, folder: str, identity: dict[str, Any], overwrite: 
     group, marks = store.path / "eigenvectors" / folder, store.path / "done" / "eigenvectors" / folder
     if (marks / "identity.json").is_file():
         before = read_json(marks / "identity.json")
+        require_form(before, EIGENVECTORS, marks / "identity.json")
         if before == identity:
             return
         differing = [key for key in identity if before.get(key) != identity[key]]

@@ -27,7 +27,7 @@ def describe(
         **{key: manifest.data[key] for key in ("sample_unit", "n_sequences") if key in manifest.data},
         **{key: manifest.config[key] for key in ("tokens_per_sequence",) if manifest.config.get(key) is not None},
         "labels": manifest.config["labels"],
-        **manifest.loss,
+        **{key: manifest.loss[key] for key in ("loss", "loss_reduction", "loss_reason") if key in manifest.loss},
         "model_mode": "eval",
         "skipped_samples": {str(sample): reason for sample, reason in skipped.items()},
         "excluded_parameters": dict(manifest.excluded),

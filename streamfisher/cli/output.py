@@ -14,7 +14,7 @@ from streamfisher.cli.options import RunOptions
 from streamfisher.runtime.printable import printable
 
 #: Makes the parser of one command: (name, function, description) -> parser.
-AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+AddCommand = Callable[[str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
 
 
 def print_json(content: Any) -> None:
@@ -90,7 +90,7 @@ def print_info(run: Any, arguments: argparse.Namespace) -> None:
         f"  model       {facts['model']['class']}, {size}",
         f"  Grams       {facts['grams_done']} of {facts['n_grams']}",
         f"  on disk     {format_bytes(facts['bytes_on_disk'])}, rows in {facts['layout']['dtype_store']}",
-        f"  data        {described['data'] if isinstance(described, dict) else described or 'not described'}",
+        f"  data        {described.get('data') if isinstance(described, dict) else described or 'not described'}",
         f"  loss        {facts['loss']['loss']}: {facts['loss']['loss_reduction']}",
         *(f"  excluded    {name}: {reason}" for name, reason in facts["excluded"].items()),
         *(f"  skipped     sample {sample}: {reason}" for sample, reason in facts["skipped"].items()),
@@ -98,4 +98,6 @@ def print_info(run: Any, arguments: argparse.Namespace) -> None:
     print("\n".join(map(printable, lines)))
     from streamfisher.gradients import ProbeReport
 
+    if not facts["probe"]:
+        return
     print(ProbeReport.from_dict(facts["probe"]).summary())

@@ -11,7 +11,8 @@ from streamfisher.data.batches import (
     sequence_length,
 )
 from streamfisher.data.loading import load_samples
-from streamfisher.data.samples import Samples, SampleSource, TokenSamples
+from streamfisher.data.samples import Samples, TokenSamples
+from streamfisher.data.sources import SampleSource
 
 __all__ = [
     # Samples

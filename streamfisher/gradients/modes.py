@@ -52,6 +52,18 @@ def check_modes(model: nn.Module) -> None:
         )
 
 
+def of_batch_norms(model: nn.Module) -> str:
+    """Return, for an error about coupled samples, what to do about batch norms that take statistics of the batch."""
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    names = [n for n, module in model.named_modules() if isinstance(module, norms) and module.running_mean is None]
+    if not names:
+        return ""
+    return (
+        f" {names[0] or 'The model'} is a batch norm without running statistics, which takes those of the batch even "
+        "in eval mode: train it with track_running_stats=True, or use another normalisation."
+    )
+
+
 def _same(before: Tensor | None, now: Tensor) -> bool:
     if before is None or before.shape != now.shape or before.dtype != now.dtype:
         return False

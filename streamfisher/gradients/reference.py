@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from streamfisher.errors import LossError
+from streamfisher.gradients.modes import of_batch_norms
 from streamfisher.gradients.norms import distance, norm
 from streamfisher.gradients.passes import GradientPasses
 from streamfisher.gradients.plain import ALONE
@@ -131,10 +132,17 @@ def _rounding(
                 f"The loss of one sample is {reference.losses[i]:.6g} at one time and {float(again):.6g} at the next: "
                 "the model or the loss is random even in eval mode. Make it deterministic."
             )
+        advice = of_batch_norms(engine.model)
+        differs = f"differ by {worst[0]:.1e} (relative)"
         error = _CouplingError(
-            f"The loss couples samples: alone, sample {i} of the batch has the loss {reference.losses[i]:.6g} and in a "
-            f"batch of {n_samples} {float(loss):.6g}; its gradients differ by {worst[0]:.1e} (relative). Per-sample "
-            "gradients need a loss of each sample by itself (no contrastive terms, no batch statistics).",
+            f"The gradients of sample {i} of the batch, alone and in a batch of {n_samples}, {differs}, and its loss "
+            f"of {reference.losses[i]:.6g} does not: the backward pass depends on the batch or on chance (an autograd "
+            "function of one's own, a hook, a kernel that adds up in no fixed order, which use_deterministic excludes)."
+            f"{advice}"
+            if gap <= limit
+            else f"The loss couples samples: alone, sample {i} of the batch has the loss {reference.losses[i]:.6g} and "
+            f"in a batch of {n_samples} {float(loss):.6g}; its gradients {differs}. Per-sample gradients need a loss "
+            f"of each sample by itself (no contrastive terms, no batch statistics).{advice}",
             samples=[i],
         )
         error.same_losses = gap <= limit

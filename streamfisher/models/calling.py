@@ -17,12 +17,13 @@ def call_model(model: nn.Module, batch: Mapping[str, Any], *, drop: Sequence[str
 
     Keywords that forward names are given by name, others only if it takes `**kwargs`. A forward without `input_ids`
     gets them as its first argument; if it names nothing of the batch, it gets the batch's first tensor. Key-value
-    caches are switched off where the forward has the switch.
+    caches are switched off where the forward has the switch. Tensors are given as copies: a forward may write into what
+    it gets, and the batch is used again.
 
     Raises:
         LossError: nothing in the batch can be given to the forward.
     """
-    values = {key: value for key, value in batch.items() if key not in drop}
+    values = {key: value for key, value in copied(batch).items() if key not in drop}
     parameters = inspect.signature(model.forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -43,6 +44,14 @@ def call_model(model: nn.Module, batch: Mapping[str, Any], *, drop: Sequence[str
     if "use_cache" in named and "use_cache" not in known:
         known["use_cache"] = False
     return model(*positional, **known)
+
+
+def copied(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch whose tensors may be written to; those that are part of a graph are left as they are."""
+    return {
+        key: value.clone() if isinstance(value, Tensor) and not value.requires_grad else value
+        for key, value in batch.items()
+    }
 
 
 def find_logits(output: Any) -> Tensor | None:

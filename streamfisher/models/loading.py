@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from streamfisher.errors import ConfigError, ModelError, StreamfisherError, first_line, require
+from streamfisher.errors import ConfigError, ModelError, StreamfisherError, first_line, no_memory, require
 from streamfisher.models.checkpoint import load_sharded, load_weights
 from streamfisher.models.device_map import DeviceMap, check_device_map, place
 from streamfisher.models.sharding import shard
 from streamfisher.runtime.callables import call
+from streamfisher.runtime.paths import expanded
 
 
 def load_model(
@@ -44,7 +46,7 @@ def load_model(
         ModelError: the model cannot be found or loaded, or the callable returns something else.
         MissingExtraError: transformers is needed and not installed.
     """
-    device = torch.device(device)
+    device, spec = torch.device(device), _expanded(spec)
     if sharded and device_map is not None:
         raise ConfigError("--fsdp spreads the weights over ranks and --device-map over devices; use one of them.")
     if ":" in spec and not Path(spec).exists():
@@ -74,16 +76,17 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> Any:
         ModelError: there is none.
         MissingExtraError: transformers is not installed.
     """
+    spec = _expanded(spec)
     check_pretrained(spec)
     require("transformers", "hf", f"tokenize text for {spec}")
     import transformers
 
-    try:
+    with in_a_sentence(f"no tokenizer could be loaded from {spec}", " Use --tokenizer bytes, or give token ids."):
         return transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"no tokenizer could be loaded from {spec}: {first_line(error)}. Use --tokenizer bytes, or give token ids."
-        ) from error
+
+
+def _expanded(spec: str) -> str:
+    return str(expanded(spec)) if spec.startswith("~") else spec
 
 
 def pick_device(name: str) -> torch.device:
@@ -137,7 +140,7 @@ def _load_pretrained(
     require("transformers", "hf", f"load the model {spec}")
     import transformers
 
-    try:
+    with in_a_sentence(f"MODEL {spec} cannot be loaded"):
         config = transformers.AutoConfig.from_pretrained(spec, trust_remote_code=trust_remote_code)
         kind = auto_class(transformers, config)
         options = {"config": config, "dtype": dtype or "auto", "use_safetensors": True}
@@ -148,16 +151,38 @@ def _load_pretrained(
             with torch.device("meta"):
                 check_device_map(kind._from_config(config), where["device_map"])
         return load_weights(kind, spec, {**options, **where})
+
+
+@contextlib.contextmanager
+def in_a_sentence(what: str, remedy: str = "") -> Iterator[None]:
+    """Say in a sentence what is wrong with a checkpoint: transformers raises whatever its files lead it to.
+
+    Args:
+        what: goes before the reason.
+        remedy: goes after it.
+
+    Raises:
+        ModelError: anything was raised but our own errors, and those of a memory that is used up.
+    """
+    try:
+        yield
     except StreamfisherError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise ModelError(f"MODEL {spec} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:
+        if no_memory(error):
+            raise
+        known = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
+        reason = first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"{what}: {reason}{'.' if remedy else ''}{remedy}") from error
 
 
 def auto_class(transformers: Any, config: Any) -> Any:
     """Return the class the checkpoint was saved from, so that no head is made up or lost."""
-    for name in getattr(config, "architectures", None) or []:
+    names = getattr(config, "architectures", None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"config.json: architectures must be a list of names of classes, not {names!r:.80}.")
+    for name in names:
         kind = getattr(transformers, name, None)
-        if kind is not None:
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
             return kind
     return transformers.AutoModelForCausalLM

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from streamfisher.config import SpectralConfig
-from streamfisher.errors import ConfigError, ModelError, first_line, require
+from streamfisher.errors import ConfigError, ModelError, require
 from streamfisher.models.calling import base_model
-from streamfisher.models.loading import auto_class, check_pretrained
+from streamfisher.models.loading import auto_class, check_pretrained, in_a_sentence
 from streamfisher.models.weights import Checkpoint, tensor_files
 from streamfisher.runtime.callables import call
 from streamfisher.runtime.memory import of_one_rank, working_memory
@@ -46,14 +46,12 @@ def load_skeleton(
     import transformers
 
     files = tensor_files(folder)
-    try:
+    with in_a_sentence(f"MODEL {folder} cannot be built from its config.json"):
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
         kind = auto_class(transformers, config)
         dtype = dtype or getattr(config, "dtype", None) or torch.float32
         with accelerate.init_empty_weights(include_buffers=False):
             model = kind._from_config(config, dtype=dtype)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"MODEL {folder} cannot be built from its config.json: {error}") from error
     model.tie_weights()
     _read_buffers(model, files)
     return model.eval(), Checkpoint(model, folder, device)
@@ -116,7 +114,7 @@ def build_skeleton(spec: str, *, dtype: torch.dtype | None = None, trust_remote_
     require("transformers", "hf", f"read the config of {spec}")
     import transformers
 
-    try:
+    with in_a_sentence(f"MODEL {spec} cannot be built from its config"):
         config = transformers.AutoConfig.from_pretrained(spec, trust_remote_code=trust_remote_code)
         kind = auto_class(transformers, config)
         wanted = dtype or getattr(config, "dtype", None) or torch.float32
@@ -124,8 +122,6 @@ def build_skeleton(spec: str, *, dtype: torch.dtype | None = None, trust_remote_
             wanted = getattr(torch, wanted)
         with torch.device("meta"):
             return kind._from_config(config, dtype=wanted).eval()
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"MODEL {spec} cannot be built from its config: {first_line(error)}") from error
 
 
 def predicts_next_token(model: nn.Module, loss: str | None) -> bool:

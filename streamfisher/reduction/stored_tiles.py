@@ -18,7 +18,7 @@ from streamfisher.reduction.tiles import FinishedTile, Tile
 from streamfisher.runtime.durable import read_json, write_json, write_marker
 from streamfisher.runtime.own_files import remove_tree
 from streamfisher.solving.tiled_gram import TILE
-from streamfisher.store import codecs
+from streamfisher.store import codecs, forms
 from streamfisher.store.arrays import CHUNK
 from streamfisher.store.names import node_name
 from streamfisher.store.opening import open_array
@@ -55,7 +55,7 @@ class StoredTiles:
         n, folder = self.store.n_samples, self._folder(key)
         (self.store.path / "done" / f"gram-{node_name(key)}.json").unlink(missing_ok=True)
         identity = {"settings": self.settings, "tile": self.size, "parameters": self.keys[key]}
-        before = _read(folder / "identity.json")
+        before = _read(folder / "identity.json", forms.TILES)
         array = self.store.path / "gram" / node_name(key)
         if {name: before.get(name) for name in identity} != identity or not (array / "zarr.json").is_file():
             remove_tree(self.store.path, folder)  # markers first: none may speak of an array that is gone
@@ -115,8 +115,10 @@ class StoredTiles:
         products = None
         if self.store.centered:
             parts = [
-                read_json(self._folder(key) / f"{t.key}.json")["mean_products"] for t in tiles if t.row == t.column
+                _read(self._folder(key) / f"{t.key}.json").get("mean_products") for t in tiles if t.row == t.column
             ]
+            if not all(parts):
+                raise CorruptRunError(f"{self._folder(key)} lacks products of rows with their mean; run it again.")
             products = np.array([v for part in parts for v in part[:-1]] + [parts[0][-1]])
         moment = stored_moment(self.store, key, self.subsampled)
         self.store.grams.finish_tiles(key, self.size, products, self.settings, moment)
@@ -126,7 +128,7 @@ class StoredTiles:
 
     def _stands(self, key: str, tile: Tile, known: int) -> bool:
         """Return whether a tile is marked, of the same samples as now, and none of them was computed again since."""
-        marker = _read(self._folder(key) / f"{tile.key}.json")
+        marker = _read(self._folder(key) / f"{tile.key}.json", forms.TILE)
         same = marker.get("rows") == [tile.rows.start, tile.rows.stop]
         same = same and marker.get("columns") == [tile.columns.start, tile.columns.stop]
         return same and max(tile.rows.stop, tile.columns.stop) <= known
@@ -135,8 +137,7 @@ class StoredTiles:
         names = self.keys[key]
         if self.subsampled & set(names):
             return
-        order = list(self.store.parameters)
-        columns = [order.index(name) for name in names]
+        columns = [self.store.run.columns[name] for name in names]
         expected = self.store.samples.per_sample("squared_norm")[tile.rows][:, columns].sum(axis=1)
         wrong = tile.rows.start + np.flatnonzero(np.abs(squares - expected) > self.store.rows.norm_tolerance * expected)
         if len(wrong):
@@ -147,10 +148,13 @@ class StoredTiles:
             )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, form: forms.Form = forms.TILE) -> dict[str, Any]:
     """Return a marker; a damaged one is none."""
+    if not path.is_file():
+        return {}
     try:
-        found = read_json(path) if path.is_file() else {}
+        found: dict[str, Any] = read_json(path)
+        forms.require_form(found, form, path)
     except CorruptRunError:
         return {}
-    return found if isinstance(found, dict) else {}
+    return found

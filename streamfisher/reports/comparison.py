@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from streamfisher.errors import require
-from streamfisher.reports.figures import COLOURS, STYLES, band
+from streamfisher.reports.figures import COLOURS, STYLES, as_text, band
 from streamfisher.results.analyses import Comparison
 from streamfisher.results.notebook import structure_name
 from streamfisher.runtime.printable import printable
@@ -79,11 +79,13 @@ def comparison_picture(comparison: Comparison, path: str | Path) -> Path:
                 band(axis, spectrum.bootstrap.blocks[key], block, colour)
             style = STYLES[number % len(STYLES)]
             partial = " (partial)" if spectrum.metadata.get("partial") else ""
-            axis.loglog(index, block.eigenvalues[above], style, color=colour, linewidth=1.5, label=label + partial)
-        axis.set_title(key, fontsize=10)
+            axis.loglog(
+                index, block.eigenvalues[above], style, color=colour, linewidth=1.5, label=as_text(label + partial)
+            )
+        axis.set_title(as_text(key), fontsize=10)
         axis.grid(which="major", linewidth=0.4, alpha=0.5)
     axes[0, 0].legend(fontsize=7, frameon=False)
-    figure.supxlabel(f"index (blocks: {structure_name(comparison.spectra[0])})", fontsize=9)
+    figure.supxlabel(f"index (blocks: {as_text(structure_name(comparison.spectra[0]))})", fontsize=9)
     figure.supylabel("eigenvalue", fontsize=9)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -20,12 +20,19 @@ from streamfisher.results.bootstrap import BlockBootstrap
 from streamfisher.results.notebook import partial_prefix, structure_name
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum
 from streamfisher.runtime.durable import replacing
+from streamfisher.runtime.printable import printable
 
 #: Okabe and Ito's colours, told apart by the colour-blind; line styles tell apart what repeats.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")
 
 _LEGEND = 16  # more entries than that say nothing
+
+
+def as_text(name: object) -> str:
+    """Return a name as a figure shows it: dollars begin no formula, nothing is hidden, no letter is missing in XML."""
+    text = printable(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text  # a legend leaves such labels out
 
 
 def svg(draw: Callable[[Any], None], *, width: float, height: float, title: str) -> str:
@@ -65,7 +72,7 @@ def svg(draw: Callable[[Any], None], *, width: float, height: float, title: str)
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r'((?:xlink:)?href="#)', rf"\1{prefix}-", text)
     text = text.replace("url(#", f"url(#{prefix}-")
-    escaped = title.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    escaped = printable(title).replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
     return text.replace("<svg ", f'<svg role="img" aria-label="{escaped}" ', 1)
 
 
@@ -105,7 +112,7 @@ def densities(spectra: Sequence[tuple[str, BlockSpectrum]], title: str) -> str:
             if values.size:
                 density = np.histogram(values, edges)[0] / values.size / np.diff(edges)
                 style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
-                axis.stairs(density, edges, label=name, linewidth=1.5, **style)
+                axis.stairs(density, edges, label=as_text(name), linewidth=1.5, **style)
         axis.set_xlabel("log10 of the eigenvalue")
         axis.set_ylabel("share per decade")
         axis.legend(fontsize=7, frameon=False)
@@ -127,7 +134,9 @@ def cumulative_variance(spectrum: Spectrum, title: str) -> str:
                 colour = "#000000" if whole else COLOURS[number % len(COLOURS)]
                 style = "-" if whole else STYLES[number // len(COLOURS) % len(STYLES)]
                 index = np.arange(1, len(share) + 1)
-                axis.semilogx(index, share, style, color=colour, linewidth=2.2 if whole else 1.3, label=block.name)
+                axis.semilogx(
+                    index, share, style, color=colour, linewidth=2.2 if whole else 1.3, label=as_text(block.name)
+                )
         axis.set_ylim(0, 1.02)
         axis.set_xlabel("number of leading eigenvalues")
         axis.set_ylabel("share of the trace")
@@ -148,7 +157,7 @@ def growth_curves(growth: Growth, metric: str, label: str, title: str, *, log: b
             style = STYLES[number // len(COLOURS) % len(STYLES)]
             colour = COLOURS[number % len(COLOURS)]
             values = growth.curve(metric, name)
-            axis.plot(growth.sizes, values, style, color=colour, marker="o", markersize=3, label=name)
+            axis.plot(growth.sizes, values, style, color=colour, marker="o", markersize=3, label=as_text(name))
         axis.set_xscale("log", base=2)
         axis.set_xticks(growth.sizes, [str(size) for size in growth.sizes])
         axis.minorticks_off()
@@ -187,8 +196,8 @@ def heat_map(
         axis = figure.subplots()
         norm = LogNorm() if log and shown.count() else None
         image = axis.imshow(shown, cmap="cividis", aspect="auto", norm=norm)
-        axis.set_xticks(range(len(columns)), columns, rotation=35, ha="right", fontsize=8)
-        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.set_xticks(range(len(columns)), list(map(as_text, columns)), rotation=35, ha="right", fontsize=8)
+        axis.set_yticks(range(len(rows)), list(map(as_text, rows)), fontsize=8)
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0)
         figure.colorbar(image, ax=axis, label=label, shrink=0.9)
@@ -267,12 +276,12 @@ def panel(axis: Any, spectrum: Spectrum) -> None:
         above, below = block.above_floor, (~block.above_floor) & (values > 0)
         if spectrum.bootstrap is not None:
             band(axis, spectrum.bootstrap.blocks[name], block, colour)
-        axis.loglog(index[above], values[above], color=colour, linestyle=style, linewidth=1.6, label=name)
+        axis.loglog(index[above], values[above], color=colour, linestyle=style, linewidth=1.6, label=as_text(name))
         if below.any():
             axis.loglog(index[below], values[below], color=colour, linestyle=style, linewidth=0.8, alpha=0.25)
     kind = "gradient covariance" if facts.get("centered") else "empirical Fisher"
     partial = partial_prefix(spectrum).replace(": ", "\n")
-    axis.set_title(f"{partial}{kind}, blocks: {structure_name(spectrum)}", fontsize=10)
+    axis.set_title(f"{partial}{kind}, blocks: {as_text(structure_name(spectrum))}", fontsize=10)
     axis.set_xlabel("index")
     axis.grid(which="major", linewidth=0.4, alpha=0.5)
     if 1 < len(spectrum.blocks) <= 16:

@@ -59,7 +59,7 @@ def html_report(run: StoredRun, spectra: Sequence[Spectrum], path: str | Path, *
         )
     )
     with replacing(path) as partial:
-        partial.write_text(page, encoding="utf-8")
+        partial.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
     return path
 
 

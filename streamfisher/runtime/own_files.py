@@ -91,19 +91,23 @@ def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
     """Open a regular file as `os.open` does and return its descriptor.
 
     Raises:
-        CorruptRunError: it is something else.
+        CorruptRunError: it is something else; or it is to be written in place and has a name elsewhere too.
         OSError: as `os.open`.
     """
+    writing = flags & (os.O_WRONLY | os.O_RDWR)
     try:
-        kind = os.lstat(path).st_mode
-        if not stat.S_ISREG(kind):
+        facts = os.lstat(path)
+        if not stat.S_ISREG(facts.st_mode):
             raise _foreign(path)
+        if writing and facts.st_nlink > 1:
+            raise _shared(path)
     except FileNotFoundError:
         pass  # `os.open` makes it, or says so
     file = os.open(path, flags | _SAFELY, mode)
-    if not stat.S_ISREG(os.fstat(file).st_mode):
+    facts = os.fstat(file)
+    if not stat.S_ISREG(facts.st_mode) or (writing and facts.st_nlink > 1):
         os.close(file)
-        raise _foreign(path)
+        raise _foreign(path) if not stat.S_ISREG(facts.st_mode) else _shared(path)
     return file
 
 
@@ -119,6 +123,13 @@ def read_own(path: Path, largest: int) -> bytes:
         if size > largest:
             raise CorruptRunError(f"{path} has {size:,} bytes, more than any run of this size.")
         return file.read(size)  # what is appended meanwhile is not asked for
+
+
+def _shared(path: Path) -> CorruptRunError:
+    return CorruptRunError(
+        f"{path} has another name elsewhere (a hard link), under which it would be changed too. Nothing is written "
+        "there. Delete it, or copy the run so that every file is its own."
+    )
 
 
 def _foreign(path: Path) -> CorruptRunError:

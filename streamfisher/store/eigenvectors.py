@@ -16,6 +16,7 @@ from torch import Tensor
 from streamfisher.errors import CorruptRunError, DataError, RunError, StreamfisherError, unreadable
 from streamfisher.runtime.durable import read_json
 from streamfisher.store.arrays import values_of
+from streamfisher.store.forms import EIGENVECTORS, FINISHED_EIGENVECTORS, GRAM, require_form
 from streamfisher.store.gram_tiles import gram_checksums
 from streamfisher.store.integrity import chunk_digest, require_inside
 from streamfisher.store.names import node_name
@@ -165,6 +166,8 @@ def open_eigenvectors(run: str | Path, block: str, *, center: bool = False) -> E
         )
     path = run / "eigenvectors" / folder
     identity, finished = read_json(marks / "identity.json"), read_json(marks / "finished.json")
+    require_form(identity, EIGENVECTORS, marks / "identity.json")
+    require_form(finished, FINISHED_EIGENVECTORS, marks / "finished.json")
     require_inside(run, path)
     if finished.get("files") not in (None, chunk_digest(path)):
         raise CorruptRunError(
@@ -186,7 +189,10 @@ def _opened(
     for name, checksum in zip(identity.get("gram_keys", identity["parameters"]), identity["grams"], strict=True):
         gram = run / "done" / f"gram-{node_name(name)}.json"
         tiles = run / "done" / f"tiles-{node_name(name)}"
-        if not gram.is_file() or gram_checksums(read_json(gram), tiles) != checksum:
+        marker = read_json(gram) if gram.is_file() else None
+        if marker is not None:
+            require_form(marker, GRAM, gram)
+        if marker is None or gram_checksums(marker, tiles) != checksum:
             raise RunError(
                 f"{run}: the Gram of {name} is not the one that the eigenvectors of {block} were made from; "
                 "`streamfisher eigenvectors --overwrite` makes them again."

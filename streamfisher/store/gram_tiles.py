@@ -13,6 +13,7 @@ import numpy as np
 from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.durable import read_json
 from streamfisher.store import codecs
+from streamfisher.store.forms import TILE, require_form
 
 
 @dataclass(frozen=True)
@@ -57,16 +58,12 @@ def read_tile_checksums(folder: Path, n_samples: int, size: int) -> TileChecksum
     for name in sorted(names):
         path, place = folder / f"{name}.json", names[name]
         marker = read_json(path)
-        try:
-            same = (*marker["rows"], *marker["columns"]) == place
-            checksum = marker["crc32c"]
-        except (KeyError, TypeError) as error:
-            raise CorruptRunError(f"{path} is not the marker of a tile ({error}).") from error
-        if not same:
+        require_form(marker, TILE, path)
+        if (*marker["rows"], *marker["columns"]) != place:
             raise CorruptRunError(
                 f"{path} is not the marker of this tile: it says {marker['rows']}, {marker['columns']}."
             )
-        checksums[place] = checksum
+        checksums[place] = marker["crc32c"]
     return TileChecksums(checksums)
 
 

@@ -18,6 +18,7 @@ from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK, create_array, values_of, write_array
 from streamfisher.store.folder import RunFolder
+from streamfisher.store.forms import GRAM, require_form
 from streamfisher.store.gram_tiles import TileChecksums, gram_checksums, read_tile_checksums
 from streamfisher.store.integrity import check_layout, chunk_digest, require_inside
 from streamfisher.store.moments import Moment, MomentStore
@@ -167,8 +168,9 @@ class GramStore:
             )
         chunks = None if tiled else tuple(min(size, CHUNK) for size in shape)
         check_layout(array, self.run.path / path, shape, chunks, "float64")
-        if array.attrs.get("parameter", key) != key:
-            raise CorruptRunError(f"{self.run.path / path} has the metadata of {array.attrs['parameter']!r:.80}.")
+        facts = self._facts(key)
+        if array.attrs.get("parameter", key) != key or array.attrs.get("parameters") != facts.get("parameters"):
+            raise CorruptRunError(f"{self.run.path / path} has the metadata of another Gram, or of other parameters.")
         return array
 
     def forget(self, key: str) -> None:
@@ -208,11 +210,9 @@ class GramStore:
         """Return what the marker says; one that is damaged, or another's, is none: the Gram is built again."""
         path = self._marker_path(key)
         try:
-            marker = read_json(path) if path.is_file() else {}
+            return self._finished(key) if path.is_file() else {}
         except CorruptRunError:
             return {}
-        known = isinstance(marker, dict) and marker.get("parameter", key) == key
-        return marker if known else {}
 
     def create(self, key: str, chunk: int, settings: Mapping[str, Any]) -> None:
         """Lay out a Gram that is going to be written tile by tile."""
@@ -323,8 +323,6 @@ class GramStore:
                     raise self._altered(key, rows, columns)
 
     def _tile_checksums(self, key: str, marker: Mapping[str, Any]) -> TileChecksums:
-        if not isinstance(marker["tiles"], int) or marker["tiles"] < 1:
-            raise CorruptRunError(f"{self._marker_path(key)} has tiles of {marker['tiles']!r:.40} rows.")
         return read_tile_checksums(self.tile_folder(key), marker["n_samples"], marker["tiles"])
 
     def _finished(self, key: str) -> dict[str, Any]:
@@ -335,8 +333,9 @@ class GramStore:
         """
         path = self._marker_path(key)
         marker = read_json(path)
-        whole = isinstance(marker, dict) and isinstance(marker.get("n_samples"), int)
-        if not whole or marker.get("parameter", key) != key or not {"tiles", "crc32c"}.intersection(marker):
+        require_form(marker, GRAM, path)
+        other = marker.get("parameter", key) != key or marker["n_samples"] > self.run.n_samples
+        if other or ("tiles" in marker) == ("crc32c" in marker):
             raise CorruptRunError(
                 f"{path} is not the marker of the Gram of {key}; `streamfisher gram --rebuild` remakes it."
             )

@@ -7,8 +7,8 @@ chunks, which costs 4 bytes of reading per chunk to check.
 
 from __future__ import annotations
 
-import math
 import os
+import reprlib
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +21,7 @@ from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.durable import LARGEST_JSON
 from streamfisher.runtime.own_files import open_own, require_own
 from streamfisher.store import codecs
+from streamfisher.store.forms import MANIFEST, require_form
 from streamfisher.store.opening import LARGEST_CHUNK
 
 
@@ -105,46 +106,51 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
     Raises:
         CorruptRunError: it names the value.
     """
-    try:
-        n, rows = manifest["data"]["n_samples"], manifest["layout"]["chunk_rows"]
-        _require_whole(n, "data.n_samples")
-        _require_whole(rows, "layout.chunk_rows")
-        units = len(manifest["data"]["chunk_digests"])
-        if units != -(-n // rows):
-            raise CorruptRunError(f"manifest.json has {units} chunk_digests for {n} samples in chunks of {rows}.")
-        dtype = codecs.stored_dtype_of(manifest["layout"]["dtype_store"])
-        codecs.stored_dtype_of(manifest["layout"]["dtype_row"])
-        seen = set()
-        for item in manifest["parameters"]:
-            name = item["name"]
-            if not isinstance(name, str) or name in seen:
-                raise CorruptRunError(f"manifest.json has a parameter {name!r} twice, or without a name.")
-            seen.add(name)
-            for size in item["shape"]:
-                _require_whole(size, f"shape of {name}", least=0)
-            _require_whole(item["chunk_columns"], f"chunk_columns of {name}")
-            if float(np.prod([float(size) for size in item["shape"]])) > 2.0**62:
-                raise CorruptRunError(f"manifest.json: the shape {item['shape']} of {name} is larger than any array.")
-            elements = math.prod(item["shape"])
-            _require_whole(item.get("columns", 1), f"columns of {name}")
-            if "columns" in item and (item["columns"] > elements or manifest["config"].get("project") is None):
-                raise CorruptRunError(
-                    f"manifest.json: {name} has {item['columns']} columns of {elements} elements in a run whose option "
-                    f"project is {manifest['config'].get('project')!r}."
-                )
-            if rows * item["chunk_columns"] * dtype.itemsize > LARGEST_CHUNK:
-                raise CorruptRunError(
-                    f"manifest.json: chunks of {name} have {rows} x {item['chunk_columns']} numbers, more than any run."
-                )
-        for key in ("config", "identity", "model", "excluded", "loss", "probe", "versions"):
-            if not isinstance(manifest[key], dict):
-                raise CorruptRunError(f"manifest.json: {key} is not a mapping.")
-        if not isinstance(manifest["layout"]["centered"], bool):
-            raise CorruptRunError("manifest.json: layout.centered is neither true nor false.")
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CorruptRunError(f"manifest.json is damaged ({type(error).__name__}: {error}).") from error
+    require_form(manifest, MANIFEST, "manifest.json")
+    layout, config = manifest["layout"], manifest["config"]
+    n, rows, units = manifest["data"]["n_samples"], layout["chunk_rows"], len(manifest["data"]["chunk_digests"])
+    if units != -(-n // rows):
+        raise CorruptRunError(f"manifest.json has {units} chunk_digests for {n} samples in chunks of {rows}.")
+    itemsize = codecs.stored_dtype_of(layout["dtype_store"]).itemsize
+    for item in manifest["parameters"]:
+        _check_parameter(item, rows, itemsize, config.get("project"))
+    names = [item["name"] for item in manifest["parameters"]]
+    if not names or len(set(names)) < len(names):
+        raise CorruptRunError("manifest.json has no parameters, or one of them twice.")
+    members = [name for wave in layout.get("waves") or [names] for name in wave]
+    summed = [name for group in (layout.get("grams") or {"": names}).values() for name in group]
+    for what, found in (("waves", members), ("grams", summed)):
+        if sorted(found) != sorted(names):
+            raise CorruptRunError(f"manifest.json: layout.{what} do not hold every parameter once.")
+    if not all((layout.get("grams") or {"": names}).values()) or not all(layout.get("waves") or [names]):
+        raise CorruptRunError("manifest.json: a Gram, or a wave, is of no parameter.")
+    if not set(layout.get("representation", {})) <= set(names):
+        raise CorruptRunError("manifest.json: layout.representation is of parameters that the run does not have.")
+    for key, option in (("centered", "store_centered"), ("bitround", "bitround"), ("codec", "codec")):
+        if option in config and layout[key] != config[option]:
+            raise CorruptRunError(
+                f"manifest.json contradicts itself: layout.{key} is {layout[key]!r:.40} and the option {option} was "
+                f"{config[option]!r:.40}."
+            )
 
 
-def _require_whole(value: Any, what: str, least: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**53:
-        raise CorruptRunError(f"manifest.json: {what} is {value!r:.40}, not a whole number of at least {least}.")
+def _check_parameter(item: Mapping[str, Any], rows: int, itemsize: int, project: Any) -> None:
+    """Refuse a parameter of another size than a run can have."""
+    name = reprlib.repr(item["name"])
+    if not item["name"]:
+        raise CorruptRunError("manifest.json has a parameter without a name.")
+    elements = 1
+    for size in item["shape"]:
+        elements *= size
+        if elements > 1 << 62:
+            raise CorruptRunError(f"manifest.json: the shape of {name} is larger than that of any array.")
+    columns = item.get("columns", elements)
+    if columns > elements or ("columns" in item and project is None):
+        raise CorruptRunError(
+            f"manifest.json: {name} has {columns} columns of {elements} elements in a run whose option project is "
+            f"{reprlib.repr(project)}."
+        )
+    if rows * item["chunk_columns"] * itemsize > LARGEST_CHUNK:
+        raise CorruptRunError(
+            f"manifest.json: chunks of {name} have {rows} x {item['chunk_columns']} numbers, more than any run."
+        )

@@ -252,7 +252,7 @@ def _boot() -> str:
 def _holders(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     try:
         return [{"host": str(rank["host"]), "pid": int(rank["pid"])} for rank in content.get("ranks", [content])]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return []
 
 

@@ -14,6 +14,7 @@ from streamfisher.runtime.durable import read_json
 from streamfisher.store import codecs
 from streamfisher.store.arrays import values_of
 from streamfisher.store.folder import RunFolder
+from streamfisher.store.forms import MEAN, MEAN_PART, require_form
 from streamfisher.store.names import node_name
 
 
@@ -72,10 +73,9 @@ class MeanStore:
         """
         path = self.run.path / "done" / f"mean-{unit.index:06d}.json"
         marker = read_json(path, self.run.largest_marker)
-        if not isinstance(marker, dict) or (marker.get("start"), marker.get("stop")) != (unit.start, unit.stop):
+        require_form(marker, MEAN_PART, path)
+        if (marker["start"], marker["stop"]) != (unit.start, unit.stop):
             raise CorruptRunError(f"{path} is not the marker of samples {unit.start} to {unit.stop - 1}.")
-        if not isinstance(marker.get("count"), int):
-            raise CorruptRunError(f"{path} does not say how many samples count.")
         return marker
 
     def wrong_parts(self, unit: Unit) -> dict[str, str]:
@@ -100,14 +100,16 @@ class MeanStore:
         Raises:
             CorruptRunError: it is not, or cannot be read.
         """
-        marker = read_json(self.run.path / "done" / "mean.json")
+        path = self.run.path / "done" / "mean.json"
+        marker = read_json(path)
+        require_form(marker, MEAN, path)
         found = google_crc32c.Checksum()
         try:
             expected = marker.get("crc32c", {}).get(name)
             array = self.run.array(f"mean/{node_name(name)}")
             for start in range(0, self.run.parameters[name], 1 << 20):
                 found.update(values_of(array, slice(start, start + (1 << 20))).tobytes())
-        except (ValueError, RuntimeError, OSError, AttributeError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             if isinstance(error, CorruptRunError):
                 raise
             raise unreadable(error, f"{self.run}: the mean of {name} cannot be read: {error}.") from error

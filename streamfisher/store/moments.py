@@ -13,6 +13,7 @@ from streamfisher.solving.centering import without_rounding
 from streamfisher.store import codecs
 from streamfisher.store.arrays import values_of, write_array
 from streamfisher.store.folder import RunFolder
+from streamfisher.store.forms import MOMENT, require_form
 from streamfisher.store.integrity import require_inside
 from streamfisher.store.means import MeanStore
 from streamfisher.store.names import node_name
@@ -58,7 +59,9 @@ class MomentStore:
         """
         path, array = self._marker_path(name), self.run.path / "moment" / node_name(name)
         marker = read_json(path) if path.is_file() else {}
-        if not isinstance(marker, dict) or marker.get("parameter", name) != name:
+        if marker != {}:
+            require_form(marker, MOMENT, path)
+        if marker.get("parameter", name) != name:
             raise CorruptRunError(
                 f"{path} is not the marker of the moment of {name}; `streamfisher gram --rebuild` remakes it."
             )

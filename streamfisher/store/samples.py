@@ -12,6 +12,7 @@ from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.runtime.durable import read_json
 from streamfisher.store.arrays import CHUNK, values_of, write_array
 from streamfisher.store.folder import RunFolder
+from streamfisher.store.forms import FIELDS, require_form
 from streamfisher.store.integrity import check_layout, digest_of_values, require_inside
 from streamfisher.store.markers import Markers, stage_of
 from streamfisher.store.names import node_name
@@ -40,11 +41,15 @@ class SampleStore:
             CorruptRunError: the marker is damaged.
         """
         marker = self.run.path / "done" / "fields.json"
-        names = read_json(marker).get("crc32c", {}) if marker.is_file() else {}
+        content = read_json(marker) if marker.is_file() else {"crc32c": {}}
+        require_form(content, FIELDS, marker)
+        names = content["crc32c"]
         return [name for name in names if not (self.run.path / "fields" / node_name(name) / "zarr.json").is_file()]
 
     def fields(self) -> dict[str, np.ndarray]:
-        """Return `{name: (N,) float64}`: per-sample facts to select by: the data's own scalars, `loss`, `n_targets`.
+        """Return `{name: (N,) float64}`: per-sample facts to select by: `loss`, `n_targets`, the data's own scalars.
+
+        A scalar of the data that is called as one of the run's own facts comes as `data_<name>`.
 
         Raises:
             CorruptRunError: something of them is missing, or not what was written.
@@ -54,7 +59,7 @@ class SampleStore:
         found = {name: self.per_sample(name).astype(np.float64) for name in ("loss", "n_targets")}
         for path in sorted((self.run.path / "fields").glob("*/zarr.json")):
             name, values = self.read_field(path.parent)
-            found[name] = values
+            found[f"data_{name}" if name in ("loss", "n_targets") else name] = values
         return found
 
     def read_field(self, path: Path) -> tuple[str, np.ndarray]:

@@ -240,4 +240,4 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 def segment_loss(loss: ReplayLoss) -> PerSampleLoss:
     """Return a segment's loss in the form that an engine takes."""
-    return PerSampleLoss("user:segment", "user", "", loss)
+    return PerSampleLoss("user:segment", "user", "", loss, leaves_batch=True)

@@ -16,6 +16,7 @@ from streamfisher.runtime.durable import read_json
 from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import codecs, stage_of
 from streamfisher.store.factors import checksum_of
+from streamfisher.store.forms import EIGENVECTORS, FINISHED_EIGENVECTORS, require_form
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.names import node_name
 from streamfisher.store.opening import open_array
@@ -94,14 +95,25 @@ class GramCheck:
 
     def find(self) -> list[Problem]:
         """Return the Grams that are damaged."""
-        problems = []
-        for key in filter(self.run.store.grams.has, self.run.store.gram_members):
+        problems, store, valid = [], self.run.store, self._valid()
+        for key in filter(store.grams.has, store.gram_members):
             try:
-                self.run.store.grams.check(key)
+                store.grams.check(key)
+                moment = store.grams.moment(key)
+                if moment is not None and valid not in (None, moment.count):
+                    raise CorruptRunError(f"the moment of {key} is of {moment.count} samples, not of the valid ones.")
             except CorruptRunError as error:
                 problems.append(Problem("gram", key, None, None, str(error)))
                 self._damaged.append(key)
         return problems
+
+    def _valid(self) -> int | None:
+        """Return how many samples count; `None` where not all units are finished and whole."""
+        store = self.run.store
+        try:
+            return store.n_samples - len(store.samples.skipped()) if store.markers.is_collected else None
+        except CorruptRunError:
+            return None
 
     def repair(self) -> None:
         """Forget them."""
@@ -233,10 +245,9 @@ def _wrong_eigenvectors(marks: Path, folder: Path) -> str | None:
         for marker in marks.glob("*.json"):
             if marker.stem != "identity" and read_json(marker).get("marker", marker.stem) != marker.stem:
                 return f"{marker} is another marker."
-        if finished and "orthonormality_error" not in finished:
-            return f"{marks / 'finished.json'} is another marker."
-        if "parameters" not in identity or "marker" in identity:
-            return f"{marks / 'identity.json'} is another marker."
+        require_form(identity, EIGENVECTORS, marks / "identity.json")
+        if finished:
+            require_form(finished, FINISHED_EIGENVECTORS, marks / "finished.json")
         names = ["solved", *(f"parameter-{node_name(name)}" for name in identity["parameters"])] if finished else []
         for name in names:
             read_json(marks / f"{name}.json")

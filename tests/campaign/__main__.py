@@ -2,6 +2,7 @@
 
     PYTHONPATH=tests python -m campaign faults --cases 240 --seed 1
     PYTHONPATH=tests python -m campaign corruption --cases 320 --seed 1
+    PYTHONPATH=tests python -m campaign hostile --cases 320 --seed 1
 
 Exits with 1 if one case was not survived. As root on Linux, faults of the disk are real: a small filesystem is mounted
 that fills up, becomes read-only or vanishes. Otherwise they are errors of single operations.
@@ -26,17 +27,24 @@ from campaign.workers import import_everything
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a campaign, print its table and every case that was not survived."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("faults", "corruption"))
+    parser.add_argument("what", choices=("faults", "corruption", "hostile"))
     parser.add_argument("--cases", type=int, default=240)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", default=None, metavar="KIND", help="faults of one kind")
+    parser.add_argument(
+        "--only",
+        default=None,
+        metavar="KIND",
+        help="faults or hostile cases of one kind; of these, or one by its number",
+    )
     parser.add_argument("--no-mounts", action="store_true", help="inject faults of the disk as errors")
     parser.add_argument("--json", default=None, metavar="FILE", help="write all cases to this file")
     arguments = parser.parse_args(argv)
     import_everything()
     start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:
-        cases = {"faults": _faults, "corruption": _corruption}[arguments.what](Path(name), arguments)
+        cases = {"faults": _faults, "corruption": _corruption, "hostile": _hostile}[arguments.what](
+            Path(name), arguments
+        )
     wrong = [case for case in cases if case.wrong]
     for case in wrong:
         print(f"NOT SURVIVED: {case}\n", file=sys.stderr)
@@ -90,6 +98,21 @@ def _corruption(folder: Path, arguments: argparse.Namespace) -> list:
         print(
             f"{number + 1}/{len(cases)} {case.operation} {case.path} {case.other}: {found}", file=sys.stderr, flush=True
         )
+    print(table(cases))
+    return cases
+
+
+def _hostile(folder: Path, arguments: argparse.Namespace) -> list:
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from campaign.hostile_campaign import Campaign, table
+
+    campaign = Campaign(folder)
+    cases = campaign.draw(arguments.cases, arguments.seed, arguments.only)
+    for done, case in enumerate(cases, start=1):
+        campaign.run(case)
+        _save(cases[:done], arguments)
+        how = "NOT SURVIVED" if case.wrong else f"{case.refused} of {case.commands} commands refused it"
+        print(f"{done}/{len(cases)} {case.number} {case.kind}: {case.what}: {how}"[:400], file=sys.stderr, flush=True)
     print(table(cases))
     return cases
 

@@ -19,3 +19,29 @@ def vectors() -> list[dict[str, Tensor]]:
         }
         for n in range(8)
     ]
+
+
+class Awkward(torch.nn.Module):
+    """Products with parameters whose names would act on terminals, in pages, tables and pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from campaign.hostile_fields import EVILS
+
+        names = [name.replace(".", "") for name in EVILS if "\ud800" not in name]
+        values = [torch.linspace(0.1 + number, 1.0, 3) for number in range(len(names))]
+        self.inner = torch.nn.ParameterDict(dict(zip(names, values, strict=True)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum((x * value**2).sum(dim=-1, keepdim=True) for value in self.inner.values())
+
+
+def awkward() -> torch.nn.Module:
+    """Return a regression with awkward names."""
+    return Awkward()
+
+
+def awkward_vectors() -> dict[str, Tensor]:
+    """Return 8 samples for it."""
+    data = tiny_models.vectors()
+    return {"x": data["x"], "labels": data["labels"][:, :1]}

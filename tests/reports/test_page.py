@@ -112,3 +112,18 @@ def test_names_are_escaped(tmp_path):
     run = make_run(tmp_path / "run.zarr")
     spectrum = run.spectrum({"first.*": "<script>alert(1)</script>", "*": "a&b"})
     assert "<script>" not in html_report(run, [spectrum], tmp_path / "page.html").read_text()
+
+
+def test_names_are_shown_in_figures_and_make_no_formulas():
+    import html
+    from xml.etree import ElementTree
+
+    import numpy as np
+
+    from streamfisher.reports.figures import heat_map
+
+    rows, columns = ["$\\frac{1}{$ \\undefined{", "<b>"], ["_hidden", "\x1b]0;\u202e"]
+    drawn = heat_map(np.ones((2, 2)), rows, columns, "$title\x1b", label="x")
+    ElementTree.fromstring(drawn)
+    shown = html.unescape(drawn)
+    assert all(name in shown for name in (*rows, "_hidden", "\\x1b]0;\\u202e")) and "\x1b" not in shown

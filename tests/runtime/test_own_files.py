@@ -5,7 +5,8 @@ import os
 import pytest
 
 from streamfisher.errors import CorruptRunError
-from streamfisher.runtime.durable import read_json, replacing, sweep_partials, write_json
+from streamfisher.runtime import read_json, replacing, write_json
+from streamfisher.runtime.durable import sweep_partials
 from streamfisher.runtime.own_files import open_own, read_own, remove_tree, require_own, require_own_files
 
 
@@ -78,3 +79,12 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path):
         file.truncate(1 << 40)
     with pytest.raises(CorruptRunError, match="more than any run"):
         read_json(tmp_path / "big.json")
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY | os.O_APPEND, os.O_RDWR])
+def test_a_file_with_another_name_is_read_and_not_written_in_place(tmp_path, flags):
+    (tmp_path / "outside").write_text("not yours")
+    os.link(tmp_path / "outside", tmp_path / "inside")
+    assert read_own(tmp_path / "inside", 100) == b"not yours"
+    with pytest.raises(CorruptRunError, match="hard link"):
+        open_own(tmp_path / "inside", flags)

@@ -1,4 +1,4 @@
-"""A reduced campaign: faults at every stage, and damaged files; the full ones are `python -m campaign`."""
+"""Reduced campaigns: faults at every stage, damaged files, hostile ones; the full ones are `python -m campaign`."""
 
 import json
 import os
@@ -41,3 +41,13 @@ def test_damage_is_refused_or_harmless_and_repaired(tmp_path):
     assert len(cases) == 16 and all(case["wrong"] == [] for case in cases)
     assert len({case["kind"] for case in cases}) >= 4 and len({case["operation"] for case in cases}) >= 4
     assert sum(case["named"] for case in cases) >= 8
+
+
+@pytest.mark.slow
+def test_what_others_made_is_refused_or_answered_and_touches_nothing_outside(tmp_path):
+    cases = campaign(tmp_path, "hostile", 12, 3)
+    assert len(cases) >= 12 and all(case["wrong"] == [] for case in cases)
+    assert len({case["kind"] for case in cases}) == 16, "one of each kind at least"
+    assert all(case["commands"] >= 2 for case in cases)
+    assert sum(case["refused"] for case in cases) > 40
+    assert any(case["refused"] < case["commands"] for case in cases), "what does no harm is answered"

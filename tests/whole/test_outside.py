@@ -98,3 +98,15 @@ def test_what_is_laid_into_an_open_run_is_not_written_through(run, outside):
     with pytest.raises(CorruptRunError, match="is a link"):
         opened.rebuild_grams()
     assert contents(outside) == before
+
+
+@pytest.mark.parametrize("name", ["lock", "log.jsonl"])
+def test_what_is_written_in_place_has_no_name_elsewhere(name, run, tmp_path, capsys):
+    (tmp_path / "outside").write_bytes((run / name).read_bytes())
+    (run / name).unlink()
+    os.link(tmp_path / "outside", run / name)
+    before = (tmp_path / "outside").stat()
+    code = cli("gram", run, "--rebuild", "--quiet")
+    after = (tmp_path / "outside").stat()
+    assert (before.st_mtime_ns, before.st_size) == (after.st_mtime_ns, after.st_size)
+    assert code == (4 if name == "lock" else 0) and "hard link" in capsys.readouterr().err
