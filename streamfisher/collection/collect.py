@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from streamfisher.collection.survey import survey
 from streamfisher.collection.waves import Collection
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import padded_total
+from streamfisher.errors import CorruptRunError
 from streamfisher.gradients.state import without_packing
 from streamfisher.models.dtypes import in_dtype
 from streamfisher.models.sharding import is_sharded, reshard
@@ -107,3 +109,19 @@ def collect_gradients(
             tokens = padded_total(data.lengths, store.units, store.batch_tokens, data.apart)
             producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens, path / "stream")
             collection.collect_waves()
+            if ranks.is_main:
+                _say_what_is_zero(store)
+
+
+def _say_what_is_zero(store: RunStore) -> None:
+    """Warn, on the screen and in the run's log, of parameters that no sample has a gradient of."""
+    try:
+        squares = store.samples.per_sample("squared_norm")[store.samples.per_sample("valid") == 1]
+    except CorruptRunError:
+        return  # whoever reads them is told
+    zero = [name for name, column in zip(store.parameters, squares.T, strict=True) if not column.any()]
+    if zero and len(squares):
+        more = f" and of {len(zero) - 3} more parameters" if len(zero) > 3 else ""
+        warnings.warn(
+            f"every row of {', '.join(zero[:3])}{more} is zero: the loss of no sample depends on it.", stacklevel=2
+        )
