@@ -250,6 +250,18 @@ PYTHON = {
         "NonFiniteError",
         ["sample 5", "nan"],
     ),
+    "collect: documents that see each other": (
+        "sf.collect(tiny_models.TinyDocuments(), tiny_models.documents_under_a_mask(), 'new.zarr',"
+        " config=sf.SpectralConfig(loss='causal'))",
+        "DataError",
+        ["sample 0", "position_ids start again", "Leave attention_mask out"],
+    ),
+    "collect: a table that eval() makes": (
+        "sf.collect(tiny_models.TinyTable(), {'input_ids': torch.randn(4, 3), 'labels': torch.randn(4, 2)},"
+        " 'new.zarr')",
+        "CaptureError",
+        ["table", "train mode", "--exclude"],
+    ),
     "open_run: nothing there": ("sf.open_run('no.zarr')", "RunError", ["no.zarr", "does not exist"]),
     "spectrum: unknown blocks": (
         "sf.open_run('run.zarr').spectrum('layers')",
