@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from streamfisher.errors import ConfigError, ModelError, StreamfisherError, first_line, require
+from streamfisher.errors import ConfigError, ModelError, StreamfisherError, first_line, no_memory, require
 from streamfisher.models.checkpoint import load_sharded, load_weights
 from streamfisher.models.device_map import DeviceMap, check_device_map, place
 from streamfisher.models.sharding import shard
@@ -156,7 +156,9 @@ def _load_pretrained(
         return load_weights(kind, spec, {**options, **where})
     except StreamfisherError:
         raise
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except Exception as error:  # of what a config.json says, and of the libraries that read it
+        if no_memory(error):
+            raise
         raise ModelError(f"MODEL {spec} cannot be loaded: {first_line(error)}") from error
 
 
@@ -167,6 +169,9 @@ def auto_class(transformers: Any, config: Any) -> Any:
         raise ModelError(f"config.json: architectures must be a list of names of classes, not {names!r:.80}.")
     for name in names:
         kind = getattr(transformers, name, None)
+        is_model = name.startswith("AutoModel") or (isinstance(kind, type) and issubclass(kind, nn.Module))
+        if kind is not None and not is_model:
+            raise ModelError(f"config.json: architectures names {name}, which is no model.")
         if kind is not None:
             return kind
     return transformers.AutoModelForCausalLM
