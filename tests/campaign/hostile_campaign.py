@@ -164,7 +164,8 @@ class Campaign:
             looking = self._reading(run, out)
             first = [looking[0], looking[2], looking[10]]
             more = [command for command in looking if command not in first]
-            commands = first + (more if case.kind == "injection" else dice.sample(more, 2))
+            watch = Command(("info", run, "--watch", "--interval", 0.01))  # which ends, as nothing is unfinished
+            commands = first + ([*more, watch] if case.kind == "injection" else dice.sample(more, 2))
             if dice.random() < 0.6:
                 commands += self._writing(case, run, dice)
         but = [run, out, printed]
