@@ -2,7 +2,7 @@
 
 import sys
 
-from streamfisher.cli.main import main
+from streamfisher.cli.front import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,6 +12,7 @@ from streamfisher.analysis.run import StoredRun
 from streamfisher.collection.collect import collect_gradients
 from streamfisher.config import SpectralConfig
 from streamfisher.models.weights import Resident
+from streamfisher.runtime.paths import expanded
 
 
 class Run(StoredRun):
@@ -84,10 +85,11 @@ def collect(
         StoppedError: SIGTERM or SIGUSR1 came; the units in flight are finished and marked.
         CapacityError: there is no room on the disk, or no memory for one chunk of rows.
     """
+    path = expanded(path)
     collect_gradients(
         model,
         samples,
-        Path(path),
+        path,
         config=config,
         loss=loss,
         n_samples=n_samples,

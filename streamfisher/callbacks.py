@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConfigError, require
+from streamfisher.runtime.paths import expanded
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback as _Base
@@ -59,7 +60,7 @@ class CollectCallback(_Base):
         require("transformers", "hf", "collect runs from a Trainer")
         if every < 1:
             raise ConfigError(f"every={every} must be a whole number of at least 1 step.")
-        self.samples, self.folder, self.every = samples, Path(folder), every
+        self.samples, self.folder, self.every = samples, expanded(folder), every
         self.n_samples, self.config, self.loss = n_samples, config, loss
         self.grams, self.at_start = grams, at_start
         self.runs: list[Path] = []  # of this training, in order

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from streamfisher.cli.main import main
+from streamfisher.cli.main import build_parser, main
+
+__all__ = ["arrays", "build_parser", "cli", "contents", "main"]
 
 
 def cli(*arguments: object) -> int:

@@ -28,7 +28,7 @@ from streamfisher.errors import CapacityError, ConfigError
 from streamfisher.results.bootstrap import BlockBootstrap, Bootstrap, tails
 from streamfisher.results.metrics import SCALAR_METRICS, frobenius
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum
-from streamfisher.runtime.dask_pool import scheduler
+from streamfisher.runtime.dask_pool import compute_anywhere
 from streamfisher.runtime.threads import worker_count
 from streamfisher.solving.combine import union
 from streamfisher.solving.selection import Selection
@@ -122,7 +122,7 @@ def _resample_block(
         for start in range(0, n_resamples, _TASK_RESAMPLES)
     ]
     with threadpoolctl.threadpool_limits(1):
-        parts = dask.compute(*tasks, **scheduler(workers))
+        parts = compute_anywhere(tasks, workers)
     eigenvalues, traces, norms = (np.concatenate(column) for column in zip(*parts, strict=True))
     return eigenvalues, traces, norms
 

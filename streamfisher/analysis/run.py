@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class StoredRun(Analyses):
         """Return N, counting skipped samples too."""
         return self.store.n_samples
 
-    @property
+    @cached_property
     def parameters(self) -> dict[str, int]:
         """Return `{parameter name: number of elements}` of the captured parameters."""
         return {item["name"]: math.prod(item["shape"]) for item in self.manifest.parameters}

@@ -18,7 +18,7 @@ FORMATS = ("csv", "json", "npz", "parquet", "safetensors")
 
 def add_commands(add: AddCommand) -> None:
     """Add the commands of this module."""
-    eigenvectors = add("eigenvectors", _eigenvectors, "leading eigenvectors of a block, in parameter space")
+    eigenvectors = add("eigenvectors", _eigenvectors)
     eigenvectors.add_argument("run", metavar="RUN.zarr", help="the folder of a run")
     eigenvectors.add_argument("--block", required=True, help="key of the block, for example layer_3")
     eigenvectors.add_argument("--top", type=int, default=20, help="how many (default: %(default)s)")
@@ -26,7 +26,7 @@ def add_commands(add: AddCommand) -> None:
     eigenvectors.add_argument("--overwrite", action="store_true", help="replace those stored with other options")
     add_options(eigenvectors, *ANALYSIS)
 
-    density = add("density", _density, "how many eigenvalues of a block lie where, by stochastic Lanczos quadrature")
+    density = add("density", _density)
     density.add_argument("run", metavar="RUN.zarr", help="the folder of a run")
     density.add_argument("--block", required=True, help="key of the block, for example layer_3")
     density.add_argument("--vectors", type=int, default=10, help="random vectors (default: %(default)s)")
@@ -36,14 +36,14 @@ def add_commands(add: AddCommand) -> None:
     density.add_argument("--out", default=None, metavar="FILE.json", help="write grid, density and errors to this file")
     add_options(density, *ANALYSIS)
 
-    compare = add("compare", _compare, "two or more runs side by side")
+    compare = add("compare", _compare)
     compare.add_argument("runs", metavar="RUN.zarr", nargs="+", help="folders of runs, in order")
     compare.add_argument("--top", type=int, default=10, help="dimension of eigenspaces; 0: none (default: %(default)s)")
     compare.add_argument("--out", default=None, metavar="FILE", help="overlay the spectra in this .png, .svg or .pdf")
     add_options(compare, *ANALYSIS)
     add_selection_options(compare)
 
-    export = add("export", _export, "spectra and metrics in other programs' formats")
+    export = add("export", _export)
     export.add_argument("run", metavar="RUN.zarr", help="the folder of a run")
     export.add_argument("--to", required=True, metavar="|".join(FORMATS), help="the format")
     export.add_argument("--out", default=None, metavar="FILE", help="default: spectrum.SUFFIX in the working directory")

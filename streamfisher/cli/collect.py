@@ -71,7 +71,13 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
         check_free(Path(options.out))  # before a large model is loaded for nothing
     state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
     device = state.device if config.device == "auto" else pick_device(config.device)
-    source = load_samples(options.data, tokenize=options.tokenizer(), field=options.field, max_length=config.max_length)
+    source = load_samples(
+        options.data,
+        tokenize=options.tokenizer(),
+        field=options.field,
+        max_length=config.max_length,
+        n_samples=options.samples,
+    )
     if new and state.is_main_process and not arguments.quiet:
         announce_plan(options, source)
     weights = None

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamfisher import __version__
 from streamfisher.cli.analyse import add_commands
 from streamfisher.cli.arguments import (
     ANALYSIS,
@@ -25,6 +24,7 @@ from streamfisher.cli.arguments import (
     add_options,
 )
 from streamfisher.cli.collect import collect_command, demo_command, run_command
+from streamfisher.cli.commands import add_command, top_parser
 from streamfisher.cli.options import read_run_options
 from streamfisher.cli.output import analyse, print_info, spectra_of
 from streamfisher.cli.plan import add_plan_command
@@ -32,13 +32,9 @@ from streamfisher.cli.selection import add_selection_options, check_target, sele
 from streamfisher.cli.verify import verify_command
 from streamfisher.errors import CapacityError, ConfigError, RunError, StreamfisherError, first_line, no_memory
 from streamfisher.runtime.dask_pool import dask_client
+from streamfisher.runtime.paths import expanded
 from streamfisher.runtime.printable import printable, printable_message
 from streamfisher.runtime.signals import die_with_launcher, stopping_at_once
-
-_EPILOG = """exit codes: 0 done; 2 wrong input or settings; 3 a loss or gradient is not finite;
-4 something stored is damaged; 5 no room on disk or in memory; 6 another rank failed, died or was given other work;
-7 `verify` found a run intact and not finished;
-130 SIGINT, 143 SIGTERM, 138 SIGUSR1: stopped, with what was in flight written; the same command goes on there"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)
+    for name, value in vars(arguments).items():  # the shell leaves `--out=~/runs/x` as it is
+        if isinstance(value, str) and value.startswith("~"):
+            setattr(arguments, name, str(expanded(value)))
     if getattr(arguments, "use_deterministic", False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     warnings.filterwarnings("ignore", message=".*not recognized as a component of a Zarr hierarchy.*")
@@ -107,40 +106,31 @@ def _printable_warnings() -> Iterator[None]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="streamfisher",
-        description="Exact spectra of the empirical Fisher of a model, streamed through disk in bounded memory.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"streamfisher {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser, commands = top_parser()
 
-    demo = _command(commands, "demo", demo_command, "everything on a small trained model that ships with the package")
+    demo = _command(commands, "demo", demo_command)
     demo.add_argument("--out", default="streamfisher-demo.zarr", help="the run's folder (default: %(default)s)")
     demo.add_argument("--samples", type=int, default=256, help="sequences of 128 bytes (default: %(default)s)")
 
-    run = _command(commands, "run", run_command, "collect, reduce, solve and report; the same line again resumes")
+    run = _command(commands, "run", run_command)
     add_collection_options(run)
     add_options(run, *ANALYSIS, *ELSEWHERE)
-    collect = _command(
-        commands, "collect", collect_command, "per-sample gradients into a run; the same line again resumes"
-    )
+    collect = _command(commands, "collect", collect_command)
     add_collection_options(collect)
 
-    gram = _command(commands, "gram", _gram, "build the Gram matrices of a collected run")
+    gram = _command(commands, "gram", _gram)
     _add_run(gram)
     gram.add_argument("--rebuild", action="store_true", help="build all of them again from the stored rows")
     add_options(gram, "reduction", *ELSEWHERE)
 
-    spectrum = _command(commands, "spectrum", _spectrum, "solve a stored run, without the model")
+    spectrum = _command(commands, "spectrum", _spectrum)
     _add_run(spectrum)
     add_options(spectrum, *ANALYSIS, *ELSEWHERE)
     add_selection_options(spectrum)
     spectrum.add_argument("--exact", action="store_true", help="refuse a run whose eigenvalues are estimates")
     spectrum.add_argument("--out", default=None, help="write the spectrum to this JSON file")
 
-    report = _command(commands, "report", _report, "a page about a stored run, or a picture of its eigenvalues")
+    report = _command(commands, "report", _report)
     _add_run(report)
     add_options(report, *ANALYSIS)
     add_selection_options(report)
@@ -148,15 +138,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", default=None, help=".html, .png, .svg or .pdf (default: report.html and spectrum.png in the run)"
     )
 
-    add_plan_command(lambda name, function, text: _command(commands, name, function, text))
-    add_commands(lambda name, function, text: _command(commands, name, function, text))
-    info = _command(commands, "info", _info, "what a run holds and how far it is")
+    add_plan_command(lambda name, function: _command(commands, name, function))
+    add_commands(lambda name, function: _command(commands, name, function))
+    info = _command(commands, "info", _info)
     _add_run(info)
     info.add_argument("--watch", action="store_true", help="follow a run that another process writes, until it ends")
     info.add_argument(
         "--interval", type=float, default=5.0, metavar="SECONDS", help="between two looks (default: %(default)s)"
     )
-    verify = _command(commands, "verify", verify_command, "read everything and compare checksums")
+    verify = _command(commands, "verify", verify_command)
     _add_run(verify)
     repair = verify.add_mutually_exclusive_group()
     repair.add_argument(
@@ -169,14 +159,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, function: Any, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=text,
-        description=text[0].upper() + text[1:] + ".",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _command(commands: Any, name: str, function: Any) -> argparse.ArgumentParser:
+    parser = add_command(commands, name)
     parser.set_defaults(command=function)
     add_common_options(parser)
     return parser

@@ -14,7 +14,7 @@ from streamfisher.cli.options import RunOptions
 from streamfisher.runtime.printable import printable
 
 #: Makes the parser of one command: (name, function, description) -> parser.
-AddCommand = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+AddCommand = Callable[[str, Callable[[argparse.Namespace], int]], argparse.ArgumentParser]
 
 
 def print_json(content: Any) -> None:

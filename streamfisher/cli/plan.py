@@ -32,7 +32,7 @@ _WORTH_MEASURING = 2e12
 
 def add_plan_command(add: AddCommand) -> None:
     """Add `plan`, which takes the options of `run` and those that describe a machine."""
-    plan = add("plan", _plan, "bytes, passes, memory and time of a run before it runs; needs no weights and no data")
+    plan = add("plan", _plan)
     add_collection_options(plan)
     add_options(plan, *ANALYSIS, *ELSEWHERE)
     machine = plan.add_argument_group("machine (default: this one, measured in a few seconds)")
@@ -124,7 +124,11 @@ def _samples(options: RunOptions, source: Any) -> tuple[list[int], dict[str, tor
     config = options.config
     if options.data:
         source = source or load_samples(
-            options.data, tokenize=options.tokenizer(), field=options.field, max_length=config.max_length
+            options.data,
+            tokenize=options.tokenizer(),
+            field=options.field,
+            max_length=config.max_length,
+            n_samples=options.samples,
         )
         samples = Samples(source, options.samples, config.max_length)
         lengths = [sequence_length(samples[index]) or 1 for index in range(len(samples))]

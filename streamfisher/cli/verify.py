@@ -86,6 +86,12 @@ def _deep(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
         if config.device == "auto"
         else pick_device(config.device)
     )
-    source = load_samples(options.data, tokenize=options.tokenizer(), field=options.field, max_length=config.max_length)
+    source = load_samples(
+        options.data,
+        tokenize=options.tokenizer(),
+        field=options.field,
+        max_length=config.max_length,
+        n_samples=run.manifest.data.get("n_sequences", run.n_samples),
+    )
     model = _loaded(options, config, device)
     return {"deep": arguments.deep, "model": model, "samples": source, "seed": arguments.seed}

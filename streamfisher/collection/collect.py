@@ -7,7 +7,6 @@ Units are claimed by whichever rank is free, and what a unit gives depends neith
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,14 +14,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from streamfisher.collection.behaviour import check_behaviour
 from streamfisher.collection.prepare import beside_weights, make_manifest, prepare_either, probe
 from streamfisher.collection.producers import check_streamable, fixed_choice, make_producer
-from streamfisher.collection.resume import create_or_resume, stored_routes
+from streamfisher.collection.resume import create_or_resume, grown_to, stored_routes
 from streamfisher.collection.survey import survey
 from streamfisher.collection.waves import Collection
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import padded_total
 from streamfisher.gradients.state import without_packing
+from streamfisher.models.dtypes import in_dtype
 from streamfisher.models.sharding import is_sharded, reshard
 from streamfisher.models.weights import Resident
 from streamfisher.planning.run_layout import boundary_room
@@ -56,9 +57,7 @@ def collect_gradients(
     if config.stream == "layers":
         check_streamable(model, config)
     state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}  # quantised weights keep theirs
-    if config.dtype_model is not None and dtypes - {config.dtype_model}:
-        model = copy.deepcopy(model).to(config.dtype_model)
+    model = in_dtype(model, config.dtype_model)
     with (
         finishing_first() as stop,
         Ranks(state, timeout=config.rank_timeout, stop=stop) as ranks,
@@ -66,7 +65,8 @@ def collect_gradients(
         without_packing(model),  # from the first pass on
         chunks_at_a_time(len(os.sched_getaffinity(0)) // local_ranks()),
     ):
-        data = survey(model, samples, config, loss, n_samples)
+        known = RunStore(path).manifest.layout.get("kept_apart") if (path / "manifest.json").is_file() else None
+        data = survey(model, samples, config, loss, n_samples, known)
         reshard(model)
         sharded = is_sharded(model)
         prepared = None
@@ -90,9 +90,12 @@ def collect_gradients(
                 locks.enter_context(RankLock(path))
             store = RunStore(path)
             store.fsync = config.fsync
+            producer.apply_routes(stored_routes(store))
+            check_behaviour(store, producer, data.batches(model, config, store.batch_tokens, store.units))
+            ranks.wait("for the comparison with the run")  # nothing is changed before all ranks agree
+            store = grown_to(len(data.samples), store, manifest, ranks, progress)
             facts = {"samples": store.n_samples, "ranks": ranks.count, "waves": len(store.waves)}
             locks.enter_context(RunLog(path, "collect", ranks.index, device=str(state.device), **facts))
-            producer.apply_routes(stored_routes(store))
             if ranks.is_main:
                 store.sweep()
                 store.samples.write_fields(data.fields)
@@ -101,6 +104,6 @@ def collect_gradients(
             collection = Collection(store, producer, batches, left, ranks, sharded, progress)
             if config.store_centered:
                 collection.collect_mean()
-            tokens = padded_total(data.lengths, store.units, store.batch_tokens)
+            tokens = padded_total(data.lengths, store.units, store.batch_tokens, data.apart)
             producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens, path / "stream")
             collection.collect_waves()

@@ -6,21 +6,21 @@ the average that batch's own gradient and keeps their passes alike, whatever pat
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from streamfisher.collection.claims import share_of
-from streamfisher.data.batches import BatchRef, Unit
+from streamfisher.data.batches import BatchRef, Unit, guarded_batches
 from streamfisher.errors import CaptureError
 from streamfisher.gradients.producer import BatchGradients, GradientProducer
 from streamfisher.models.batches import ModelBatches
 from streamfisher.runtime.ranks import Ranks
 
 
-def check_sums(producer: GradientProducer, differences: Mapping[str, float], unit: Unit) -> None:
+def check_sums(producer: GradientProducer, differences: Mapping[str, float], batch: BatchRef) -> None:
     """Refuse rows that do not sum to the ordinary gradient.
 
     Raises:
@@ -30,10 +30,25 @@ def check_sums(producer: GradientProducer, differences: Mapping[str, float], uni
     if wrong:
         name = max(wrong, key=wrong.__getitem__)
         raise CaptureError(
-            f"the gradient rows of {name} do not sum to its ordinary gradient on samples from {unit.start} on: "
+            f"the gradient rows of {name} do not sum to its ordinary gradient on samples from {batch.start} on: "
             f"relative difference {wrong[name]:.1e}, tolerance {producer.tolerance:.0e}; {len(wrong)} parameters in "
             "all. The model treats these samples otherwise than the probed ones. Leave the parameter out with "
             "--exclude, or report the model."
+        )
+
+
+def check_alone(differences: Mapping[int, float], tolerance: float) -> None:
+    """Refuse rows that are others in a batch than of the sample alone.
+
+    Raises:
+        CaptureError: batch mates, or the padding that they cause, change a sample.
+    """
+    if differences:
+        sample = max(differences, key=differences.__getitem__)
+        raise CaptureError(
+            f"the loss and the gradient of sample {sample} are others in its batch than alone: relative difference "
+            f"{differences[sample]:.1e}, tolerance {tolerance:.0e}. The model mixes the samples of a batch, or lets "
+            "their lengths change a sample; batches of one sample (--batch-tokens 1) keep them apart."
         )
 
 
@@ -67,23 +82,34 @@ class Guard(Protocol):
 
 
 class OwnGuard:
-    """The guard of one rank: on the first batch of every so-many-th unit.
+    """The guard of one rank: on two batches of every so many units, see `guarded_batches`.
 
     Args:
         producer: of the gradients.
+        batches: of the run, in order.
         names: parameters that the pass captures.
         every: units; 0: never.
+        seed: of the batches that are drawn.
     """
 
-    def __init__(self, producer: GradientProducer, names: Sequence[str], every: int) -> None:
-        self.producer, self.names, self.every = producer, list(names), every
+    def __init__(
+        self, producer: GradientProducer, batches: Iterable[BatchRef], names: Sequence[str], every: int, seed: int
+    ) -> None:
+        self.producer, self.names = producer, list(names)
+        self._turns = {batch: turn for turn, batch in enumerate(guarded_batches(batches, every, seed))}
 
     def step(self, batch: BatchRef, gradients: BatchGradients) -> None:
-        """Compare the first batch of a unit whose turn it is."""
-        if batch.index or not self.every or batch.unit.index % self.every:
+        """Compare a batch whose turn it is with its ordinary gradient, and some of its samples with themselves alone.
+
+        Raises:
+            CaptureError: they differ.
+        """
+        turn = self._turns.get(batch)
+        if turn is None:
             return
-        names = guarded_names(self.producer, self.names, batch.unit.index // self.every)
-        check_sums(self.producer, self.producer.guard(batch, gradients, names), batch.unit)
+        names = guarded_names(self.producer, self.names, turn) if self.producer.guards_in_parts else self.names
+        check_sums(self.producer, self.producer.guard(batch, gradients, names), batch)
+        check_alone(self.producer.guard_alone(batch, gradients, names), self.producer.tolerance)
 
 
 class SharedGuard:
@@ -97,7 +123,8 @@ class SharedGuard:
         units: of all ranks, as they are shared out.
         ranks: all of them take part in every step.
         names: parameters that the pass captures.
-        every: units between two that are compared; 0: never.
+        every: units of which two batches are compared; 0: never.
+        seed: of the batches that are drawn.
     """
 
     def __init__(
@@ -108,11 +135,13 @@ class SharedGuard:
         ranks: Ranks,
         names: Sequence[str],
         every: int,
+        seed: int,
     ):
-        self.producer, self.batches, self.ranks, self.every = producer, batches, ranks, every
+        self.producer, self.ranks = producer, ranks
         self.names = list(names)
         self._steps = 0
-        self._guarded = guarded_steps(units, batches, every, ranks.count)
+        self._turns = {batch: turn for turn, batch in enumerate(guarded_batches(batches, every, seed))}
+        self._guarded = guarded_steps(units, batches, self._turns, ranks.count)
 
     def step(self, batch: BatchRef, gradients: BatchGradients) -> None:
         """Finish one step: every rank has formed gradients, of a batch of its own or of one that is dropped.
@@ -122,25 +151,24 @@ class SharedGuard:
         """
         guarded = self._guarded.get(self._steps, [])
         self._steps += 1
-        for owner, unit in guarded:
-            names = guarded_names(self.producer, self.names, unit.index // self.every)
+        for owner, compared in guarded:
+            names = guarded_names(self.producer, self.names, self._turns[compared])
             mine = gradients if owner == self.ranks.index else None
-            known = self.producer.guard(self.batches.of(unit)[0], mine, names)
+            known = self.producer.guard(compared, mine, names)
             values = [known.get(name, 0.0) for name in names]
             differences = torch.tensor(values, dtype=torch.float64, device=self.producer.device)
             dist.broadcast(differences, src=owner)
-            check_sums(self.producer, dict(zip(names, differences.tolist(), strict=True)), unit)
+            check_sums(self.producer, dict(zip(names, differences.tolist(), strict=True)), compared)
 
 
 def guarded_steps(
-    units: Sequence[Unit], batches: ModelBatches, every: int, count: int
-) -> dict[int, list[tuple[int, Unit]]]:
-    """Return `{step: [(rank, unit)]}`: who forms, in which step of all ranks, the first batch of a guarded unit."""
-    steps: dict[int, list[tuple[int, Unit]]] = {}
-    for rank in range(count if every else 0):
-        step = 0
-        for unit in share_of(units, rank, count):
-            if unit.index % every == 0:
-                steps.setdefault(step, []).append((rank, unit))
-            step += len(batches.of(unit))
+    units: Sequence[Unit], batches: ModelBatches, guarded: Collection[BatchRef], count: int
+) -> dict[int, list[tuple[int, BatchRef]]]:
+    """Return `{step: [(rank, batch)]}`: who forms, in which step of all ranks, a batch that is guarded."""
+    steps: dict[int, list[tuple[int, BatchRef]]] = {}
+    for rank in range(count):
+        formed = (batch for unit in share_of(units, rank, count) for batch in batches.of(unit))
+        for step, batch in enumerate(formed):
+            if batch in guarded:
+                steps.setdefault(step, []).append((rank, batch))
     return steps

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from streamfisher.collection.behaviour import arithmetic_of
 from streamfisher.collection.producers import REFUSALS, make_producer, planned_to_stream
 from streamfisher.collection.survey import RunData
 from streamfisher.config import SpectralConfig, dtype_name
@@ -90,9 +91,11 @@ def prepare(
         row_dtype=producer.row_dtype,
         activations=activations,
         segments=producer.segments(),
+        device=producer.device,
+        apart=data.apart,
     )
     units = make_units(len(data.samples), config.chunk_size)
-    tokens = padded_total(data.lengths, units, plan.batch_tokens)
+    tokens = padded_total(data.lengths, units, plan.batch_tokens, data.apart)
     producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens)
     return PreparedRun(streamed, report, plan)
 
@@ -159,6 +162,8 @@ def make_manifest(
             "bitround": config.bitround,
             "codec": config.codec,
             "centered": config.store_centered,
+            "arithmetic": arithmetic_of(producer.device),
+            "kept_apart": data.kept_apart,
         },
         probe=report.to_dict() if report else {},
         versions=versions(),

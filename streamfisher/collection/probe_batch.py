@@ -13,6 +13,7 @@ from streamfisher.collection.survey import RunData
 from streamfisher.data.batches import collate
 from streamfisher.errors import NonFiniteError
 from streamfisher.gradients.probe import PROBE_SAMPLES
+from streamfisher.models.kept_tensors import KeptTensors
 from streamfisher.models.offload import to_model
 
 #: Among so many first samples the probe looks for some with finite gradients.
@@ -69,7 +70,7 @@ def _is_finite(data: RunData, model: nn.Module, parameters: Sequence[Tensor], nu
     try:
         for parameter in parameters:
             parameter.requires_grad_(True)
-        with torch.enable_grad():
+        with torch.enable_grad(), KeptTensors(model).held():  # what one sample leaves is not the next one's
             loss = data.loss(model, to_model(collate([data.samples[number]]), model)).sum()
             if not bool(torch.isfinite(loss)) or not loss.requires_grad:
                 return bool(torch.isfinite(loss))

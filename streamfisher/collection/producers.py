@@ -151,7 +151,8 @@ def planned_to_stream(model: nn.Module, data: RunData, config: SpectralConfig, p
     mean = sum(data.lengths) / len(data.lengths)
     if round(mean) != round(trace.tokens):
         trace = trace.scaled(mean)
-    planner = StrategyPlanner(trace, data.lengths, config, machine_of(model, config, path), UNKNOWN)
+    machine = machine_of(model, config, path)
+    planner = StrategyPlanner(trace, data.lengths, config, machine, UNKNOWN, apart=data.apart)
     return streams(config.stream, planner.stored("waves", config.representation, budgets=True), planner.streamed())
 
 

@@ -38,7 +38,7 @@ def create_or_resume(
     prepared: PreparedRun | None,
     streamed: bool,
 ) -> None:
-    """Make the run's folder, or check that what is there is this very run; lock it for all ranks."""
+    """Make the run's folder, or check that what is there is named as this very run; lock it for all ranks."""
     resuming = (path / "manifest.json").is_file()
     if is_sharded(model):
         ranks.share("whether the run exists", resuming)
@@ -57,21 +57,30 @@ def create_or_resume(
             left = units_left(store, len(data.samples)) / max(len(units), 1)
             grams = 8 * len(data.samples) ** 2 * len(store.gram_members)
             check_disk(path, int(store.rows.bytes_of(len(data.samples)) * left) + grams)
-        if len(data.samples) > store.n_samples:
-            if progress:
-                tqdm.write(f"{path} grows from {store.n_samples} to {len(data.samples)} samples")
-            store.fsync = config.fsync
-            grow_run(store, manifest)
         return
     new = prepared or prepare(path, model, producer, data, config, streamed=streamed)
     if progress:
         tqdm.write(new.report.summary())
-    if progress and (len(new.plan.waves) > 1 or new.plan.hold == "host"):
+    if progress and (len(new.plan.waves) > 1 or new.plan.hold != "disk"):
         tqdm.write(_announced(new.plan))
     path.mkdir(parents=True, exist_ok=True)
     locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
     layout = manifest.layout | new.layout()
     RunStore.create(path, dataclasses.replace(manifest, probe=new.report.to_dict(), layout=layout))
+
+
+def grown_to(n_samples: int, store: RunStore, manifest: Manifest, ranks: Ranks, progress: bool) -> RunStore:
+    """Return the run with room for so many samples; all ranks wait until rank 0 has made it."""
+    if n_samples <= store.n_samples:
+        return store
+    if ranks.is_main:
+        if progress:
+            tqdm.write(f"{store.path} grows from {store.n_samples} to {n_samples} samples")
+        grow_run(store, manifest)
+    ranks.wait("for the run to grow")
+    grown = RunStore(store.path, looked_over=True)
+    grown.fsync = store.fsync
+    return grown
 
 
 def stored_routes(store: RunStore) -> ProbeReport:
@@ -95,9 +104,10 @@ def stored_routes(store: RunStore) -> ProbeReport:
 
 def _announced(plan: RunLayout) -> str:
     parts = ", ".join(format_bytes(wave.disk) for wave in plan.waves)
-    where = "In memory" if plan.hold == "host" else "On disk, uncompressed"
+    where = {"device": "On the device", "host": "In memory", "disk": "On disk, uncompressed"}[plan.hold]
     if len(plan.waves) == 1:
-        return f"Gradients stay in memory until they are reduced: {parts}"
+        place = "on the device" if plan.hold == "device" else "in memory"
+        return f"Gradients stay {place} until they are reduced: {parts}"
     return (
         f"{len(plan.waves)} waves: each is a pass over the data that captures some of the parameters, is reduced "
         f"to its Grams, and deleted before the next. {where}: {parts}"

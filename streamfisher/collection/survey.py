@@ -10,14 +10,17 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from streamfisher.collection.masks import Masks, check_masks
+from streamfisher.collection.padding import lengths_of, numbered, padding_changes
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import Unit, collate, make_units, sequence_length
 from streamfisher.data.samples import Samples, TokenSamples, add_contents, check_unchanged, sample_digest
 from streamfisher.errors import ConfigError, DataError, LossError, ModelError, StreamfisherError
-from streamfisher.gradients import select_parameters
+from streamfisher.gradients import GradientEngine, select_parameters
 from streamfisher.gradients.modes import check_modes
 from streamfisher.gradients.probe import PROBE_SAMPLES
 from streamfisher.models.batches import ModelBatches
+from streamfisher.models.kept_tensors import KeptTensors
 from streamfisher.models.losses import PerSampleLoss, resolve_loss
 from streamfisher.models.offload import to_model
 from streamfisher.models.own_loss import reproducing
@@ -34,6 +37,13 @@ class RunData:
     n_sequences: int | None  # how many sequences the tokens come from; None unless the unit is the token
     sample_digests: list[bytes]  # of the contents of each sample, compared whenever it is read again
     fields: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (N,) float64: scalars that every sample has
+    shapes: list[int] = field(default_factory=list)  # the same number for samples that need no padding to share a batch
+    kept_apart: bool | None = None  # whether only such share one, see `padding`; None: all need no padding
+
+    @property
+    def apart(self) -> list[int] | None:
+        """Numbers of the samples, of which those with different ones never share a batch; `None`: any may."""
+        return self.shapes if self.kept_apart else None
 
     def sample_unit(self, config: SpectralConfig) -> str:
         """Return what N counts: 'sequence', 'token', or 'example' for samples that are no sequences."""
@@ -60,6 +70,7 @@ class RunData:
             batch_tokens or config.batch_tokens,
             loss=self.loss,
             label_seed=config.seed if config.labels == "model" else None,
+            apart=self.apart,
             digests=self.sample_digests,
         )
 
@@ -82,6 +93,7 @@ def survey(
     config: SpectralConfig,
     loss: Callable[..., Tensor] | None = None,
     n_samples: int | None = None,
+    kept_apart: bool | None = None,
 ) -> RunData:
     """Number the samples, choose the loss, and check that every sample has something to predict.
 
@@ -91,6 +103,7 @@ def survey(
         config: `max_length`, `sample_unit`, `chunk_size` and `loss` count here.
         loss: the user's own `(model, batch) -> (B,)`; `None` means `config.loss`, or a choice.
         n_samples: how many to use, from the first (sequences, where the unit is the token).
+        kept_apart: what a run that is resumed has found; `None`: it is to be found out.
 
     Raises:
         DataError: there are fewer than 2 samples, or one has no target token; the message names it.
@@ -106,8 +119,9 @@ def survey(
     first = collate([samples[index] for index in range(min(PROBE_SAMPLES, len(samples)))])
     try:
         on_device = to_model(first, model)
-        chosen = resolve_loss(model, on_device, loss if loss is not None else config.loss)
-        chosen = reproducing(model, on_device, chosen)
+        with KeptTensors(model).held():
+            chosen = resolve_loss(model, on_device, loss if loss is not None else config.loss)
+            chosen = reproducing(model, on_device, chosen)
     except StreamfisherError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
@@ -133,16 +147,25 @@ def survey(
         if len(samples) < 2:
             raise DataError("the data holds 1 target token; a spectrum needs at least 2.")
     units = make_units(len(samples), config.chunk_size)
-    lengths, scalars, digests = [], [], []
+    lengths, scalars, digests, axes, masks = [], [], [], [], Masks()
     for index in range(len(samples)):
         sample = samples[index]
         lengths.append(sequence_length(sample) or 1)
         digests.append(sample_digest(sample))
+        axes.append(lengths_of(sample))
+        masks.note(index, sample)
         _require_targets(chosen, sample, index)
         scalars.append({key: float(value) for key, value in sample.items() if value.ndim == 0})
     fields = {key: np.array([values[key] for values in scalars]) for key in _common_keys(scalars)}
     chunk_digests = [_read_again(samples, unit, digests) for unit in units]
-    return RunData(samples, chosen, lengths, chunk_digests, n_sequences, digests, fields)
+    engine = GradientEngine(
+        model, chosen, include=config.include, exclude=config.exclude, deterministic=config.use_deterministic
+    )
+    check_masks(engine, samples, masks)
+    if kept_apart is None:
+        budget = None if config.memory_budget is None else int(config.memory_budget)
+        kept_apart = padding_changes(engine, samples, axes, budget)
+    return RunData(samples, chosen, lengths, chunk_digests, n_sequences, digests, fields, numbered(axes), kept_apart)
 
 
 def _read_again(samples: Samples, unit: Unit, digests: Sequence[bytes]) -> str:

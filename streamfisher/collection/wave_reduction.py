@@ -72,7 +72,7 @@ def forget_wave(store: RunStore, wave: int) -> None:
 
 
 def reduce_held(store: RunStore, wave: int, sink: MemorySink, config: SpectralConfig, *, progress: bool) -> None:
-    """Build the missing Grams of a wave from memory, and then mark its units: their gradients are gone.
+    """Build the missing Grams of a wave where its gradients are, and then mark its units: the gradients are gone.
 
     Raises:
         CorruptRunError: a gradient is not finite.
@@ -80,13 +80,12 @@ def reduce_held(store: RunStore, wave: int, sink: MemorySink, config: SpectralCo
     """
     done = store.grams.done(grams.gram_settings(config))
     keys = [key for key in store.grams.keys_of(store.waves[wave]) if key not in done]
-    source = sink.source(all_samples=True)
     valid = np.array([number not in sink.skipped for number in range(store.n_samples)])
-    build_held_grams(store, source, valid, _share_of_host(config), keys, progress=progress)
+    built = build_held_grams(store, sink.held(), valid, _share_of_host(config), keys, progress=progress)
     norms = {}
     if not sink.every_norm:
         for name in store.waves[wave]:
-            norms[name] = store.grams.read(name)[0].diagonal()
+            norms[name] = built[name] if name in built else store.grams.read(name)[0].diagonal()
     store.kept.delete(wave)  # before any unit counts as done
     for unit in store.units:
         facts = sink.facts[unit.index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from streamfisher.collection.claims import Claims, idle_batches
 from streamfisher.collection.guard import Guard, OwnGuard, SharedGuard
@@ -13,11 +14,13 @@ from streamfisher.collection.progress import Progress
 from streamfisher.collection.wave_reduction import forget_wave, is_reduced, reduce_held, reduce_wave, reopen_wave
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import BatchRef, Unit
+from streamfisher.errors import CapacityError, first_line
 from streamfisher.gradients.producer import GradientProducer, Wave
 from streamfisher.models.batches import ModelBatches
 from streamfisher.runtime.memory import give_back
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.sinks.centered import CenteredSink
+from streamfisher.sinks.device import DeviceSink
 from streamfisher.sinks.disk import DiskSink
 from streamfisher.sinks.interface import GradientSink, UnitFacts
 from streamfisher.sinks.mean import MeanSink
@@ -52,7 +55,7 @@ class Collection:
         store, ranks = self.store, self.ranks
         products = SpectralConfig.from_dict(store.manifest.config).gram_options(self.config)
         means = self._means() if store.centered else {}
-        held = store.run.hold == "host"
+        held = store.run.hold != "disk"
         for index, names in enumerate(store.waves):
             title = "gradients" if len(store.waves) == 1 else f"wave {index + 1} of {len(store.waves)}"
             passing = len(store.waves) > 1 or "*" not in store.keep
@@ -63,7 +66,7 @@ class Collection:
                     reduce_wave(store, index, products, ranks, progress=self.progress)  # what is left to be deleted
                 continue
             if held:
-                self._through_memory(index, names, title, products)
+                self._held(index, names, title, products)
                 continue
             disk = DiskSink(store, index, self.producer)
             sink = CenteredSink(disk, means) if store.centered else disk
@@ -79,12 +82,16 @@ class Collection:
             self.producer.finish(wave)
         self.producer.close()
 
-    def _through_memory(self, index: int, names: list[str], title: str, products: SpectralConfig) -> None:
-        """Take a wave whose gradients are in memory until its Grams are written; a kill costs the wave."""
+    def _held(self, index: int, names: list[str], title: str, products: SpectralConfig) -> None:
+        """Take a wave whose gradients are held, on the host or on the device, until its Grams are written.
+
+        A kill costs the wave.
+        """
         store = self.store
         factored = [name for name in names if store.rows.representation(name) == "factors"]
         alone = all(store.gram_members[key] == [key] for key in store.grams.keys_of(names))
-        sink = MemorySink(
+        kind = DeviceSink if store.run.hold == "device" else MemorySink
+        sink = kind(
             self.producer,
             store.units,
             factored,
@@ -95,8 +102,15 @@ class Collection:
         forget_wave(store, index)
         wave = self._wave(index, names, sink)
         self.producer.begin(wave)
-        self._pass(sink, wave, title, "for the other ranks' gradients")
-        reduce_held(store, index, sink, products, progress=self.progress)
+        try:
+            self._pass(sink, wave, title, "for the other ranks' gradients")
+            reduce_held(store, index, sink, products, progress=self.progress)
+        except torch.cuda.OutOfMemoryError as error:
+            raise CapacityError(
+                f"{title}: {self.producer.device} ran out of memory: {first_line(error)} A run's layout does not "
+                "change; start it in another folder with a smaller --device-memory-budget or --batch-tokens, or with "
+                "--hold host."
+            ) from error
         del sink
         give_back()
         self.producer.finish(wave)
@@ -127,11 +141,10 @@ class Collection:
         """Take the units that this rank claims; with sharded weights, go along with the other ranks' batches too."""
         config, ranks = self.config, self.ranks
         claims = Claims(ranks, title, sink.todo(), self.store.units, together=self.sharded)
-        guard: Guard = OwnGuard(self.producer, list(sink.parameters), config.guard_every)
+        guarded = (list(sink.parameters), config.guard_every, config.seed)
+        guard: Guard = OwnGuard(self.producer, self.batches, *guarded)
         if self.sharded:
-            guard = SharedGuard(
-                self.producer, self.batches, claims.units, ranks, list(sink.parameters), config.guard_every
-            )
+            guard = SharedGuard(self.producer, self.batches, claims.units, ranks, *guarded)
         todo = sum(len(unit) for unit in claims.units)
         with Progress(ranks, title, todo=todo, total=self.store.n_samples, shown=self.progress) as bar:
 

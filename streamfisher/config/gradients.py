@@ -50,7 +50,7 @@ class GradientOptions(Section):
     guard_every: int = option(
         64,
         whole(0),
-        "once in so many units, rows are held against the gradient of their batch; 0: never",
+        "twice in so many units, rows are held against the gradient of their batch; 0: never",
     )
     use_deterministic: bool = option(
         False,

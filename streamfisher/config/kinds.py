@@ -15,6 +15,9 @@ from streamfisher.byte_sizes import parse_bytes
 from streamfisher.config.dtypes import dtype_name, parse_dtype
 from streamfisher.errors import ConfigError
 
+#: Characters of a value in a message.
+_LONGEST_SHOWN = 200
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -32,13 +35,15 @@ def optional(kind: Kind) -> Kind:
     return replace(kind, check=lambda name, value: None if value is None else kind.check(name, value))
 
 
-def whole(least: int) -> Kind:
-    """Return the kind of whole numbers from `least`."""
+def whole(least: int, most: int = 2**63 - 1) -> Kind:
+    """Return the kind of whole numbers from `least` to `most`."""
 
     def check(name: str, value: Any) -> int:
         value = int(value) if isinstance(value, np.integer) else value
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name}={_show(value)} must be a whole number of at least {least}.")
+        if value > most:
+            raise ConfigError(f"{name} must be at most {most:,}, and is a number of {value.bit_length()} bits.")
         return value
 
     return Kind(check, parse=int)
@@ -80,8 +85,8 @@ def _number(name: str, value: Any) -> float:
         if value is None or isinstance(value, bool):
             raise ValueError
         return float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name}={value!r} must be a number.") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{name}={_show(value)} must be a number.") from None
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -93,7 +98,7 @@ def _flag(name: str, value: Any) -> bool:
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
     patterns = (value,) if isinstance(value, str) else value
     if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ConfigError(f"{name}={value!r} must be a pattern of parameter names, or a list of patterns.")
+        raise ConfigError(f"{name}={_show(value)} must be a pattern of parameter names, or a list of patterns.")
     return tuple(patterns)
 
 
@@ -106,13 +111,13 @@ def _kept(name: str, value: Any) -> tuple[str, ...]:
 
 def _folder(name: str, value: Any) -> str:
     if not isinstance(value, str | os.PathLike):
-        raise ConfigError(f"{name}={value!r} must name a folder.")
+        raise ConfigError(f"{name}={_show(value)} must name a folder.")
     return os.fspath(value)
 
 
 def _device(name: str, value: Any) -> str:
     if not isinstance(value, str | torch.device) or not str(value):
-        raise ConfigError(f"{name}={value!r} is no device; write auto, cpu, cuda or cuda:1.")
+        raise ConfigError(f"{name}={_show(value)} is no device; write auto, cpu, cuda or cuda:1.")
     return str(value)
 
 
@@ -124,7 +129,13 @@ def _solver_device(name: str, value: Any) -> str:
 
 
 def _show(value: Any) -> str:
-    return dtype_name(value) if isinstance(value, torch.dtype) else repr(value)
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"a {type(value).__name__} that is too long to be shown"
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 FLAG = Kind(_flag, nargs=0, const=True)

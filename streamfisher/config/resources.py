@@ -42,6 +42,14 @@ class ResourceOptions(Section):
         metavar="SIZE",
         unset="half of what is free",
     )
+    device_memory_budget: int | str | None = option(
+        None,
+        optional(SIZE),
+        "of a device, beside the model, for gradients that are held there and their reduction",
+        group="reduction",
+        metavar="SIZE",
+        unset="nine tenths of what is free",
+    )
     disk_budget: int | str | None = option(
         None,
         optional(SIZE),

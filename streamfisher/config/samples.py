@@ -44,7 +44,7 @@ class SampleOptions(Section):
         "data: empirical Fisher; model: labels drawn from the model's own prediction",
         group="data",
     )
-    seed: int = option(42, whole(0), "seed of all that is drawn at random", group="data")
+    seed: int = option(42, whole(0, 2**64 - 1), "seed of all that is drawn at random", group="data")
     chunk_size: int = option(
         32, whole(1), "samples written and marked together: the rows of one Zarr chunk", group="data"
     )

@@ -14,7 +14,7 @@ from streamfisher.errors import ConfigError
 StorageMode = Literal["full", "chunked", "streaming"]
 Codec = Literal["blosc-lz4", "zstd", "raw"]
 HeldAs = Literal["auto", "dense", "factors"]
-Hold = Literal["auto", "host", "disk"]
+Hold = Literal["auto", "device", "host", "disk"]
 
 
 @documented
@@ -36,8 +36,8 @@ class StorageOptions(Section):
     hold: Hold = option(
         "auto",
         one_of(*get_args(Hold)),
-        "where gradients that nobody keeps are until they are reduced: host: in memory; disk: in the run; auto: in "
-        "memory, where it has room",
+        "where gradients that nobody keeps are until they are reduced: device: where they are made; host: in memory; "
+        "disk: in the run; auto: the nearest that has room",
         group="store",
     )
     dtype_store: torch.dtype | None = option(

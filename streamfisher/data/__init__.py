@@ -1,8 +1,18 @@
 """Samples: numbered, cut into units and batches, and read from files."""
 
-from streamfisher.data.batches import BatchRef, Unit, batches_of, collate, make_batches, make_units, sequence_length
+from streamfisher.data.batches import (
+    BatchRef,
+    Unit,
+    batches_of,
+    collate,
+    guarded_batches,
+    make_batches,
+    make_units,
+    sequence_length,
+)
 from streamfisher.data.loading import load_samples
-from streamfisher.data.samples import Samples, SampleSource, TokenSamples
+from streamfisher.data.samples import Samples, TokenSamples
+from streamfisher.data.sources import SampleSource
 
 __all__ = [
     # Samples
@@ -16,6 +26,7 @@ __all__ = [
     "make_units",
     "make_batches",
     "batches_of",
+    "guarded_batches",
     "collate",
     "sequence_length",
 ]

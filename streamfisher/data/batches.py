@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,10 +71,48 @@ def make_batches(lengths: Sequence[int], batch_tokens: int) -> list[range]:
     return batches
 
 
-def batches_of(unit: Unit, lengths: Sequence[int], batch_tokens: int) -> list[BatchRef]:
-    """Return the batches of one unit, see `make_batches`; `lengths` is of all samples of the run."""
-    cut = make_batches(lengths[unit.start : unit.stop], batch_tokens)
-    return [BatchRef(unit.start + b.start, unit.start + b.stop, unit, index) for index, b in enumerate(cut)]
+def batches_of(
+    unit: Unit, lengths: Sequence[int], batch_tokens: int, apart: Sequence[int] | None = None
+) -> list[BatchRef]:
+    """Return the batches of one unit, see `make_batches`.
+
+    Args:
+        unit: to be cut.
+        lengths: tokens of all samples of the run.
+        batch_tokens: padded tokens of one batch.
+        apart: of all samples: those with different numbers never share a batch; `None`: any may.
+    """
+    runs = [(unit.start, unit.stop)]
+    if apart is not None:
+        starts = [n for n in range(unit.start, unit.stop) if n == unit.start or apart[n] != apart[n - 1]]
+        runs = list(zip(starts, [*starts[1:], unit.stop], strict=True))
+    cut = [
+        range(start + batch.start, start + batch.stop)
+        for start, stop in runs
+        for batch in make_batches(lengths[start:stop], batch_tokens)
+    ]
+    return [BatchRef(batch.start, batch.stop, unit, index) for index, batch in enumerate(cut)]
+
+
+def guarded_batches(batches: Iterable[BatchRef], every: int, seed: int) -> list[BatchRef]:
+    """Return the batches of which the guard compares the gradients: two of every so many units.
+
+    One is the first, the other is drawn at random: data that are sorted show at their beginning what the probe saw.
+
+    Args:
+        batches: of all units, in order.
+        every: units; 0: none is compared.
+        seed: of the draw.
+    """
+    among: dict[int, list[BatchRef]] = {}
+    for batch in batches if every else ():
+        among.setdefault(batch.unit.index // every, []).append(batch)
+    chosen = []
+    for index, members in among.items():
+        chosen.append(members[0])
+        if len(members) > 1:
+            chosen.append(members[int(np.random.default_rng([seed, index]).integers(1, len(members)))])
+    return chosen
 
 
 def sequence_length(sample: Mapping[str, Tensor]) -> int | None:
@@ -85,14 +124,12 @@ def sequence_length(sample: Mapping[str, Tensor]) -> int | None:
     return None
 
 
-def padded_total(lengths: Sequence[int], units: Sequence[Unit], batch_tokens: int) -> int:
-    """Return the padded tokens of all batches of all units."""
-    total = 0
-    for unit in units:
-        own = lengths[unit.start : unit.stop]
-        for batch in make_batches(own, batch_tokens):
-            total += len(batch) * max(own[batch.start : batch.stop])
-    return total
+def padded_total(
+    lengths: Sequence[int], units: Sequence[Unit], batch_tokens: int, apart: Sequence[int] | None = None
+) -> int:
+    """Return the padded tokens of all batches of all units, see `batches_of`."""
+    batches = (batch for unit in units for batch in batches_of(unit, lengths, batch_tokens, apart))
+    return sum(len(batch) * max(lengths[batch.start : batch.stop]) for batch in batches)
 
 
 def padded_tokens(batch: Mapping[str, Tensor]) -> int:

@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamfisher.data.sources import as_source
 from streamfisher.errors import DataError
 from streamfisher.runtime.callables import call, is_callable_spec
+from streamfisher.runtime.paths import expanded
 
 Tokenize = Callable[[str], list[int]]
 
@@ -27,7 +29,12 @@ def tokenize_bytes(text: str) -> list[int]:
 
 
 def load_samples(
-    spec: str, *, tokenize: Tokenize | None = None, field: str = "text", max_length: int | None = None
+    spec: str,
+    *,
+    tokenize: Tokenize | None = None,
+    field: str = "text",
+    max_length: int | None = None,
+    n_samples: int | None = None,
 ) -> Any:
     """Return a map-style dataset for what `spec` names.
 
@@ -43,15 +50,16 @@ def load_samples(
         tokenize: text to token ids; `None` takes bytes.
         field: of JSON lines.
         max_length: tokens per sequence; `None` means 128 where text must be cut.
+        n_samples: take no more than so many of what a callable yields; `None` means all.
 
     Raises:
         DataError: nothing is there, it is empty, or of a kind that is not known.
     """
-    path = Path(spec)
+    path = expanded(spec)
     tokenize = tokenize or tokenize_bytes
     length = max_length or DEFAULT_LENGTH
     if not path.exists() and is_callable_spec(spec):
-        return _called(spec)
+        return _called(spec, n_samples)
     if not path.exists():
         raise DataError(f"DATA {spec}: there is no such file or folder, and it is not of the form module:callable.")
     if path.is_dir():
@@ -63,13 +71,11 @@ def load_samples(
     return _nonempty(list(_sequences(tokenize(_read_text(path)), length)), spec)
 
 
-def _called(spec: str) -> Any:
+def _called(spec: str, n_samples: int | None) -> Any:
     source = call(spec, "DATA")
-    if isinstance(source, Mapping) or (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
-        return source
-    if not isinstance(source, Iterable):
+    if not isinstance(source, Iterable) and not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
         raise DataError(f"DATA {spec} returned a {type(source).__name__}; it must return or yield dicts of tensors.")
-    return list(source)
+    return source if isinstance(source, Mapping) else as_source(source, n_samples)
 
 
 def _folder(folder: Path, tokenize: Tokenize, length: int) -> Iterator[dict[str, Tensor]]:
@@ -95,7 +101,7 @@ def _json_lines(path: Path, tokenize: Tokenize, field: str, max_length: int | No
                 continue
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # not JSON, numbers too long, brackets too deep
                 raise DataError(f"DATA {path}, line {number}: not JSON ({error}).") from error
             if not isinstance(record, dict) or field not in record:
                 keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
@@ -105,8 +111,13 @@ def _json_lines(path: Path, tokenize: Tokenize, field: str, max_length: int | No
             value = record[field]
             if not isinstance(value, str) and not (isinstance(value, list) and all(type(id) is int for id in value)):
                 raise DataError(f"DATA {path}, line {number}: {field!r} is neither text nor token ids; use --field.")
-            ids = tokenize(value) if isinstance(value, str) else value
-            yield {"input_ids": torch.tensor(ids, dtype=torch.int64)[:max_length]}
+            if isinstance(value, str):  # half a surrogate pair is no text, as bytes that are no UTF-8 are none
+                value = tokenize(value.encode("utf-8", errors="replace").decode())
+            try:
+                ids = torch.tensor(value, dtype=torch.int64)
+            except (RuntimeError, OverflowError, ValueError) as error:
+                raise DataError(f"DATA {path}, line {number}: a token id does not fit into 64 bits.") from error
+            yield {"input_ids": ids[:max_length]}
 
 
 def _arrays(path: Path, length: int) -> Any:
@@ -121,8 +132,12 @@ def _arrays(path: Path, length: int) -> Any:
     for key, array in arrays.items():
         if array.dtype.kind not in "biuf":
             raise DataError(f"DATA {path}: {key!r} has dtype {array.dtype}; only numbers can be samples.")
+        if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
+            raise DataError(f"DATA {path}: {key!r} holds {array.max()}, which does not fit into int64.")
         if array.dtype.kind in "iu":
             arrays[key] = array.astype(np.int64)  # torch indexes with int64 and does not know all of the others
+        elif array.dtype.kind == "f":  # torch knows neither other byte orders nor more than 64 bits
+            arrays[key] = array.astype(f"=f{min(array.dtype.itemsize, 8)}", copy=False)
     ids = arrays.get("input_ids")
     if len(arrays) == 1 and ids is not None and ids.ndim == 1 and ids.dtype.kind == "i":
         return _nonempty(list(_sequences(ids.tolist(), length)), str(path))

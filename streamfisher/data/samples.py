@@ -8,8 +8,8 @@ together), and within a unit consecutive samples share a backward pass while the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,25 +17,18 @@ from torch import Tensor
 
 from streamfisher.data.batches import IGNORED_LABEL, Unit, sequence_length
 from streamfisher.data.cutting import TokenCutter
+from streamfisher.data.sources import as_source
 from streamfisher.errors import DataError
 
 Sample = dict[str, Tensor]
-
-
-class SampleSource(Protocol):
-    """A map-style dataset: `len(source)` samples, `source[i]` a dict of tensors without a batch axis."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
 
 
 class Samples:
     """A validated, numbered view of a sample source.
 
     Args:
-        source: a map-style dataset of dicts of tensors (or arrays) without batch axis, a dict of batched tensors, or an
-            iterable of dicts.
+        source: a map-style dataset of dicts of tensors (or arrays) without batch axis, a dict of batched tensors, an
+            iterable of dicts, or a DataLoader of batches; see `as_source`.
         n_samples: how many to use, from the first; `None` means all.
         max_length: tokens; longer sequences are cut. `None` means never.
 
@@ -44,7 +37,7 @@ class Samples:
     """
 
     def __init__(self, source: Any, n_samples: int | None = None, max_length: int | None = None):
-        self.source = _as_source(source)
+        self.source = source.source if isinstance(source, Samples) else as_source(source, n_samples)
         self.max_length = max_length
         self._cutter = TokenCutter(_Whole(self))
         available = len(self.source)
@@ -183,37 +176,6 @@ class _Whole:
 
     def __getitem__(self, index: int) -> Sample:
         return self.samples._whole(index)
-
-
-class _BatchedTensors:
-    """A dict of tensors with one common batch axis, as a map-style dataset."""
-
-    def __init__(self, batch: Mapping[str, Any]):
-        self.batch = {str(key): torch.as_tensor(value) for key, value in batch.items() if value is not None}
-        sizes = {key: value.shape[0] if value.ndim else None for key, value in self.batch.items()}
-        if len(set(sizes.values())) > 1 or None in sizes.values():
-            raise DataError(f"the tensors of the batch must share their first axis; they have sizes {sizes}.")
-        self.size = next(iter(sizes.values()), 0)
-
-    def __len__(self) -> int:
-        return self.size or 0
-
-    def __getitem__(self, index: int) -> Sample:
-        return {key: value[index] for key, value in self.batch.items()}
-
-
-def _as_source(source: Any) -> SampleSource:
-    if isinstance(source, Samples):
-        return source.source
-    if isinstance(source, Mapping):
-        return _BatchedTensors(source)
-    if hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, str | bytes):
-        return source
-    if isinstance(source, Iterable) and not isinstance(source, str | bytes):
-        return list(source)
-    raise DataError(
-        f"samples are a {type(source).__name__}; expected a dataset of dicts of tensors or one dict of batched tensors."
-    )
 
 
 def _tensor(value: Any, key: str, index: int) -> Tensor:

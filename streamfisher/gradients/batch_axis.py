@@ -20,6 +20,20 @@ def find_layout(shape: tuple[int, ...], n_samples: int, allowed: tuple[str, ...]
     return next((layout for layout in allowed if _fits(layout, shape, n_samples)), None)
 
 
+def is_ambiguous(shape: tuple[int, ...], n_samples: int, used: tuple[str, ...]) -> bool:
+    """Return whether several of the layouts that one module was seen in fit `shape`, and mean different axes.
+
+    A layer that is called batch-first and time-first gets the same shape from both where a batch has as many samples
+    as its sequences have positions. 'batch' is 'flat' with one position each, and of one sample all layouts are alike.
+    """
+    if n_samples == 1:
+        return False
+    fitting = {layout for layout in used if _fits(layout, shape, n_samples)}
+    if "batch" in fitting:
+        fitting.discard("flat")
+    return len(fitting) > 1
+
+
 def _fits(layout: str, shape: tuple[int, ...], n_samples: int) -> bool:
     if not shape:
         return False

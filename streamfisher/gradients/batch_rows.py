@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from streamfisher.gradients.factors import FactorPair
+from streamfisher.gradients.factors import FactorPair, squared_norms
 
 if TYPE_CHECKING:
     from streamfisher.gradients.projection import Sides
@@ -106,6 +106,12 @@ class RowSink:
             return
         for row, where, what in zip(rows, index, value, strict=True):
             row.view(n_entries, width).index_add_(0, where, what.to(rows.dtype))
+
+    def formed(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Return a tensor that is zero where a parameter's gradient is, of those that something contributed to."""
+        formed = {name: self.rows[name] for name in names if name in self.written}
+        pairs = {name: self.factors[name] for name in names if self.factors.get(name)}
+        return formed | {name: squared_norms(factors) for name, factors in pairs.items()}
 
     def finish(self) -> None:
         """Write zeros where nothing contributed."""

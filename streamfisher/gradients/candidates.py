@@ -62,14 +62,21 @@ class NoiseSearch:
         return self.best[name][1]
 
 
-def candidates_of(model: nn.Module, slot: Slot, called: set[str]) -> list[Candidate]:
+def candidates_of(
+    slot: Slot, modules: Mapping[str, nn.Module], called: set[str], with_attention: set[str]
+) -> list[Candidate]:
     """Return the candidates of one place, most efficient first.
 
     A module that the forward does not call is watched and taken to contribute nothing; should a later batch call it,
     that batch's parameters are taken sample by sample. A module around it may use its parameters all the same (as
     attention uses its output projection's), which is tried next.
+
+    Args:
+        slot: the place.
+        modules: of the model, by name.
+        called: names of those that the forward calls.
+        with_attention: names of those that are, or hold, an `nn.MultiheadAttention`.
     """
-    modules = dict(model.named_modules())
     found: list[Candidate] = []
     rules = rules_for(modules[slot.owner])
     if slot.owner not in called:
@@ -87,9 +94,7 @@ def candidates_of(model: nn.Module, slot: Slot, called: set[str]) -> list[Candid
                 # A loop over the whole model is what the per-sample path does anyway.
                 if site or name == "generic":
                     found.append(Candidate(site, name, relative, BATCH_FIRST))
-            if modules[site] is not model and any(
-                isinstance(m, nn.MultiheadAttention) for m in modules[site].modules()
-            ):
+            if site and site in with_attention:
                 found += [Candidate(site, name, relative, TIME_FIRST) for name in ("generic", "generic_loop")]
         if not site:
             break
@@ -104,7 +109,10 @@ def options_of(model: nn.Module, slots: Sequence[Slot], called: set[str]) -> dic
     Where a tied parameter has a closed formula at one place (a head's bias in its linear layer), a second place that
     only holds it (the prediction module around) is first taken to contribute nothing.
     """
-    candidates = {slot.name: candidates_of(model, slot, called) for slot in slots}
+    modules = dict(model.named_modules())
+    attention = [n for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, nn.MultiheadAttention)]
+    around = {name[:end] for name in attention for end in (*_dots(name), len(name))}
+    candidates = {slot.name: candidates_of(slot, modules, called, around) for slot in slots}
     closed = {
         slot.parameter
         for slot in slots
@@ -115,6 +123,10 @@ def options_of(model: nn.Module, slots: Sequence[Slot], called: set[str]) -> dic
         held = slot.parameter in closed and slot.owner in called and candidates[slot.name][0].rule in GENERIC
         options[slot.name] = [*([None] if held else []), *candidates[slot.name]]
     return options
+
+
+def _dots(name: str) -> list[int]:
+    return [place for place, sign in enumerate(name) if sign == "."]
 
 
 def groups_of(slots: Iterable[Slot], chosen: Mapping[str, Candidate | None]) -> list[Group]:

@@ -83,7 +83,22 @@ class Site:
 
     def __init__(self, capture: Capture, name: str, module: nn.Module, groups: Sequence[Group]) -> None:
         self.capture, self.name, self.module, self.groups = capture, name, module, list(groups)
-        self.handle = module.register_forward_hook(self._hook, with_kwargs=True)
+        self.served = [parameter for group in groups for parameter in group.names.values()]
+        self.handles = [
+            module.register_forward_pre_hook(self._enter, prepend=True),
+            module.register_forward_hook(self._hook, with_kwargs=True),
+            module.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        state = self.capture.current
+        if state is not None and state.watch is not None:
+            state.watch.enter(self.served)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        state = self.capture.current
+        if state is not None and state.watch is not None:
+            state.watch.leave(self.served)
 
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         state = self.capture.current
@@ -217,7 +232,8 @@ class Capture:
     def remove(self) -> None:
         """Take every hook off."""
         for site in self.sites:
-            site.handle.remove()
+            for handle in site.handles:
+                handle.remove()
         self.sites = []
 
     def suspended(self) -> _Serving:

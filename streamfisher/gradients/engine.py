@@ -7,13 +7,14 @@ from typing import Any
 
 import psutil
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from streamfisher.data.batches import padded_tokens
 from streamfisher.errors import CaptureError, LossError
 from streamfisher.gradients.activations import SavedBytes
 from streamfisher.gradients.factors import FactorPair
 from streamfisher.gradients.groups import Group
-from streamfisher.gradients.guard import differences
+from streamfisher.gradients.guard import Comparison
 from streamfisher.gradients.passes import GradientPasses
 from streamfisher.gradients.probe import run_probe
 from streamfisher.gradients.probe_report import ProbeReport
@@ -84,8 +85,8 @@ class GradientEngine(GradientPasses):
                 "The stored routing is for other parameters; they differ in "
                 f"{', '.join(sorted(different)[:5]) or 'their order'}."
             )
-        self.noise = report.tolerance / 10.0
-        self.use_groups([Group.from_dict(group) for group in report.groups], report.per_sample)
+        self.use_precision(report)
+        self.use_groups([Group.from_dict(group) for group in report.groups], report.per_sample, report.unproved)
 
     def shapes(self, batch: Mapping[str, Any]) -> tuple[list[GradientShape], float]:
         """Return what each parameter's gradient is made of, and the bytes a backward pass takes for each padded token.
@@ -119,15 +120,43 @@ class GradientEngine(GradientPasses):
                 all ranks take the same pass and one of them compares.
 
         Returns:
-            Parameter -> relative difference, to be compared with `tolerance`. A difference that is within the rounding
-            of the whole gradient is scaled to lie below it.
+            Parameter -> relative difference, to be compared with `guard_tolerance`. A difference that is within the
+            rounding of the whole gradient is scaled to lie below it.
         """
         batch, n_samples = self._ready(batch)
         factors = factors or {}
         wanted = {*out, *factors, *names}
         tensors = {name: tensor for name, tensor in self.tensors.items() if name in wanted}
-        _, grads = self.plain.gradients(batch, tensors)
-        rows = {name: values[:n_samples] for name, values in out.items()}
-        return differences(
-            self, {name: grads[name] for name in tensors if name in out or name in factors}, rows, factors
-        )
+        comparison = Comparison(self, {name: values[:n_samples] for name, values in out.items()}, factors)
+
+        def take(name: str, grad: Tensor | None) -> None:
+            if name in out or name in factors:
+                comparison.take(name, grad)
+
+        self.plain.each_gradient(batch, tensors, take)
+        return comparison.differences()
+
+    @property
+    def one_gradient_at_a_time(self) -> bool:
+        """Whether `guard` holds the ordinary gradient of one parameter only; not if weights are elsewhere."""
+        return not any(tensor.is_meta or isinstance(tensor, DTensor) for tensor in self.tensors.values())
+
+    def loss_alone(self, sample: Mapping[str, Any]) -> float:
+        """Return the loss of a batch of one, taken as the probe found right."""
+        return self.plain.loss_alone(self._prepared(sample))
+
+    def guard_alone(
+        self, sample: Mapping[str, Any], rows: Mapping[str, Tensor], factors: Mapping[str, Sequence[FactorPair]]
+    ) -> dict[str, float]:
+        """Compare the gradient of one sample with what `rows` gave for it in a larger batch: see `guard`.
+
+        Args:
+            sample: a batch of one.
+            rows: (1, P_k) of each parameter that is held as rows.
+            factors: of one sample, of the others.
+        """
+        comparison = Comparison(self, rows, factors)
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name in rows or name in factors}
+        alone, place = self.plain.sample(self._prepared(sample), 0)
+        self.plain.each_gradient(alone, tensors, comparison.take, place)
+        return comparison.differences()

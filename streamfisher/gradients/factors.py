@@ -33,6 +33,10 @@ class FactorPair:
         """Return whether the left factor holds ids."""
         return self.left.dim() == 2
 
+    def of(self, index: int) -> FactorPair:
+        """Return the pair of one sample."""
+        return FactorPair(self.left[index : index + 1], self.right[index : index + 1])
+
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Return (m, n): what `L^T R` of a parameter of this shape is, before it is given the parameter's own axes."""
@@ -77,7 +81,7 @@ def squared_norms(pairs: Sequence[FactorPair]) -> Tensor:
     height = max(heights)
     dense = not any(pair.by_index for pair in pairs)
     if dense and n_positions * (height + width) > 2 * height * width:
-        rows = [product([_sample(pair, i) for pair in pairs], (height, width), _wide(pairs)) for i in _samples(pairs)]
+        rows = [product([pair.of(i) for pair in pairs], (height, width), _wide(pairs)) for i in _samples(pairs)]
         return torch.stack([torch.linalg.vecdot(row[0].double(), row[0].double()) for row in rows])
     squares = torch.zeros(pairs[0].right.shape[0], dtype=torch.float64, device=pairs[0].right.device)
     largest = max(side.shape[1] * max(side.shape[2:], default=0) for pair in pairs for side in (pair.left, pair.right))
@@ -105,10 +109,6 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
 
 def _wide(pairs: Sequence[FactorPair]) -> torch.dtype:
     return torch.promote_types(pairs[0].right.dtype, torch.float32)
-
-
-def _sample(pair: FactorPair, index: int) -> FactorPair:
-    return FactorPair(pair.left[index : index + 1], pair.right[index : index + 1])
 
 
 def _samples(pairs: Sequence[FactorPair]) -> range:

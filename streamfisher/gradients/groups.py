@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from streamfisher.gradients.batch_axis import find_layout
+from streamfisher.gradients.batch_axis import find_layout, is_ambiguous
 from streamfisher.gradients.batch_rows import RowSink
+from streamfisher.gradients.uses import UseWatch
 
 GENERIC = {"generic": True, "generic_loop": False}  # rule name -> batched by vmap
 
@@ -21,6 +22,7 @@ class Pass:
 
     sink: RowSink
     lengths: dict[str, int]  # see layout.position_counts
+    watch: UseWatch | None = None  # of uses that no rule accounts for
     learning: bool = False  # the probe runs: layouts are tried and recorded, failures collected
     deferred: set[str] = field(default_factory=set)  # parameters that met a layout the probe never saw right
     failed: dict[str, str] = field(default_factory=dict)  # parameter -> reason, only while learning
@@ -47,12 +49,19 @@ class Group:
 
     def layout_of(self, shape: Sequence[int], state: Pass) -> str | None:
         """Return the layout of an output of this shape, or None where it cannot be told."""
+        if not state.learning and len(self.layouts) > 1 and self._is_ambiguous(tuple(shape), state):
+            return None
         layout = find_layout(tuple(shape), state.n_samples, self.layouts)
         if layout == "flat" and not self._flat_is_safe(shape[0] // state.n_samples, state):
             return None
         if layout is not None and state.learning:
             self.used.add(layout)
         return layout
+
+    def _is_ambiguous(self, shape: tuple[int, ...], state: Pass) -> bool:
+        flat = bool(shape) and self._flat_is_safe(shape[0] // state.n_samples, state)
+        used = self.layouts if flat else tuple(layout for layout in self.layouts if layout != "flat")
+        return is_ambiguous(shape, state.n_samples, used)
 
     def _flat_is_safe(self, length: int, state: Pass) -> bool:
         if not state.learning:

@@ -16,6 +16,7 @@ from streamfisher.gradients.parameters import ParameterInfo
 from streamfisher.gradients.probe_report import ProbeReport
 from streamfisher.gradients.producer import Asked, BatchGradients, Wave
 from streamfisher.gradients.shapes import GradientShape
+from streamfisher.gradients.tolerance import COUPLING
 
 
 class ModelProducer:
@@ -67,7 +68,7 @@ class ModelProducer:
     @property
     def tolerance(self) -> float:
         """Norm-relative difference from plain autograd that counts as agreement."""
-        return self.engine.tolerance
+        return self.engine.guard_tolerance
 
     def probe(self, memory: int | None = None) -> ProbeReport:
         """Choose a rule for each parameter and verify it, see `GradientEngine.probe`."""
@@ -110,6 +111,35 @@ class ModelProducer:
         rows = {} if gradients is None else {name: v for name, v in gradients.rows.items() if name in names}
         factors = {} if gradients is None else {name: v for name, v in gradients.factors.items() if name in names}
         return self.engine.guard(self._contents(batch), rows, factors, names)
+
+    def guard_alone(self, batch: BatchRef, gradients: BatchGradients, names: Collection[str]) -> dict[int, float]:
+        """Compare the first, the last and the shortest sample of a batch with the same samples alone.
+
+        The losses first: what batch mates or padding change shows there, and only then gradients are taken.
+        """
+        if self._wave is None:
+            raise CaptureError("begin a wave before asking for gradients.")
+        batches, engine = self._wave.batches, self.engine
+        drawn = batches.label_seed is not None  # labels may be others by rounding
+        if len(batch) == 1 or engine.loss.sequential or drawn or self.guards_in_parts:
+            return {}
+        found = {}
+        for sample in sorted({batch.start, batch.stop - 1, batches.shortest(batch)}):
+            place = sample - batch.start
+            alone, loss = batches.of_samples([sample]), float(gradients.losses[place])
+            if abs(engine.loss_alone(alone) - loss) <= max(self.tolerance, COUPLING) * max(abs(loss), 1e-3):
+                continue
+            rows = {name: v[place : place + 1] for name, v in gradients.rows.items() if name in names}
+            factors = {name: [p.of(place) for p in pairs] for name, pairs in gradients.factors.items() if name in names}
+            worst = max(engine.guard_alone(alone, rows, factors).values(), default=0.0)
+            if worst > self.tolerance:
+                found[sample] = worst
+        return found
+
+    @property
+    def guards_in_parts(self) -> bool:
+        """Whether weights are offloaded or sharded."""
+        return not self.engine.one_gradient_at_a_time
 
     def finish(self, wave: Wave) -> None:
         """Let go of the wave's batches."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from streamfisher.errors import ModelError
+from streamfisher.models.kept_tensors import values_of, works_on_modes
 
 
 def check_modes(model: nn.Module) -> None:
@@ -28,12 +29,12 @@ def check_modes(model: nn.Module) -> None:
             "merged adapters are zero. Unmerge them first.",
             stacklevel=2,
         )
-    working = [(n, m) for n, m in model.named_modules() if m.training and _works(m)]
+    working = [(n, m) for n, m in model.named_modules() if m.training and works_on_modes(m)]
     for name, module in working:
-        before = {key: tensor.clone() for key, tensor in _tensors(module).items()}
+        before = {key: tensor.clone() for key, tensor in values_of(module).items()}
         modes = [(one, one.training) for one in module.modules()]
         module.eval()
-        changed = [key for key, tensor in _tensors(module).items() if not _same(before.get(key), tensor)]
+        changed = [key for key, tensor in values_of(module).items() if not _same(before.get(key), tensor)]
         if not changed:
             for one, mode in modes:
                 one.training = mode
@@ -42,7 +43,7 @@ def check_modes(model: nn.Module) -> None:
         for one, mode in modes:
             one.training = mode
         with torch.no_grad():
-            for key, tensor in _tensors(module).items():
+            for key, tensor in values_of(module).items():
                 if key in before:
                     tensor.copy_(before[key])
         raise ModelError(
@@ -51,16 +52,16 @@ def check_modes(model: nn.Module) -> None:
         )
 
 
-def _works(module: nn.Module) -> bool:
-    return type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        key: tensor.detach()
-        for key, tensor in (*module.named_parameters(), *module.named_buffers())
-        if not tensor.is_meta
-    }
+def of_batch_norms(model: nn.Module) -> str:
+    """Return, for an error about coupled samples, what to do about batch norms that take statistics of the batch."""
+    norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    names = [n for n, module in model.named_modules() if isinstance(module, norms) and module.running_mean is None]
+    if not names:
+        return ""
+    return (
+        f" {names[0] or 'The model'} is a batch norm without running statistics, which takes those of the batch even "
+        "in eval mode: train it with track_running_stats=True, or use another normalisation."
+    )
 
 
 def _same(before: Tensor | None, now: Tensor) -> bool:

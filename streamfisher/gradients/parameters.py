@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from streamfisher.errors import ModelError
 from streamfisher.models.offload import check_ties, has_values, identity
@@ -57,9 +58,10 @@ def select_parameters(
         need_values: refuse parameters without values; a plan needs none.
 
     Raises:
-        ModelError: a parameter has no values (meta device), a trainable one is complex, nothing is trainable, a
-            pattern matches no parameter, or nothing is left.
+        ModelError: a parameter has no values (meta device, lazy modules), a trainable one is complex or in
+            TorchScript, nothing is trainable, a pattern matches no parameter, or nothing is left.
     """
+    _check_kinds(model)
     check_ties(model)
     include, exclude = _patterns(include), _patterns(exclude)
     names: dict[int, list[str]] = {}
@@ -83,6 +85,9 @@ def select_parameters(
             continue
         if not parameter.requires_grad:
             excluded[name] = "frozen"
+            continue
+        if parameter.numel() == 0:
+            excluded[name] = f"has no elements (shape {tuple(parameter.shape)})"
             continue
         if parameter.dtype.is_complex:
             raise ModelError(
@@ -115,6 +120,29 @@ def select_parameters(
         if parameter is not None and (name := f"{module_name}.{attribute}" if module_name else attribute) in public
     ]
     return Selection(tensors, infos, excluded, tuple(slots))
+
+
+def _check_kinds(model: nn.Module) -> None:
+    """Refuse what has no shape yet, and code that no hook can see into."""
+    for module_name, module in model.named_modules():
+        trained = [name for name, parameter in module._parameters.items() if parameter is not None]
+        for name in trained:
+            if isinstance(module._parameters[name], UninitializedTensorMixin):
+                raise ModelError(
+                    f"Parameter {name!r} of {module_name or 'the model'} ({type(module).__name__}) has no shape yet. "
+                    "Call the model once on a batch, which gives it one."
+                )
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            raise ModelError(
+                f"{module_name or 'the model'} is a {type(module).__name__}, whose copies no hook sees. Give what it "
+                "wraps (model.module); samples are spread over devices by `accelerate launch`."
+            )
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        if scripted and any(parameter.requires_grad for parameter in module.parameters()):
+            raise ModelError(
+                f"{module_name or 'the model'} is TorchScript ({type(module).__name__}), which no hook sees into. Give "
+                "the module that it was scripted or traced from."
+            )
 
 
 def _patterns(value: Sequence[str]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from streamfisher.config import dtype_name
 from streamfisher.errors import CaptureError
 from streamfisher.gradients.batch_axis import position_counts
 from streamfisher.gradients.batch_rows import RowSink
@@ -32,12 +33,18 @@ from streamfisher.gradients.state import (
     without_parameter_hooks,
 )
 from streamfisher.gradients.tolerance import FLOOR, TOLERANCE
+from streamfisher.gradients.uses import UseWatch, nonzero
 from streamfisher.models.calling import batch_size
+from streamfisher.models.kept_tensors import KeptTensors
 from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.offload import working_device
 
 if TYPE_CHECKING:
+    from streamfisher.gradients.probe_report import ProbeReport
     from streamfisher.gradients.projection import Projection, Sides
+
+#: Where they are used on the way of float32 parameters, a rule is right up to their rounding.
+_HALVES = frozenset({torch.float16, torch.bfloat16})
 
 
 class GradientPasses:
@@ -91,12 +98,15 @@ class GradientPasses:
         for parameter in self.tensors.values():
             self.row_dtype = torch.promote_types(self.row_dtype, parameter.dtype)
         self.capture = Capture(self.model)
-        self.plain = PlainAutograd(self.model, loss, self.capture, self.slots)
+        self._kept = KeptTensors(self.model)
+        self.plain = PlainAutograd(self.model, loss, self.capture, self.slots, self._kept)
         self.projection: Projection | None = None  # serves buffers that are as narrow as it makes a row
         self.notes: tuple[str, ...] = ()  # what is done otherwise than the model would by itself
+        self.arithmetic: frozenset[torch.dtype] = frozenset()  # dtypes in which the model computes
         self.noise = 0.0  # by how much plain autograd differs between a sample in a batch and alone
         self._groups: list[Group] | None = None
         self._per_sample: tuple[str, ...] = ()
+        self._unproved: frozenset[str] = frozenset()  # parameters whose gradient no probed sample showed
         self._undo: contextlib.ExitStack | None = None
 
     @property
@@ -113,6 +123,16 @@ class GradientPasses:
     def floor(self) -> float:
         """Share of the whole gradient's norm below which a difference is rounding."""
         return FLOOR[self._coarsest()]
+
+    @property
+    def guard_tolerance(self) -> float:
+        """As `tolerance`, for sums over a batch: where only part of a float64 model is float32, they agree to that."""
+        return max(self.tolerance, *(TOLERANCE[dtype] for dtype in self.arithmetic), 0.0)
+
+    @property
+    def guard_floor(self) -> float:
+        """As `floor`, for sums over a batch."""
+        return max(self.floor, *(FLOOR[dtype] for dtype in self.arithmetic), 0.0)
 
     @property
     def factorable(self) -> tuple[str, ...]:
@@ -139,6 +159,7 @@ class GradientPasses:
             if self.deterministic:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             self.model.eval()
+            stack.enter_context(self._kept.held())
             prepare_recurrent(self.model, self.device)
             for parameter in self.model.parameters():
                 parameter.requires_grad_(False)
@@ -152,9 +173,19 @@ class GradientPasses:
         if undo is not None:
             undo.close()
 
-    def use_groups(self, groups: Sequence[Group], per_sample: Mapping[str, str] | Sequence[str]) -> None:
-        """Serve parameters by `groups`, and those in `per_sample` by a pass per sample."""
+    def use_groups(
+        self,
+        groups: Sequence[Group],
+        per_sample: Mapping[str, str] | Sequence[str],
+        unproved: Collection[str] = (),
+    ) -> None:
+        """Serve parameters by `groups`, and those in `per_sample` by a pass per sample.
+
+        Parameters in `unproved` take a pass per sample in every batch where their gradient is not zero: rules agree on
+        zeros whether they are right or wrong.
+        """
         self._groups = list(groups)
+        self._unproved = frozenset(unproved)
         self._per_sample = tuple(name for name in self.parameters if name in per_sample)
         if self._undo is not None:
             self.capture.install(self._groups)
@@ -207,8 +238,11 @@ class GradientPasses:
         wrong = [name for name in names if name in factored and name in self._per_sample]
         if wrong:
             raise CaptureError(f"{', '.join(wrong[:5])} take a pass per sample and have no factors.")
-        losses, pending, factors = self._captured(batch, out, [n for n in names if n not in self._per_sample], factored)
-        slow = [name for name in names if name in self._per_sample or name in pending]
+        fast = [name for name in names if name not in self._per_sample]
+        if batch_size(batch) == 1 and self.plain.changes(batch):
+            fast = []  # this model is not to be trusted with it
+        losses, pending, factors = self._captured(batch, out, fast, factored)
+        slow = [name for name in names if name not in fast or name in pending]
         if slow or losses is None:
             rows = {name: out[name] if name in out else self._row_buffer(name, batch) for name in slow}
             tensors = {name: self.tensors[name] for name in slow}
@@ -248,6 +282,24 @@ class GradientPasses:
         tensors |= self.left_out if left_out else {}
         return self.plain.gradients(batch, tensors, index)
 
+    def gradients_alone(
+        self, batch: Mapping[str, Any], index: int, *, names: Collection[str] | None = None, left_out: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Return what `plain_gradients` gives of one sample of a batch alone, taken as the probe found right."""
+        sample, place = self.plain.sample(self._prepared(batch), index)
+        return self.plain_gradients(sample, index=place, names=names, left_out=left_out)
+
+    def see_arithmetic(self, batch: Mapping[str, Any]) -> None:
+        """Note in which dtypes the model computes, whatever that of its parameters is."""
+        seen = self.plain.saved_dtypes(batch, self.tensors.values())
+        self.arithmetic = frozenset(seen & TOLERANCE.keys())
+
+    def use_precision(self, report: ProbeReport) -> None:
+        """Compare as the probe did that gave this report."""
+        self.noise = report.tolerance / 10.0
+        self.arithmetic = frozenset(dtype for dtype in TOLERANCE if dtype_name(dtype) in report.arithmetic)
+        self.plain.alone = report.alone
+
     def learning_pass(
         self, batch: Mapping[str, Any], out: Mapping[str, Tensor], names: Sequence[str]
     ) -> dict[str, str]:
@@ -277,6 +329,7 @@ class GradientPasses:
         with self.capture.serving(state), torch.enable_grad(), checkpoints, warnings.catch_warnings():
             # vmap says so where it falls back to a loop over one operator: right, and no news to the user.
             warnings.filterwarnings("ignore", message=".*not yet implemented the batching rule.*")
+            self._kept.forget()
             losses = self.loss(self.model, batch)
             if losses.requires_grad:
                 losses.sum().backward()
@@ -289,9 +342,23 @@ class GradientPasses:
         """Form the gradients of `names` in one pass; return losses, parameters not understood, and factors."""
         if self.loss.sequential or not names:
             return None, set(), {}
-        state = self._pass(batch, out, names, factored)
-        losses = self._backward(batch, state)
-        return losses, state.deferred, state.sink.factors
+        watch = UseWatch({name: self.tensors[name] for name in names}, self._unproved)
+        state = self._pass(batch, out, names, factored, watch=watch)
+        with watch.watching():
+            losses = self._backward(batch, state)
+        return losses, state.deferred | self._left_out_by_rules(batch, state, watch), state.sink.factors
+
+    def _left_out_by_rules(self, batch: Mapping[str, Any], state: Pass, watch: UseWatch) -> set[str]:
+        """Return parameters of which the rules did not give the whole gradient, or gave one that nothing proves."""
+        rows = state.sink.formed(self._unproved)
+        wrong = nonzero(rows) | nonzero(watch.grads)
+        # A sum of zero may be one of gradients that cancel, but not with other weights.
+        unclear = watch.grads.keys() - wrong - rows.keys()
+        if unclear and state.n_samples > 1:
+            weights = torch.arange(2, state.n_samples + 2).sqrt()
+            _, grads = self.plain.gradients(batch, {n: self.tensors[n] for n in sorted(unclear)}, weights=weights)
+            wrong |= nonzero({name: grad for name, grad in grads.items() if grad is not None})
+        return wrong
 
     def _prepared(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -314,7 +381,7 @@ class GradientPasses:
         return frozenset(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     def _coarsest(self) -> torch.dtype:
-        dtypes = set(self._model_dtypes)
+        dtypes = {*self._model_dtypes, *(self.arithmetic & _HALVES)}
         if torch.is_autocast_enabled(self.device.type):
             dtypes.add(torch.get_autocast_dtype(self.device.type))
         known = [dtype for dtype in dtypes if dtype in TOLERANCE]

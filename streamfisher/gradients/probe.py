@@ -8,41 +8,25 @@ Those take a backward pass per sample.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from streamfisher.config import dtype_name
 from streamfisher.errors import CaptureError, LossError, first_line
 from streamfisher.gradients.candidates import Candidate, NoiseSearch, groups_of, options_of
 from streamfisher.gradients.groups import Group
-from streamfisher.gradients.norms import distance, norm
 from streamfisher.gradients.passes import GradientPasses
 from streamfisher.gradients.probe_report import ParameterReport, ProbeReport
-from streamfisher.gradients.tolerance import COUPLING
+from streamfisher.gradients.reference import Reference, gradient_error, make_reference
+from streamfisher.gradients.uses import nonzero
 from streamfisher.models.calling import batch_size, sample_of
+from streamfisher.models.kept_tensors import works_on_modes
 
 #: The probe takes this many samples: a third tells a batch axis from an axis that happens to have size 2.
 PROBE_SAMPLES = 3
-
-
-@dataclass
-class Reference:
-    """Plain autograd on each sample alone."""
-
-    rows: list[dict[str, Tensor | None]]  # per sample: parameter -> flat gradient, None where it has none; of one part
-    norms: list[float]  # per sample: norm of the gradient over all trainable parameters
-    losses: list[float]
-    squares: dict[str, float]  # captured parameter -> squared norm over the samples
-    total: float  # squared norm over the samples and all trainable parameters
-
-    def take(self, engine: GradientPasses, samples: Sequence[Mapping[str, Any]], part: Sequence[str]) -> None:
-        """Hold the rows of one part instead of those of another, which are freed first."""
-        self.rows = []
-        self.rows = [engine.plain_gradients(sample, names=part)[1] for sample in samples]
 
 
 def run_probe(engine: GradientPasses, batch: Mapping[str, Any], memory: int) -> ProbeReport:
@@ -57,18 +41,17 @@ def run_probe(engine: GradientPasses, batch: Mapping[str, Any], memory: int) -> 
         LossError: a sample's loss or gradient depends on the other samples of its batch, or on chance.
         CaptureError: a parameter disagrees on every path, the per-sample one included.
     """
-    samples = [sample_of(batch, i) for i in range(batch_size(batch))]
-    parts = _parts(engine, len(samples), memory)
-    reference = _reference(engine, samples, parts)
-    # A float64 model may compute its norms in float32: what plain autograd itself cannot repeat is no disagreement.
-    engine.noise = _check_independence(engine, batch, samples, reference, parts)
-    called = _called_modules(engine, samples[0])
+    n_samples = batch_size(batch)
+    parts = parts_within(engine, n_samples, memory)
+    engine.see_arithmetic(sample_of(batch, 0))
+    reference = make_reference(engine, batch, n_samples, parts)
+    called = _called_modules(engine, sample_of(batch, 0))
     options = options_of(engine.model, engine.slots, called)
     groups: list[Group] = []
     dropped: dict[str, str] = {}
     for part in parts:
         if len(parts) > 1:
-            reference.take(engine, samples, part)
+            reference.take(engine, batch, part)
         of_part, dropped_of_part = _route(engine, batch, part, reference, options)
         groups += of_part
         dropped |= dropped_of_part
@@ -77,8 +60,8 @@ def run_probe(engine: GradientPasses, batch: Mapping[str, Any], memory: int) -> 
     reports = {}
     for part in parts:
         if len(parts) > 1:
-            reference.take(engine, samples, part)
-        rows = engine.allocate(len(samples), part)
+            reference.take(engine, batch, part)
+        rows = engine.allocate(n_samples, part)
         engine.rows(batch, rows)
         for name in part:
             agrees, error, noise = _compare(engine, rows, reference, name)
@@ -101,8 +84,9 @@ def run_probe(engine: GradientPasses, batch: Mapping[str, Any], memory: int) -> 
         del rows  # before those of the next part are made
     captured = sum(info.numel for info in engine.parameters.values())
     left_out = sum(parameter.numel() for parameter in engine.left_out.values())
-    return ProbeReport(
-        n_samples=len(samples),
+    _refuse_hidden(engine, batch, [name for name, report in reports.items() if report.zero])
+    report = ProbeReport(
+        n_samples=n_samples,
         tolerance=engine.tolerance,
         parameters=reports,
         excluded=dict(engine.excluded),
@@ -111,10 +95,14 @@ def run_probe(engine: GradientPasses, batch: Mapping[str, Any], memory: int) -> 
         coverage_norm=sum(reference.squares.values()) / reference.total if reference.total else 1.0,
         groups=tuple(group.to_dict() for group in groups),
         notes=engine.notes,
+        alone=engine.plain.alone,
+        arithmetic=tuple(sorted(dtype_name(dtype) for dtype in engine.arithmetic)),
     )
+    engine.use_groups(groups, dropped, report.unproved)
+    return report
 
 
-def _parts(engine: GradientPasses, n_samples: int, memory: int) -> list[list[str]]:
+def parts_within(engine: GradientPasses, n_samples: int, memory: int) -> list[list[str]]:
     """Return the captured parameters in parts whose rows and references fit the memory, at least one each."""
     each = (2 * n_samples + 2) * torch.finfo(engine.row_dtype).bits // 8
     parts: list[list[str]] = [[]]
@@ -201,65 +189,30 @@ def _rule_name(name: str, groups: Iterable[Group], dropped: Mapping[str, str]) -
     return "+".join(sorted(set(rules))) or "unreached"
 
 
-def _reference(engine: GradientPasses, samples: list[dict[str, Any]], parts: Sequence[Sequence[str]]) -> Reference:
-    """Return losses and norms of plain autograd on each sample alone; its gradients too where there is one part."""
-    squares = dict.fromkeys(engine.parameters, 0.0)
-    rows, norms, losses = [], [], []
-    for sample in samples:
-        whole = 0.0
-        for index, part in enumerate(parts):
-            loss, grads = engine.plain_gradients(sample, names=part, left_out=index == 0)
-            for name, grad in grads.items():
-                square = 0.0 if grad is None else norm(grad) ** 2
-                whole += square
-                if name in squares:
-                    squares[name] += square
-            if len(parts) == 1:
-                rows.append({name: grads[name] for name in part})
-            del grads
-        norms.append(whole**0.5)
-        losses.append(float(loss))
-    return Reference(rows, norms, losses, squares, sum(norm**2 for norm in norms))
+def _refuse_hidden(engine: GradientPasses, batch: Mapping[str, Any], zero: Sequence[str]) -> None:
+    """Refuse parameters that have a gradient in train mode only, because eval() puts something else in their place.
 
-
-def _check_independence(
-    engine: GradientPasses,
-    batch: Mapping[str, Any],
-    samples: list[dict[str, Any]],
-    reference: Reference,
-    parts: Sequence[Sequence[str]],
-) -> float:
-    """Raise `LossError` if sample i's gradient in the batch is not its gradient alone; return the rounding between."""
-    noise = 0.0
-    if len(samples) < 2 or engine.loss.sequential:
-        return noise
-    engine.noise = 0.0
-    limit = max(engine.tolerance, COUPLING)
-    for i, part in itertools.product(range(len(samples)), parts):
-        loss, grads = engine.plain_gradients(batch, index=i, names=part)
-        alone = reference.rows[i] if len(parts) == 1 else engine.plain_gradients(samples[i], names=part)[1]
-        worst = max(
-            (_error(grads[n], alone[n], reference.norms[i], engine.floor) for n in part),
-            key=lambda pair: pair[0] if pair[1] else 0.0,
+    Raises:
+        CaptureError: the message names one.
+    """
+    modules = dict(engine.model.named_modules())
+    owners = {s.owner: s.parameter for s in engine.slots if s.parameter in zero and works_on_modes(modules[s.owner])}
+    try:
+        for owner in owners:
+            modules[owner].train()
+            for module in modules[owner].modules():
+                module.training = module is modules[owner]  # what is inside stays in eval mode
+        grads = engine.gradients_alone(batch, 0, names=list(owners.values()))[1] if owners else {}
+    finally:
+        for owner in owners:
+            modules[owner].eval()
+    hidden = sorted(nonzero({name: grad for name, grad in grads.items() if grad is not None}))
+    if hidden:
+        raise CaptureError(
+            f"{hidden[0]} has a gradient in train mode and none in eval mode, in which gradients are taken: eval() of "
+            f"its module keeps a tensor made of it without gradient. {len(hidden)} parameters in all. Let the module "
+            "make that tensor in every forward pass, or leave such parameters out with --exclude."
         )
-        del grads, alone
-        gap = abs(float(loss) - reference.losses[i]) / max(abs(reference.losses[i]), 1e-3)
-        if (worst[0] <= limit or not worst[1]) and gap <= limit:
-            noise = max(noise, worst[0] if worst[1] else 0.0)
-            continue
-        again, _ = engine.plain_gradients(samples[i])
-        if float(again) != reference.losses[i] and abs(float(again) - reference.losses[i]) > 1e-6 * abs(float(again)):
-            raise LossError(
-                f"The loss of one sample is {reference.losses[i]:.6g} at one time and {float(again):.6g} at the next: "
-                "the model or the loss is random even in eval mode. Make it deterministic."
-            )
-        raise LossError(
-            f"The loss couples samples: alone, sample {i} of the batch has the loss {reference.losses[i]:.6g} and in a "
-            f"batch of {len(samples)} {float(loss):.6g}; its gradients differ by {worst[0]:.1e} (relative). Per-sample "
-            "gradients need a loss of each sample by itself (no contrastive terms, no batch statistics).",
-            samples=[i],
-        )
-    return noise
 
 
 def _called_modules(engine: GradientPasses, sample: Mapping[str, Any]) -> set[str]:
@@ -281,25 +234,13 @@ def _called_modules(engine: GradientPasses, sample: Mapping[str, Any]) -> set[st
     return called
 
 
-def _error(row: Tensor | None, truth: Tensor | None, whole: float, floor: float) -> tuple[float, bool]:
-    """Return the norm-relative error, and whether it is more than the rounding of the `whole` gradient's norm."""
-    difference = distance(row, truth)
-    if truth is None or row is None:
-        return (0.0, False) if difference == 0.0 else (float("inf"), difference > floor * whole)
-    size = norm(truth)
-    if difference == 0.0:
-        return 0.0, False
-    # `not <=`, so that a NaN is an error and never an agreement.
-    return (difference / size if size else float("inf")), not difference <= floor * whole
-
-
 def _compare(
     engine: GradientPasses, rows: Mapping[str, Tensor], reference: Reference, name: str
 ) -> tuple[bool, float, bool]:
     """Return whether a parameter's rows agree, the worst error, and whether agreement is only up to noise."""
     agrees, worst, noise = True, 0.0, False
     for i, truth in enumerate(reference.rows):
-        error, significant = _error(rows[name][i], truth[name], reference.norms[i], engine.floor)
+        error, significant = gradient_error(rows[name][i], truth[name], reference.norms[i], engine.floor)
         if not error <= engine.tolerance:
             agrees = agrees and not significant
             noise = True

@@ -7,7 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from streamfisher.gradients.groups import GENERIC
+from streamfisher.gradients.plain import Alone
 from streamfisher.runtime.printable import printable
+
+#: An error from which on a formula is as good as none.
+_SURELY_NOT = 0.3
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class ProbeReport:
     coverage_norm: float  # captured share of the squared gradient norm of all trainable parameters
     groups: tuple[dict[str, Any], ...] = field(default=(), repr=False)  # the routing, see groups.Group
     notes: tuple[str, ...] = ()  # what is done otherwise than the model would by itself
+    alone: Alone = "as given"  # how samples are taken alone
+    arithmetic: tuple[str, ...] = ()  # dtypes in which the model computes
 
     @property
     def worst_error(self) -> float:
@@ -47,6 +54,28 @@ class ProbeReport:
     def per_sample(self) -> tuple[str, ...]:
         """Parameters that take a backward pass of their own for every sample."""
         return tuple(name for name, p in self.parameters.items() if p.rule == "per_sample")
+
+    @property
+    def zero(self) -> tuple[str, ...]:
+        """Parameters of which every probed sample has the gradient zero, so that no rule is proved."""
+        return tuple(name for name, p in self.parameters.items() if p.zero)
+
+    @property
+    def unproved(self) -> tuple[str, ...]:
+        """Parameters whose rule the probed samples do not prove: they have no gradient, or mere rounding of one.
+
+        Rounding proves nothing where any formula would be as far off as this one, unless the same formula of the same
+        module is proved by its weight (an attention's key bias, whose exact gradient is zero).
+        """
+        proved = {name for name, p in self.parameters.items() if not p.zero and not p.noise}
+        backed = {n for group in self.groups if group["names"].get("weight") in proved for n in group["names"].values()}
+        closed = {group["rule"] for group in self.groups} - GENERIC.keys()
+
+        def is_rounding(parameter: ParameterReport) -> bool:
+            wrong = parameter.noise and parameter.error > _SURELY_NOT
+            return wrong and parameter.name not in backed and bool(closed & {*parameter.rule.split("+")})
+
+        return tuple(name for name, p in self.parameters.items() if p.zero or is_rounding(p))
 
     @property
     def fallbacks(self) -> dict[str, str]:
@@ -80,9 +109,11 @@ class ProbeReport:
         if self.per_sample:
             shown = ", ".join(self.per_sample[:4]) + (", ..." if len(self.per_sample) > 4 else "")
             lines.append(f"one pass per sample for {len(self.per_sample)} ({self.share_per_sample:.2%}): {shown}")
-        zero = [name for name, p in self.parameters.items() if p.zero]
-        if zero:
-            lines.append(f"zero gradient: {len(zero)} ({', '.join(zero[:4])}{', ...' if len(zero) > 4 else ''})")
+        if self.zero:
+            shown = ", ".join(self.zero[:4]) + (", ..." if len(self.zero) > 4 else "")
+            lines.append(
+                f"zero gradient: {len(self.zero)} ({shown}); should a later sample have one, it takes a pass of its own"
+            )
         left_out = {name: reason for name, reason in self.excluded.items() if reason != "frozen"}
         if left_out:
             shown = ", ".join(f"{name} ({reason})" for name, reason in list(left_out.items())[:4])
@@ -119,6 +150,8 @@ class ProbeReport:
             "excluded_numel": self.excluded_numel,
             "groups": [dict(group) for group in self.groups],
             "notes": list(self.notes),
+            "alone": self.alone,
+            "arithmetic": list(self.arithmetic),
         }
 
     @classmethod
@@ -139,6 +172,8 @@ class ProbeReport:
             coverage_norm=values["coverage_norm"],
             groups=tuple(values["groups"]),
             notes=tuple(values.get("notes", ())),
+            alone=values.get("alone", "as given"),
+            arithmetic=tuple(values.get("arithmetic", ())),
         )
 
 

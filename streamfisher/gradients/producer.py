@@ -132,6 +132,23 @@ class GradientProducer(Protocol):
             Parameter -> relative difference, to be compared with `tolerance`; empty without gradients.
         """
 
+    def guard_alone(self, batch: BatchRef, gradients: BatchGradients, names: Collection[str]) -> dict[int, float]:
+        """Compare some samples of a batch that was taken with the same samples alone.
+
+        Args:
+            batch: the one that was asked for last.
+            gradients: of it.
+            names: parameters to compare.
+
+        Returns:
+            Sample number -> relative difference, of samples whose loss is another one alone; empty if all agree, or
+            where a sample cannot be taken alone.
+        """
+
+    @property
+    def guards_in_parts(self) -> bool:
+        """Whether `guard` holds the ordinary gradients of all that it compares, so that parameters take turns."""
+
     def finish(self, wave: Wave) -> None:
         """Forget what no later wave needs; the gradients of this one are safe on every rank."""
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from streamfisher.gradients.capture import Capture
@@ -136,14 +137,45 @@ def prepare_recurrent(model: nn.Module, device: torch.device) -> None:
 
 @contextlib.contextmanager
 def inputs_of_checkpoints(model: nn.Module, capture: Capture) -> Iterator[None]:
-    """Make embeddings require grad even if they are not captured, for a model that uses gradient checkpointing.
+    """Let reentrant checkpointing, which differentiates a segment only if one of its inputs requires grad, lose none.
 
-    Reentrant checkpointing differentiates a segment only if one of its inputs requires grad.
+    Embeddings require grad even if they are not captured, in a model that says that it checkpoints. Any other segment
+    of which no input requires grad (nothing below it is captured) is run without a checkpoint.
     """
-    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        yield
-        return
+    with _segments_without_gradients_below():
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            with _embeddings_requiring_grad(model, capture):
+                yield
+        else:
+            yield
 
+
+class _Checkpoints:
+    """Takes the place of `CheckpointFunction`."""
+
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def apply(self, function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+        """Call a function, with or without keeping what is inside."""
+        if torch.is_grad_enabled() and not any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            return function(*args)
+        return self.original.apply(function, preserve_rng_state, *args)
+
+
+@contextlib.contextmanager
+def _segments_without_gradients_below() -> Iterator[None]:
+    module: Any = torch.utils.checkpoint
+    before = module.CheckpointFunction
+    try:
+        module.CheckpointFunction = _Checkpoints(before)
+        yield
+    finally:
+        module.CheckpointFunction = before
+
+
+@contextlib.contextmanager
+def _embeddings_requiring_grad(model: nn.Module, capture: Capture) -> Iterator[None]:
     def require(_module: nn.Module, _args: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or output.requires_grad or not torch.is_grad_enabled():
             return None

@@ -25,6 +25,7 @@ class ModelBatches(Mapping[BatchRef, dict[str, Tensor]]):
         loss: of the run; it counts where labels are drawn.
         digests: of each sample as it was first read; a sample that has changed since is refused. Empty: not compared.
         label_seed: of labels drawn from the model's own prediction; `None`: labels are those of the data.
+        apart: see `batches_of`.
     """
 
     def __init__(
@@ -37,11 +38,12 @@ class ModelBatches(Mapping[BatchRef, dict[str, Tensor]]):
         *,
         loss: PerSampleLoss,
         label_seed: int | None = None,
+        apart: Sequence[int] | None = None,
         digests: Sequence[bytes] = (),
     ) -> None:
-        self.digests = digests
+        self.digests, self.lengths = digests, lengths
         self.model, self.samples, self.loss, self.label_seed = model, samples, loss, label_seed
-        self._of = {unit.index: batches_of(unit, lengths, batch_tokens) for unit in units}
+        self._of = {unit.index: batches_of(unit, lengths, batch_tokens, apart) for unit in units}
         self._known = {batch: batch for batches in self._of.values() for batch in batches}
 
     def __getitem__(self, batch: BatchRef) -> dict[str, Tensor]:
@@ -60,11 +62,15 @@ class ModelBatches(Mapping[BatchRef, dict[str, Tensor]]):
         """Return the batches of one unit, in order."""
         return self._of[unit.index]
 
+    def shortest(self, batch: BatchRef) -> int:
+        """Return the number of the shortest sample of a batch."""
+        return min(batch.samples, key=self.lengths.__getitem__)
+
     def only(self, batches: Iterable[BatchRef]) -> ModelBatches:
         """Return a view of some of them."""
         part = object.__new__(ModelBatches)
         part.model, part.samples, part.loss, part.label_seed = self.model, self.samples, self.loss, self.label_seed
-        part.digests = self.digests
+        part.digests, part.lengths = self.digests, self.lengths
         part._of, part._known = self._of, {batch: batch for batch in batches}
         return part
 

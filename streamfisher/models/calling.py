@@ -17,12 +17,13 @@ def call_model(model: nn.Module, batch: Mapping[str, Any], *, drop: Sequence[str
 
     Keywords that forward names are given by name, others only if it takes `**kwargs`. A forward without `input_ids`
     gets them as its first argument; if it names nothing of the batch, it gets the batch's first tensor. Key-value
-    caches are switched off where the forward has the switch.
+    caches are switched off where the forward has the switch. Tensors are given as copies: a forward may write into what
+    it gets, and the batch is used again.
 
     Raises:
         LossError: nothing in the batch can be given to the forward.
     """
-    values = {key: value for key, value in batch.items() if key not in drop}
+    values = {key: value for key, value in copied(batch).items() if key not in drop}
     parameters = inspect.signature(model.forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
@@ -43,6 +44,14 @@ def call_model(model: nn.Module, batch: Mapping[str, Any], *, drop: Sequence[str
     if "use_cache" in named and "use_cache" not in known:
         known["use_cache"] = False
     return model(*positional, **known)
+
+
+def copied(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch whose tensors may be written to; those that are part of a graph are left as they are."""
+    return {
+        key: value.clone() if isinstance(value, Tensor) and not value.requires_grad else value
+        for key, value in batch.items()
+    }
 
 
 def find_logits(output: Any) -> Tensor | None:
@@ -130,6 +139,33 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 def _requires(model: nn.Module, name: str) -> bool:
     parameter = inspect.signature(model.forward).parameters.get(name)
     return parameter is not None and parameter.default is parameter.empty
+
+
+def unpadded(batch: Mapping[str, Any], *, leading: bool = False, labels: bool = True) -> Mapping[str, Any]:
+    """Return a batch of one without the padding at its end that `attention_mask` shows, itself if there is none.
+
+    Args:
+        batch: of one sample.
+        leading: padding at its start is left out too.
+        labels: they are as long as the input; not those of an encoder-decoder.
+    """
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != 1 or bool(mask.all()) or not mask.any():
+        return batch
+    length = mask.shape[1]
+    used = mask[0].nonzero().flatten()
+    where = slice(int(used[0]) if leading else 0, int(used[-1]) + 1)
+    if where == slice(0, length):
+        return batch
+    found = {}
+    for key, value in batch.items():
+        own = not key.startswith("decoder_") and (labels or key != "labels")
+        if own and isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == length:
+            if length in value.shape[2:]:
+                return batch  # a mask of pairs, or what happens to be as wide: it cannot be told
+            value = value[:, where]
+        found[key] = value
+    return found
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:

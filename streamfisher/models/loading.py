@@ -15,6 +15,7 @@ from streamfisher.models.checkpoint import load_sharded, load_weights
 from streamfisher.models.device_map import DeviceMap, check_device_map, place
 from streamfisher.models.sharding import shard
 from streamfisher.runtime.callables import call
+from streamfisher.runtime.paths import expanded
 
 
 def load_model(
@@ -45,7 +46,7 @@ def load_model(
         ModelError: the model cannot be found or loaded, or the callable returns something else.
         MissingExtraError: transformers is needed and not installed.
     """
-    device = torch.device(device)
+    device, spec = torch.device(device), _expanded(spec)
     if sharded and device_map is not None:
         raise ConfigError("--fsdp spreads the weights over ranks and --device-map over devices; use one of them.")
     if ":" in spec and not Path(spec).exists():
@@ -75,12 +76,17 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False) -> Any:
         ModelError: there is none.
         MissingExtraError: transformers is not installed.
     """
+    spec = _expanded(spec)
     check_pretrained(spec)
     require("transformers", "hf", f"tokenize text for {spec}")
     import transformers
 
     with in_a_sentence(f"no tokenizer could be loaded from {spec}", " Use --tokenizer bytes, or give token ids."):
         return transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
+
+
+def _expanded(spec: str) -> str:
+    return str(expanded(spec)) if spec.startswith("~") else spec
 
 
 def pick_device(name: str) -> torch.device:
@@ -172,8 +178,11 @@ def in_a_sentence(what: str, remedy: str = "") -> Iterator[None]:
 
 def auto_class(transformers: Any, config: Any) -> Any:
     """Return the class the checkpoint was saved from, so that no head is made up or lost."""
-    for name in getattr(config, "architectures", None) or []:
-        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    names = getattr(config, "architectures", None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"config.json: architectures must be a list of names of classes, not {names!r:.80}.")
+    for name in names:
+        kind = getattr(transformers, name, None)
         if isinstance(kind, type) and issubclass(kind, nn.Module):
             return kind
     return transformers.AutoModelForCausalLM

@@ -22,6 +22,7 @@ from streamfisher.models.calling import (
     base_model,
     batch_size,
     call_model,
+    copied,
     find_logits,
     is_encoder_decoder,
     sample_of,
@@ -54,6 +55,7 @@ class PerSampleLoss:
     reason: str = ""  # why this loss was chosen
     function: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None  # the user's own
     labels_to_model: bool = False  # an encoder-decoder derives its decoder inputs from the labels
+    leaves_batch: bool = False  # the function never writes into what it gets
 
     @property
     def sequential(self) -> bool:
@@ -64,7 +66,8 @@ class PerSampleLoss:
         """Return the per-sample losses `(B,)`, in float32 at least."""
         n_samples = batch_size(batch)
         if self.function is not None:
-            return _check_user_losses(self.function(model, batch), n_samples, self.name)
+            given = batch if self.leaves_batch else copied(batch)
+            return _check_user_losses(self.function(model, given), n_samples, self.name)
         if self.sequential:
             return torch.stack([scalar_loss(model, sample_of(batch, i)) for i in range(n_samples)])
         return self.from_logits(self.logits(model, batch), batch)
@@ -88,8 +91,8 @@ class PerSampleLoss:
         if labels is None:
             labels = batch.get("input_ids")
         if labels is None:
-            raise LossError(f"The batch has neither labels nor input_ids, only {', '.join(batch)}. Add labels.")
-        return labels
+            raise LossError(_no_labels(batch))
+        return labels if labels.is_floating_point() else labels.long()  # cross-entropy knows no other integers
 
     def from_logits(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Return the losses `(B,)` of already computed logits."""
@@ -111,7 +114,8 @@ class PerSampleLoss:
         if logits.dim() != 3 or logits.shape[1] != targets.shape[1]:
             raise LossError(
                 f"Logits of shape {tuple(logits.shape)} do not fit labels of shape {tuple(targets.shape)} for the "
-                f"{self.name!r} loss. Choose another loss, or give labels of one per logit."
+                f"{self.name!r} loss, which takes one label per logit. A loss of another kind (CTC, ...) is given as "
+                "loss(model, batch) -> (B,), with reduction='none'; one that the model computes itself as loss='model'."
             )
         _check_targets(targets, logits.shape[-1])
         losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="none")
@@ -206,7 +210,7 @@ def _choose(model: nn.Module, batch: Mapping[str, Any], seq2seq: bool) -> tuple[
     inputs = batch.get("input_ids")
     if labels is None:
         if inputs is None:
-            raise LossError(f"The batch has neither labels nor input_ids, only {', '.join(batch)}. Add labels.")
+            raise LossError(_no_labels(batch))
         if inputs.is_floating_point():
             if logits.shape[1:] == inputs.shape[1:]:
                 return "regression", "float inputs without labels: the model is to reproduce its inputs"
@@ -224,6 +228,12 @@ def _choose(model: nn.Module, batch: Mapping[str, Any], seq2seq: bool) -> tuple[
                 "loss(model, batch) -> (B,) of binary_cross_entropy_with_logits(..., reduction='none')."
             )
         return "regression", "float labels"
+    if logits.dim() == 2 and logits.shape[1] == 1 and labels.numel() == labels.shape[0] and bool((labels <= 1).all()):
+        raise LossError(
+            f"{class_name} has one output per sample and the labels are integers: cross-entropy of one class is zero. "
+            "For a classification by one logit give a loss(model, batch) -> (B,) of "
+            "binary_cross_entropy_with_logits(..., reduction='none'); for a regression make the labels floats."
+        )
     if logits.dim() == 2 and labels.numel() == labels.shape[0]:
         return "classification", "one class per sample"
     if logits.dim() != 3 or labels.dim() != 2:
@@ -246,6 +256,13 @@ def _choose(model: nn.Module, batch: Mapping[str, Any], seq2seq: bool) -> tuple[
         if bool(same.all()):
             return _shifted()
     return "token", "labels differ from the inputs: aligned with the logits"
+
+
+def _no_labels(batch: Mapping[str, Any]) -> str:
+    return (
+        f"The batch has neither labels nor input_ids, only {', '.join(batch)}. Call the targets 'labels' and token ids "
+        "'input_ids', or give a loss(model, batch) -> (B,) of your own."
+    )
 
 
 def _moved_by_one(batch: Mapping[str, Any]) -> bool:

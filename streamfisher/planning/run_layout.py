@@ -17,8 +17,10 @@ from streamfisher.errors import CapacityError, ConfigError
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.planning.representation import choose_representation, sample_bytes
 from streamfisher.planning.waves import FACTOR_COPIES, WaveLimits, WaveSize, WaveSizes, cut_waves
+from streamfisher.reduction.tiles import needs_tiles
 from streamfisher.runtime.disk import disk_limit
-from streamfisher.runtime.memory import working_memory, world_size
+from streamfisher.runtime.memory import device_room, working_memory, world_size
+from streamfisher.store.layout import PANEL
 
 #: Of a memory budget, at most these shares are for the activations of a batch, and for them and its factors.
 ACTIVATION_SHARE = 0.5
@@ -27,6 +29,8 @@ _BATCH_SHARE = 0.8
 BOUNDARY_SHARE = 0.25
 #: Gradients held in memory take at most this share of it; the rest is for the pass and the reduction.
 HOST_SHARE = 0.6
+#: Gradients held on a device take at most this share of its room; the rest is for the pass and the reduction.
+DEVICE_SHARE = 0.6
 #: Waves more than on the disk that holding gradients in memory is worth.
 HOST_WAVES = 3
 #: Batches are not made smaller than this for the sake of factors; then there are more waves instead.
@@ -43,7 +47,7 @@ class RunLayout:
     keep: list[str]  # patterns of parameters whose gradients stay
     batch_tokens: int  # padded tokens of one backward pass
     gram_bytes: int  # 8 N^2 for each Gram
-    hold: str = "disk"  # where gradients are until they are reduced: 'host' or 'disk'
+    hold: str = "disk"  # where gradients are until they are reduced: 'device', 'host' or 'disk'
 
     def layout(self) -> dict[str, Any]:
         """Return the part of the manifest's layout that says so, as plain JSON values."""
@@ -59,7 +63,7 @@ class RunLayout:
     @property
     def disk(self) -> int:
         """Return the most bytes that are on disk at one time, uncompressed, kept gradients counted in every wave."""
-        if self.hold == "host":
+        if self.hold != "disk":
             return self.gram_bytes
         largest = max(wave.disk for wave in self.waves)
         return self.gram_bytes + (sum(wave.disk for wave in self.waves) if self.keep else largest)
@@ -74,6 +78,8 @@ def plan_layout(
     row_dtype: torch.dtype,
     activations: float = 0.0,
     segments: Sequence[Sequence[str]] | None = None,
+    device: torch.device | None = None,
+    apart: Sequence[int] | None = None,
 ) -> RunLayout:
     """Decide how a new run is laid out within its budgets and what is free here: `layout_within`, which says the rest.
 
@@ -85,6 +91,8 @@ def plan_layout(
         row_dtype: in which rows are computed.
         activations: bytes in host memory that a backward pass takes for each padded token.
         segments: parameters that share no wave with those of another segment.
+        device: where gradients are made.
+        apart: samples that share no batch, see `batches_of`.
 
     Raises:
         CapacityError: something does not fit.
@@ -96,9 +104,11 @@ def plan_layout(
         config,
         disk=disk_limit(config, path),
         memory=working_memory(config.memory_budget),
+        device_memory=None if device is None else device_room(device, config.device_memory_budget),
         row_dtype=row_dtype,
         activations=activations,
         segments=segments,
+        apart=apart,
     )
 
 
@@ -110,8 +120,10 @@ def layout_within(
     disk: int,
     memory: int,
     row_dtype: torch.dtype,
+    device_memory: int | None = None,
     activations: float = 0.0,
     segments: Sequence[Sequence[str]] | None = None,
+    apart: Sequence[int] | None = None,
 ) -> RunLayout:
     """Decide how a run is laid out within limits, of this machine or of another: what plans and runs both ask.
 
@@ -122,8 +134,10 @@ def layout_within(
         disk: bytes that the run may take.
         memory: bytes that one rank may take.
         row_dtype: in which rows are computed.
+        device_memory: bytes that the run may take on its device; `None`: gradients are made in host memory.
         activations: bytes in host memory that a backward pass takes for each padded token.
         segments: parameters that share no wave with those of another segment, in this order; `None`: any may.
+        apart: samples that share no batch, see `batches_of`.
 
     Raises:
         CapacityError: something does not fit; the message says what, by how much, and what would make it fit.
@@ -142,7 +156,7 @@ def layout_within(
         chosen,
         n_samples=n_samples,
         unit_rows=min(config.chunk_size, n_samples),
-        batch_samples=max(samples_of_batches(lengths, config.chunk_size, batch_tokens)),
+        batch_samples=max(samples_of_batches(lengths, config.chunk_size, batch_tokens, apart)),
         row_itemsize=row_itemsize,
         stored_itemsize=stored_itemsize,
     )
@@ -167,7 +181,8 @@ def layout_within(
     if keep is None:
         whole = sizes.of(names)
         keep = ("*",) if whole.disk <= limits.disk and whole.memory <= limits.memory else ()
-    waves, hold = _cut_and_hold(sizes, limits, keep, config, segments)
+    needs_disk = held_on_disk_for(config, keep, n_samples, memory)
+    waves, hold = _cut_and_hold(sizes, limits, keep, config, segments, needs_disk, device_memory)
     if len(waves) > 1 and config.store_centered:
         raise ConfigError(
             f"store_centered=True takes one pass over all parameters, and within the budgets the run takes {len(waves)}"
@@ -185,10 +200,12 @@ def _cut_and_hold(
     keep: Sequence[str],
     config: SpectralConfig,
     segments: Sequence[Sequence[str]] | None,
+    needs_disk: str | None,
+    device_memory: int | None,
 ) -> tuple[list[WaveSize], str]:
-    """Return the waves, and where their gradients are until they are reduced.
+    """Return the waves, and where their gradients are until they are reduced: the nearest place that has room.
 
-    In memory, unless that takes clearly more waves than the disk does: each is another pass, and the disk costs some.
+    Unless that takes clearly more waves than the next one does: each is another pass, and other places cost some.
 
     Raises:
         CapacityError: one parameter alone does not fit.
@@ -199,38 +216,78 @@ def _cut_and_hold(
         groups: Sequence[Sequence[str] | None] = [None] if segments is None else segments
         return [wave for names in groups for wave in cut_waves(sizes, limits, keep, names)]
 
-    needs_disk = held_on_disk_for(config, keep)
-    if config.hold == "host" and needs_disk is not None:
-        raise ConfigError(f"hold='host' holds gradients in memory, and {needs_disk}; leave out --hold.")
-    if config.hold == "disk" or needs_disk is not None:
-        return cut(sizes, limits), "disk"
-    room = HOST_SHARE * limits.memory
-    in_memory = WaveLimits(int(room), limits.memory - int(room), limits.memory_why, limits.memory_why)
-    try:
-        held = cut(sizes.in_memory(), in_memory)
-    except CapacityError:
-        if config.hold == "host":
-            raise
-        return cut(sizes, limits), "disk"
-    if config.hold == "auto" and len(held) > HOST_WAVES:
+    if config.hold in ("host", "device") and needs_disk is not None:
+        raise ConfigError(f"hold={config.hold!r} holds gradients in memory, and {needs_disk}; leave out --hold.")
+    if config.hold == "device" and device_memory is None:
+        raise ConfigError("hold='device': the model is not on a CUDA device; --hold host holds gradients in memory.")
+    places = {"disk": (sizes, limits)}
+    if needs_disk is None:
+        places = {"host": (sizes.in_memory(), limits_in_memory(limits.memory, limits.memory_why)), **places}
+        if device_memory is not None:
+            on_device = int(DEVICE_SHARE * (device_memory - 3 * 8 * sizes.n_samples**2))  # beside a sum of products
+            why = _why(config.device_memory_budget, "--device-memory-budget", "what is free on the device")
+            places = {
+                "device": (sizes.in_memory(), WaveLimits(on_device, limits.memory, why, place="on the device")),
+                **places,
+            }
+    if config.hold != "auto":
+        return cut(*places[config.hold]), config.hold
+    best: tuple[list[WaveSize], str] | None = None
+    problem: CapacityError | None = None
+    for place, (of_place, within) in places.items():
         try:
-            stored = cut(sizes, limits)
-        except CapacityError:
-            return held, "host"
-        if len(held) > HOST_WAVES + len(stored):
-            return stored, "disk"
-    return held, "host"
+            waves = cut(of_place, within)
+        except CapacityError as error:
+            problem = error
+            continue
+        if best is None or len(best[0]) > HOST_WAVES + len(waves):
+            best = (waves, place)
+        if len(best[0]) <= HOST_WAVES:
+            break
+    if best is None:
+        assert problem is not None  # the disk was tried
+        raise problem
+    return best
 
 
-def held_on_disk_for(config: SpectralConfig, keep: Sequence[str]) -> str | None:
-    """Return why gradients go to the disk whatever memory there is; `None`: nothing asks for it."""
+def limits_in_memory(memory: int, why: str) -> WaveLimits:
+    """Return what a wave may take whose gradients are held in memory.
+
+    Args:
+        memory: bytes for gradients, the pass and the reduction.
+        why: what sets that limit, for messages.
+    """
+    room = int(HOST_SHARE * memory)
+    return WaveLimits(room, memory - room, why, why, place="in memory")
+
+
+def held_on_disk_for(config: SpectralConfig, keep: Sequence[str], n_samples: int, memory: int) -> str | None:
+    """Return why gradients go to the disk whatever memory there is; `None`: nothing asks for it.
+
+    Args:
+        config: of the run.
+        keep: glob patterns of parameters whose gradients stay.
+        n_samples: N.
+        memory: bytes that one rank may take.
+    """
     if keep:
         return "some are to be kept"
     if config.store_centered or config.bitround is not None or config.dtype_store is not None:
         return "they are asked for as a store would hold them (store_centered, store_dtype, bitround)"
+    if config.max_params_per_block is not None:
+        return "Grams of drawn columns (max_params_per_block) are of stored rows"
     if world_size() > 1:
         return "several ranks have parts of them, which meet on the disk"
+    if _by_tiles(n_samples, memory):
+        return f"Grams of {n_samples} samples, which are larger than the memory, are built by tiles of stored rows"
     return None
+
+
+def _by_tiles(n_samples: int, memory: int) -> bool:
+    try:
+        return needs_tiles(n_samples, memory, PANEL)
+    except CapacityError:  # the reduction says so
+        return False
 
 
 def _wave_limits(
@@ -283,10 +340,12 @@ def fit_batches(config: SpectralConfig, lengths: Sequence[int], activations: flo
     return min(config.batch_tokens, max(fits, longest))
 
 
-def samples_of_batches(lengths: Sequence[int], chunk_size: int, batch_tokens: int) -> list[int]:
+def samples_of_batches(
+    lengths: Sequence[int], chunk_size: int, batch_tokens: int, apart: Sequence[int] | None = None
+) -> list[int]:
     """Return the samples of each batch of a run."""
     units = make_units(len(lengths), chunk_size)
-    return [len(batch) for unit in units for batch in batches_of(unit, lengths, batch_tokens)]
+    return [len(batch) for unit in units for batch in batches_of(unit, lengths, batch_tokens, apart)]
 
 
 def boundary_room(limit: float) -> int:

@@ -105,7 +105,7 @@ def strategies_table(plan: RunPlan) -> list[str]:
 def strategy_row(way: Strategy) -> tuple[str, ...]:
     """Return one way as cells of text."""
     name = f"{way.name} ({way.waves})" if way.name == "waves" else way.name
-    name += ", in memory" if way.hold == "host" else ""
+    name += {"device": ", on the device", "host": ", in memory"}.get(way.hold, "")
     boundaries = "" if not way.boundaries else format_bytes(way.boundaries)
     if way.every > 1:
         boundaries += f" (1 in {way.every})"

@@ -92,7 +92,8 @@ class StageCosts:
         """Return the stage that takes gradients and writes them; `flops` of one sample, `size` in bytes."""
         guards = 0  # samples of the batches that the guard compares, in all waves
         if self.config.guard_every:
-            guards = waves * -(-self.n_units // self.config.guard_every) * self.batches[0]
+            compared = min(2 * -(-self.n_units // self.config.guard_every), len(self.batches))
+            guards = waves * compared * self.batches[0]
         plain = plain_flops(self.trace.blocks) * (guards + PROBE_SAMPLES * _PROBE_PASSES)
         total = self.n * flops + plain
         chunks, arrays = self._pieces(chosen) if stored else (0, 0)

@@ -37,6 +37,7 @@ from streamfisher.planning.shortfalls import Shortfalls
 from streamfisher.planning.stages import StageCosts
 from streamfisher.planning.strategy import BlockBytes, Stage, Strategy
 from streamfisher.planning.waves import WaveSizes
+from streamfisher.runtime.memory import DEVICE_MARGIN
 from streamfisher.store.kept import is_kept
 from streamfisher.stream.boundaries import boundary_spacing
 from streamfisher.stream.settings import check_settings
@@ -56,9 +57,10 @@ class StrategyPlanner:
         machine: Machine,
         rates: Rates,
         structures: int = 1,
+        apart: Sequence[int] | None = None,
     ):
         self.trace, self.config, self.machine, self.rates = trace, config, machine, rates
-        self.lengths = list(lengths)
+        self.lengths, self.apart = list(lengths), apart
         self.n = len(lengths)
         self.rows = projected(trace.shapes, config.project)
         self.shapes = {shape.name: shape for shape in self.rows}
@@ -68,7 +70,7 @@ class StrategyPlanner:
         self.per_token = TEMPORARY * trace.activation_bytes / trace.tokens  # of activations
         self.host_per_token = self.per_token if on_host else 0.0
         self.batch_tokens = self._batch_tokens()
-        self.batches = samples_of_batches(self.lengths, config.chunk_size, self.batch_tokens)
+        self.batches = samples_of_batches(self.lengths, config.chunk_size, self.batch_tokens, apart)
         self.stages = StageCosts(trace, self.rows, config, machine, rates, self.batches, self.row_dtype, structures)
         self.n_grams, self.gram_bytes = self.stages.n_grams, self.stages.gram_bytes
         self.shortfalls = Shortfalls(machine, config, self.gram_bytes, trace.weight_bytes)
@@ -111,10 +113,21 @@ class StrategyPlanner:
             self._for_devices(),
             disk=int(or_any(self.machine.disk)),
             memory=int(or_any(self.machine.memory) - (beside if stated else 0)),
+            device_memory=self._device_room(),
             row_dtype=self.row_dtype,
             activations=self.host_per_token / (max(len(segments) - 1, 1) if streamed else 1),
             segments=segments if streamed else None,
+            apart=self.apart,
         )
+
+    def _device_room(self) -> int | None:
+        """Return the bytes that a run may take on a device beside the weights; `None`: there is none, or several."""
+        machine = self.machine
+        if machine.devices != 1 or machine.device_memory is None:
+            return None
+        if self.config.device_memory_budget is not None:
+            return int(self.config.device_memory_budget)
+        return int(DEVICE_MARGIN * max(machine.device_memory - self.trace.weight_bytes, 0))
 
     @property
     def padded(self) -> int:
@@ -176,8 +189,8 @@ class StrategyPlanner:
         waves = [list(wave.parameters) for wave in cut]
         total = sum(wave.disk for wave in cut)
         largest = max(wave.disk for wave in cut)
-        held = largest if hold == "host" else 0
-        disk = self.gram_bytes + (0 if held else total if "*" in keep else largest) + self.stages.sample_bytes()
+        held, stored = largest if hold == "host" else 0, hold == "disk"
+        disk = self.gram_bytes + ((total if "*" in keep else largest) if stored else 0) + self.stages.sample_bytes()
         memory = float(max(wave.memory for wave in cut) + held)
         if not hopeless:  # else the numbers are those of a single wave, which nobody would try
             counted = self._counted(self.host_per_token * self.padded)
@@ -186,13 +199,13 @@ class StrategyPlanner:
         memory += self.host_per_token * self.padded
         passes = sum(pass_flops(self.trace.blocks, wave) for wave in waves)
         flops = passes + forming_flops(self.trace.shapes, chosen, "dense")
-        collect = self.stages.collect(flops, 0 if held else total, memory, chosen, len(waves), stored=not held)
-        reduce = self.stages.reduce(0 if held else total, chosen, stored=not held)
+        collect = self.stages.collect(flops, total if stored else 0, memory, chosen, len(waves), stored=stored)
+        reduce = self.stages.reduce(total if stored else 0, chosen, stored=stored)
         return Strategy(
             name=name,
             waves=len(waves),
             passes=passes / plain_flops(self.trace.blocks),
-            gradients=0.0 if held else float(total),
+            gradients=float(total) if stored else 0.0,
             disk=disk,
             weights=float(self.trace.weight_bytes),
             stages=(collect, reduce, self.stages.solve()),
@@ -225,11 +238,11 @@ class StrategyPlanner:
             problems.append(str(error))
             hopeless = True
         total, largest = sum(part.disk for part in cut), max(part.disk for part in cut)
-        held = largest if hold == "host" else 0
+        held, stored = largest if hold == "host" else 0, hold == "disk"
         activations = self.per_token * self.padded / max(len(segments) - 1, 1)
         on_host = 0.0 if self.machine.devices else activations
         memory = float(max(part.memory for part in cut) + held)
-        disk = self.gram_bytes + (0 if held else largest) + boundaries + self.stages.sample_bytes()
+        disk = self.gram_bytes + (largest if stored else 0) + boundaries + self.stages.sample_bytes()
         if not hopeless:
             problems += self.shortfalls.of_disk(disk, self.store_dtype.itemsize)
             problems += self.shortfalls.of_memory(memory + beside + self._counted(on_host))
@@ -238,7 +251,7 @@ class StrategyPlanner:
             problems += self.shortfalls.of_segments(self._weights_at_work(), activations)
         passes = streamed_flops(self.trace.blocks, every)
         flops = passes + forming_flops(self.trace.shapes, chosen, "dense")
-        collect = self.stages.collect(flops, 0 if held else total, memory, chosen, 1, stored=not held)
+        collect = self.stages.collect(flops, total if stored else 0, memory, chosen, 1, stored=stored)
         collect = Stage(
             "collect",
             collect.flops,
@@ -251,10 +264,10 @@ class StrategyPlanner:
             name="stream layers",
             waves=len(cut),
             passes=passes / plain_flops(self.trace.blocks),
-            gradients=0.0 if held else float(total),
+            gradients=float(total) if stored else 0.0,
             disk=disk,
             weights=resident,
-            stages=(collect, self.stages.reduce(0 if held else total, chosen, stored=not held), self.stages.solve()),
+            stages=(collect, self.stages.reduce(total if stored else 0, chosen, stored=stored), self.stages.solve()),
             problems=tuple(dict.fromkeys(problems)),
             representation=chosen,
             boundaries=boundaries,
@@ -277,7 +290,8 @@ class StrategyPlanner:
         if not edges:
             return 1, 0.0
         units = make_units(self.n, self.config.chunk_size)
-        samples = padded_total(self.lengths, units, self.batch_tokens) / self.trace.tokens  # of the mean length
+        padded = padded_total(self.lengths, units, self.batch_tokens, self.apart)
+        samples = padded / self.trace.tokens  # of the mean length
         try:
             room = boundary_room(or_any(self.machine.disk))
             every = boundary_spacing(room, int(samples * max(edges)), n_segments)

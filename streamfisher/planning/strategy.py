@@ -33,7 +33,7 @@ class Strategy:
     problems: tuple[str, ...]  # what does not fit, and what would make it fit
     representation: Mapping[str, str] = field(default_factory=dict)
     boundaries: float = 0.0  # bytes of hidden states between layers, where they are streamed
-    hold: str = "disk"  # where gradients are until they are reduced: 'host' or 'disk'
+    hold: str = "disk"  # where gradients are until they are reduced: 'device', 'host' or 'disk'
     every: int = 1  # only every so-maniest boundary is kept
 
     @property

@@ -21,6 +21,7 @@ from streamfisher.gradients.shapes import GradientShape
 from streamfisher.models.calling import call_model, is_encoder_decoder
 from streamfisher.planning.forward_watch import ForwardWatch
 from streamfisher.planning.model_trace import ModelTrace
+from streamfisher.runtime.caller_state import modes_of_its_own
 
 
 def captured_names(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
@@ -37,6 +38,7 @@ def trace_shapes(model: nn.Module, batch: Mapping[str, Tensor], **options: Any) 
     return list(trace_model(model, batch, **options).shapes)
 
 
+@modes_of_its_own()
 def trace_model(
     model: nn.Module,
     batch: Mapping[str, Tensor],

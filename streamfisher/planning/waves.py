@@ -27,6 +27,7 @@ class WaveLimits:
     memory: int  # of the host, beside the model and its activations
     disk_why: str = "--disk-budget"  # what sets the limit, for messages
     memory_why: str = "--memory-budget"
+    place: str = "on disk"  # where the gradients are, for messages
 
 
 @dataclass(frozen=True)
@@ -115,18 +116,26 @@ def cut_waves(
     kept = [name for name in sizes.shapes if is_kept(name, keep)]
     kept_bytes = sizes.of(kept).disk
     disk = limits.disk - kept_bytes
+    names = list(sizes.shapes if among is None else among)
+    if not names:
+        return [sizes.of(names)]
     waves: list[WaveSize] = []
-    names: list[str] = []
-    for name in sizes.shapes if among is None else among:
-        grown = sizes.of([*names, name])
-        if names and not _fits(grown, sizes, keep, disk, limits.memory):
-            waves.append(sizes.of(names))
-            names = []
-        alone = sizes.of([name])
-        if not names and not _fits(alone, sizes, keep, disk, limits.memory):
-            raise CapacityError(_too_small(name, alone, sizes, kept_bytes, limits))
-        names.append(name)
-    return [*waves, sizes.of(names)]
+    start = 0
+    while start < len(names):
+        wave = sizes.of(names[start : start + 1])
+        if not _fits(wave, sizes, keep, disk, limits.memory):
+            raise CapacityError(_too_small(names[start], wave, sizes, kept_bytes, limits))
+        # As many as fit: twice as many while they do, then by halves. One at a time would take the square of them.
+        least, step = 1, 1
+        while step:
+            grown = sizes.of(names[start : start + least + step])
+            if start + least + step <= len(names) and _fits(grown, sizes, keep, disk, limits.memory):
+                wave, least, step = grown, least + step, 2 * step
+            else:
+                step //= 2
+        waves.append(wave)
+        start += least
+    return waves
 
 
 def _fits(wave: WaveSize, sizes: WaveSizes, keep: Sequence[str], disk: int, memory: int) -> bool:
@@ -146,9 +155,10 @@ def _too_small(name: str, alone: WaveSize, sizes: WaveSizes, kept: int, limits: 
             f"{format_bytes(alone.memory - limits.memory)} more, or leave the parameter out with --exclude."
         )
     return (
-        f"the gradients of {name} alone need {format_bytes(alone.disk)} on disk, and {limits.disk_why} leaves "
+        f"the gradients of {name} alone need {format_bytes(alone.disk)} {limits.place}, and {limits.disk_why} leaves "
         f"{format_bytes(max(limits.disk - kept, 0))}"
         + (f" beside {format_bytes(kept)} that --keep-gradients keeps" if kept else "")
-        + f". Give or free {format_bytes(alone.disk - limits.disk + kept)} more, take fewer samples, write to another "
-        "disk, or leave the parameter out with --exclude."
+        + f". Give or free {format_bytes(alone.disk - limits.disk + kept)} more, take fewer samples, "
+        + ("write to another disk, " if limits.place == "on disk" else "")
+        + "or leave the parameter out with --exclude."
     )

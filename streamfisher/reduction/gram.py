@@ -296,13 +296,22 @@ def _finish(
     """Put the new rows to those that are known, check, and hand the Gram on."""
     gram, products = total
     gram = complete(gram, None if grown is None else grown.read(name)[: grown.known, : grown.known])
+    return sink(finished(name, gram, products, single=single or (grown is not None and grown.single)))
+
+
+def finished(name: str, gram: np.ndarray, products: np.ndarray | None, *, single: bool) -> ParameterGram:
+    """Return a Gram that is known to be finite.
+
+    Raises:
+        CorruptRunError: it is not; the message names the samples.
+    """
     if not np.isfinite(gram).all():
         samples = np.flatnonzero(~np.isfinite(gram.diagonal()))
         raise CorruptRunError(
             f"the Gram of {name} is not finite: the gradient rows of samples {_list(samples)} are missing, altered, or "
             f"too large for {gram.dtype} products. `streamfisher verify` tells which."
         )
-    return sink(ParameterGram(name, gram, products, single or (grown is not None and grown.single)))
+    return ParameterGram(name, gram, products, single)
 
 
 def _list(samples: np.ndarray) -> str:

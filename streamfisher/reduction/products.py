@@ -15,7 +15,7 @@ from torch import Tensor
 from streamfisher.errors import ConfigError
 
 #: Largest entries of a panel whose float32 products stay far from the ends of float32's range.
-_SAFE_PEAK = (1e-12, 1e12)
+SAFE_PEAK = (1e-12, 1e12)
 
 
 class ArrayModule(Protocol):
@@ -82,7 +82,7 @@ class TorchArrays:
 
     def multiply(self, left: Tensor, right: Tensor, out: Tensor) -> None:
         """Write `left @ right` into `out`, in full precision."""
-        with _full_precision():
+        with full_precision():
             torch.matmul(left, right, out=out)
 
     def scatter(self, block: Tensor, samples: np.ndarray, ids: np.ndarray, values: Tensor) -> None:
@@ -136,7 +136,7 @@ def scaled_product(left: np.ndarray, right: np.ndarray, device: str = "cpu") -> 
     else:
         rows = torch.from_numpy(np.ascontiguousarray(left)).cuda()
         others = rows if same else torch.from_numpy(np.ascontiguousarray(right)).cuda()
-        with _full_precision():
+        with full_precision():
             found = (rows @ others.T).double()
         product = ((found + found.T) / 2 if same else found).cpu().numpy()
     shift = sum(exponents)
@@ -200,7 +200,7 @@ class TorchSum:
         if exponent:
             rows = torch.ldexp(rows, torch.tensor(-exponent, device=self.device))
         new = rows[self.known :]
-        with _full_precision():
+        with full_precision():
             product: Tensor = (new @ rows.T).double()
         self.total += torch.ldexp(product, torch.tensor(2 * exponent, device=self.device)) if exponent else product
 
@@ -211,7 +211,7 @@ class TorchSum:
         return self.total.cpu().numpy()
 
 
-class _full_precision:  # noqa: N801 - a context manager that reads as a phrase
+class full_precision:  # noqa: N801 - a context manager that reads as a phrase
     """float32 products in float32, whatever the process has allowed."""
 
     def __enter__(self) -> None:
@@ -230,7 +230,7 @@ def _in_range(product: np.ndarray, columns: int) -> bool:
     if product.dtype != np.float32:
         return True
     largest = float(product.diagonal().max(initial=0.0))
-    return columns * _SAFE_PEAK[0] ** 2 < largest < _SAFE_PEAK[1] ** 2
+    return columns * SAFE_PEAK[0] ** 2 < largest < SAFE_PEAK[1] ** 2
 
 
 def _exponent(panel: np.ndarray) -> int:
@@ -244,7 +244,7 @@ def _exponent(panel: np.ndarray) -> int:
 
 
 def _exponent_of(peak: float) -> int:
-    if not np.isfinite(peak) or peak == 0.0 or _SAFE_PEAK[0] < peak < _SAFE_PEAK[1]:
+    if not np.isfinite(peak) or peak == 0.0 or SAFE_PEAK[0] < peak < SAFE_PEAK[1]:
         return 0
     return int(np.floor(np.log2(peak)))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,16 @@ from streamfisher.blocks.structures import assign_blocks, group_blocks
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CorruptRunError
 from streamfisher.reduction import gram as grams
+from streamfisher.reduction.device_grams import build_device_grams
 from streamfisher.reduction.moment import has_moment, moment_of, stored_moment
 from streamfisher.reduction.stored_tiles import StoredTiles
 from streamfisher.reduction.subsets import ColumnSubset, draw_columns
 from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles
 from streamfisher.runtime import run_log as runlog
 from streamfisher.runtime.memory import give_back, working_memory
+from streamfisher.sinks.device import DeviceGradients
 from streamfisher.sinks.interface import GradientSource
+from streamfisher.sinks.memory import MemoryRows
 from streamfisher.solving.tiled_gram import TILE
 from streamfisher.store import RunStore
 
@@ -60,14 +64,14 @@ def build_stored_grams(
 
 def build_held_grams(
     store: RunStore,
-    source: GradientSource,
+    source: GradientSource | DeviceGradients,
     valid: np.ndarray,
     config: SpectralConfig,
     keys: Sequence[str],
     *,
     progress: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Build Grams of gradients that are held in memory, and write them to a run, with their moments.
+    """Build Grams of gradients that are held in memory or on a device, and write them to a run, with their moments.
 
     Args:
         store: of the run.
@@ -86,6 +90,8 @@ def build_held_grams(
     """
     sink = _HeldSink(store, grams.gram_settings(config), source, valid)
     members = {key: store.gram_members[key] for key in keys}
+    if isinstance(source, DeviceGradients):
+        return dict(map(sink, build_device_grams(source, config, members, progress=progress)))
     built = dict(grams.build_grams(source, config, sink, keys=members, progress=progress))
     give_back()
     return built
@@ -97,13 +103,15 @@ class _HeldSink:
 
     store: RunStore
     settings: Mapping[str, Any]
-    source: GradientSource
+    source: GradientSource | DeviceGradients
     valid: np.ndarray  # (N,) bool
 
     def __call__(self, finished: grams.ParameterGram) -> tuple[str, np.ndarray]:
         key, moment = finished.name, None
         if has_moment(self.store, key):
-            moment = moment_of(self.source, key, self.store.parameters[key], self.valid)
+            source = self.source
+            rows = MemoryRows({key: source.on_host(key)}) if isinstance(source, DeviceGradients) else source
+            moment = moment_of(rows, key, self.store.parameters[key], self.valid)
         self.store.grams.write(
             key, finished.gram, finished.mean_products, self.settings, moment, single=finished.single
         )
@@ -122,7 +130,7 @@ def build_unstored_grams(
     blocks = group_blocks(assign_blocks(store.parameters, config.block_structure))
     subsets = draw_columns(store.parameters, blocks, config.max_params_per_block, config.seed)
     members = {key: store.gram_members[key] for key in keys}
-    sink = _CheckedGram(store, frozenset(subsets))
+    sink = _CheckedGram(NormCheck(store, frozenset(subsets)))
     built = grams.build_grams(store.rows, config, sink, keys=members, subsets=subsets, progress=progress)
     give_back()
     return built
@@ -182,7 +190,8 @@ class GramSink:
     def __init__(
         self, store: RunStore, settings: Mapping[str, Any], *, subsampled: frozenset[str], compare: bool = False
     ):
-        self.store, self.settings, self.subsampled, self.compare = store, dict(settings), subsampled, compare
+        self.settings, self.compare = dict(settings), compare
+        self.store, self.subsampled, self.norms = store, subsampled, NormCheck(store, subsampled)
 
     def __call__(self, finished: grams.ParameterGram) -> tuple[str, float | None]:
         """Write a Gram; return its key and how far one that was there is from it, relatively.
@@ -191,7 +200,7 @@ class GramSink:
             CorruptRunError: its diagonal is not what was seen while collecting.
         """
         name = finished.name
-        check_norms(self.store, finished, self.subsampled)
+        self.norms.check(finished)
         difference = self._difference(finished) if self.compare else None
         moment = stored_moment(self.store, name, self.subsampled)
         self.store.grams.write(
@@ -217,29 +226,46 @@ class GramSink:
 class _CheckedGram:
     """Checks a finished Gram and hands it back; picklable for Dask workers."""
 
-    store: RunStore
-    subsampled: frozenset[str]
+    norms: NormCheck
 
     def __call__(self, finished: grams.ParameterGram) -> grams.ParameterGram:
-        check_norms(self.store, finished, self.subsampled)
+        self.norms.check(finished)
         return finished
 
 
-def check_norms(store: RunStore, finished: grams.ParameterGram, subsampled: frozenset[str]) -> None:
-    """Refuse a Gram whose diagonal is not what was seen while collecting; one of drawn columns has another.
+class NormCheck:
+    """Holds the diagonals of Grams against the norms that were seen while collecting, which each process reads once.
 
-    Raises:
-        CorruptRunError: it names the samples.
+    Args:
+        store: of the run.
+        subsampled: parameters of which some columns are drawn; their Grams have other diagonals.
     """
-    members = store.gram_members[finished.name]
-    if subsampled.intersection(members):
-        return
-    columns = [list(store.parameters).index(member) for member in members]
-    expected = store.samples.per_sample("squared_norm")[:, columns].sum(axis=1)
-    wrong = np.flatnonzero(np.abs(finished.gram.diagonal() - expected) > store.rows.norm_tolerance * expected)
-    if len(wrong):
-        raise CorruptRunError(
-            f"{store.path}: the stored rows of {finished.name} do not have the norms they were collected with "
-            f"(samples {', '.join(map(str, wrong[:8]))}{' and more' if len(wrong) > 8 else ''}). "
-            "`streamfisher verify` tells which chunks are affected."
-        )
+
+    def __init__(self, store: RunStore, subsampled: frozenset[str]) -> None:
+        self.store, self.subsampled = store, subsampled
+        self._lock = threading.Lock()
+        self._squares: np.ndarray | None = None  # (N, K) float64
+
+    def __reduce__(self) -> tuple[type[NormCheck], tuple[RunStore, frozenset[str]]]:
+        return NormCheck, (self.store, self.subsampled)
+
+    def check(self, finished: grams.ParameterGram) -> None:
+        """Refuse a Gram whose diagonal is not what was seen while collecting.
+
+        Raises:
+            CorruptRunError: it names the samples.
+        """
+        store, members = self.store, self.store.gram_members[finished.name]
+        if self.subsampled.intersection(members):
+            return
+        with self._lock:
+            if self._squares is None:
+                self._squares = store.samples.per_sample("squared_norm")
+        expected = self._squares[:, [store.run.columns[member] for member in members]].sum(axis=1)
+        wrong = np.flatnonzero(np.abs(finished.gram.diagonal() - expected) > store.rows.norm_tolerance * expected)
+        if len(wrong):
+            raise CorruptRunError(
+                f"{store.path}: the stored rows of {finished.name} do not have the norms they were collected with "
+                f"(samples {', '.join(map(str, wrong[:8]))}{' and more' if len(wrong) > 8 else ''}). "
+                "`streamfisher verify` tells which chunks are affected."
+            )

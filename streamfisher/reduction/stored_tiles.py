@@ -137,8 +137,7 @@ class StoredTiles:
         names = self.keys[key]
         if self.subsampled & set(names):
             return
-        order = list(self.store.parameters)
-        columns = [order.index(name) for name in names]
+        columns = [self.store.run.columns[name] for name in names]
         expected = self.store.samples.per_sample("squared_norm")[tile.rows][:, columns].sum(axis=1)
         wrong = tile.rows.start + np.flatnonzero(np.abs(squares - expected) > self.store.rows.norm_tolerance * expected)
         if len(wrong):

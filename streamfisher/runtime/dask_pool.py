@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,15 +31,21 @@ def active_client() -> Any:
         return None
 
 
-def scheduler(workers: int) -> dict[str, Any]:
-    """Use the active distributed client where there is one, else threads."""
-    return {"scheduler": "threads", "num_workers": workers} if active_client() is None else {}
+def compute_anywhere(tasks: Sequence[Any], workers: int) -> list[Any]:
+    """Compute tasks by the active distributed client where there is one, else in threads."""
+    return list(dask.compute(*tasks)) if active_client() is not None else _in_threads(tasks, workers)
 
 
 def compute(tasks: Sequence[Any], workers: int, config: SpectralConfig, bar: Callback) -> list[Any]:
     """Compute tasks in threads of this process."""
     with threads_of_this_process(workers, config), bar:
-        return list(dask.compute(*tasks, scheduler="threads", num_workers=workers))
+        return _in_threads(tasks, workers)
+
+
+def _in_threads(tasks: Sequence[Any], workers: int) -> list[Any]:
+    # A pool of its own: Dask keeps one for later calls, and in a process that was forked that one has no threads.
+    with ThreadPoolExecutor(workers) as pool:
+        return list(dask.compute(*tasks, scheduler="threads", pool=pool))
 
 
 def compute_on(client: Any, tasks: Sequence[Any], progress: bool) -> list[Any]:

@@ -12,9 +12,13 @@ import os
 from collections.abc import Callable
 
 import psutil
+import torch
 
 from streamfisher.byte_sizes import parse_bytes
 from streamfisher.config import SpectralConfig
+
+#: Of what is free on a device, a run takes at most this share.
+DEVICE_MARGIN = 0.9
 
 
 def local_ranks() -> int:
@@ -30,6 +34,17 @@ def world_size() -> int:
 def working_memory(budget: int | str | None) -> int:
     """Return the bytes that a stage of this process may use: its budget, or its share of half of what is free."""
     return parse_bytes(budget) if budget else psutil.virtual_memory().available // 2 // local_ranks()
+
+
+def device_room(device: torch.device, budget: int | str | None) -> int | None:
+    """Return the bytes that a stage may use on a device: the budget, or what is free with a margin; `None` on a CPU."""
+    if device.type != "cuda":
+        return None
+    if budget:
+        return parse_bytes(budget)
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(DEVICE_MARGIN * (free + unused))
 
 
 def give_back() -> None:

@@ -42,7 +42,21 @@ def start_ranks(*, cpu: bool, timeout: float) -> PartialState:
     cpu = cpu or not torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         return PartialState(cpu=cpu, timeout=timedelta(seconds=timeout))
-    return PartialState(cpu=cpu)
+    with _without_leftovers():
+        return PartialState(cpu=cpu)
+
+
+@contextmanager
+def _without_leftovers() -> Iterator[None]:
+    """Hide a LOCAL_RANK that some earlier launcher left in the environment: by itself it makes nobody a rank."""
+    rest = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+    launched = dist.is_initialized() or any(name in os.environ for name in rest)
+    left = None if launched else os.environ.pop("LOCAL_RANK", None)
+    try:
+        yield
+    finally:
+        if left is not None:
+            os.environ["LOCAL_RANK"] = left
 
 
 class Ranks:

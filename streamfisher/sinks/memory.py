@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from streamfisher.data.batches import BatchRef, Unit
-from streamfisher.gradients.factors import BatchFactors, on_host, pack
+from streamfisher.gradients.factors import BatchFactors, matrix_shape, on_host, pack
 from streamfisher.gradients.norms import batch_norms, squared_norms_of
 from streamfisher.gradients.producer import Asked, BatchGradients, GradientProducer
 from streamfisher.sinks.interface import UnitFacts
 from streamfisher.sinks.unit_rows import UnitRows
-from streamfisher.store.factors import FactorSegment
+from streamfisher.store.factors import FactorSegment, columns_of_segments
 from streamfisher.store.layout import PANEL
 
 
@@ -98,6 +99,16 @@ class MemoryGradients(MemoryRows):
         self.parameters = {name: int(np.prod(shape)) for name, shape in shapes.items()} | widths
         self.numpy_row_dtype = self.numpy_read_dtype = np.dtype("float64" if row_dtype == torch.float64 else "float32")
 
+    def columns(
+        self, name: str, start: int, stop: int, rows: slice | None = None, *, out: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return (N, stop - start), or a range of those rows; a view where they are held as rows."""
+        if name not in self.factors:
+            return super().columns(name, start, stop, rows, out=out)
+        first, last, _ = (rows or slice(None)).indices(self.n_samples)
+        shape = matrix_shape(self.shapes[name])
+        return columns_of_segments(self.factors[name], shape, start, stop, first, last, self.numpy_row_dtype)
+
     def representation(self, name: str) -> str:
         """Return how a parameter's gradients are held: 'dense' or 'factors'."""
         return "factors" if name in self.factors else "dense"
@@ -126,6 +137,8 @@ class MemorySink:
         every_norm: find the norms of factors too, which take about as long as their products.
     """
 
+    _through_host = True  # what is made on a device is copied from there, a unit at a time
+
     def __init__(
         self,
         producer: GradientProducer,
@@ -149,7 +162,7 @@ class MemorySink:
         self._rows: dict[str, Tensor] = {}  # (N, P_k) each
         self._factors: list[tuple[BatchRef, BatchFactors]] = []
         self._arriving: UnitRows | None = None
-        if producer.device.type != "cpu":
+        if self._through_host and producer.device.type != "cpu":
             self.through_units()
 
     def through_units(self) -> None:
@@ -183,12 +196,15 @@ class MemorySink:
         if self.every_norm:
             return batch_norms(gradients.rows, gradients.factors, n_samples)
         norms = squared_norms_of({name: values[:n_samples] for name, values in gradients.rows.items()})
+        finite: dict[str, Tensor] = {}
         for name, pairs in gradients.factors.items():
-            finite = torch.ones(n_samples, dtype=torch.bool)
             for pair in pairs:
                 side = pair.right if pair.by_index else pair.left  # a loss that is finite has finite inputs
-                finite &= torch.isfinite(side).flatten(1).all(dim=1).cpu()
-            norms[name] = np.where(finite.numpy(), 0.0, np.nan)
+                here = torch.isfinite(side).flatten(1).all(dim=1)
+                finite[name] = finite[name] & here if name in finite else here
+        if finite:  # one wait for the device
+            flags = torch.stack(list(finite.values())).cpu().numpy()
+            norms |= {name: np.where(of, 0.0, np.nan) for name, of in zip(finite, flags, strict=True)}
         return norms
 
     def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
@@ -206,10 +222,17 @@ class MemorySink:
                 if name not in self._rows:
                     self._rows[name] = torch.empty(self.n_samples, values.shape[1], dtype=values.dtype)
                 self._rows[name][unit.start : unit.stop] = values
-        size = sum(len(unit) * values.shape[1] * values.itemsize for values in self._rows.values())
-        return size + sum(
-            side.nbytes for batch, packed in self._factors if batch.unit == unit for side in packed.tensors.values()
-        )
+        rows = sum(len(unit) * values.shape[1] * values.itemsize for values in self._rows.values())
+        return rows + self._factor_bytes(unit)
+
+    def _factor_bytes(self, unit: Unit) -> int:
+        """Return the bytes of the factors of a unit."""
+        of_unit = [packed.tensors.values() for batch, packed in self._factors if batch.unit == unit]
+        return sum(side.nbytes for sides in of_unit for side in sides)
+
+    def held(self) -> Any:
+        """Return the gradients of all samples, those of skipped samples zero, as the reduction takes them."""
+        return self.source(all_samples=True)
 
     def source(self, *, all_samples: bool = False) -> MemoryGradients:
         """Return the gradients of the valid samples, or of all: those of skipped samples are zero then."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ class RunFolder:
         self.parameters: dict[str, int] = {  # numbers of a stored row
             item["name"]: columns_of(item) for item in self.manifest.parameters
         }
+        self.columns = {name: column for column, name in enumerate(self.parameters)}  # of arrays (N, K)
+        self._items = {item["name"]: item for item in self.manifest.parameters}
+        self._names = {node_name(name): name for name in self.parameters}
         self.n_samples: int = self.manifest.data["n_samples"]
         self.chunk_rows: int = layout["chunk_rows"]  # samples of a unit
         self.store_dtype: torch.dtype = parse_dtype(layout["dtype_store"])
@@ -50,6 +54,7 @@ class RunFolder:
         self.centered: bool = layout["centered"]
         self.units = make_units(self.n_samples, self.chunk_rows)
         self.waves: list[list[str]] = self.manifest.waves
+        self._wave_of = {name: index for index, names in reversed([*enumerate(self.waves)]) for name in names}
         self.gram_members: dict[str, list[str]] = self.manifest.gram_members  # Gram key -> parameters it sums over
         self.keep: list[str] = layout.get("keep", ["*"])  # patterns of parameters whose gradients stay
         self.batch_tokens: int = layout.get("batch_tokens", self.manifest.config["batch_tokens"])
@@ -66,11 +71,11 @@ class RunFolder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter."""
-        return next(tuple(item["shape"]) for item in self.manifest.parameters if item["name"] == name)
+        return tuple(self._items[name]["shape"])
 
     def wave_of(self, name: str) -> int:
         """Return the wave that captures a parameter."""
-        return next(index for index, names in enumerate(self.waves) if name in names)
+        return self._wave_of[name]
 
     @property
     def numpy_row_dtype(self) -> np.dtype:
@@ -82,7 +87,7 @@ class RunFolder:
         """The dtype in which stored rows are read: float64 where they were stored so."""
         return np.dtype("float64" if self.store_dtype == torch.float64 else "float32")
 
-    @property
+    @cached_property
     def largest_marker(self) -> int:
         """Bytes that the marker of a unit may have, at most: checksums, reasons, and the lengths of factors."""
         names = sum(len(name) for name in self.parameters)
@@ -113,9 +118,9 @@ class RunFolder:
         shape: tuple[int, ...]
         chunks: tuple[int, ...]
         dtype: np.dtype | str
-        rows, names = self.chunk_rows, {node_name(name): name for name in self.parameters}
+        rows, names = self.chunk_rows, self._names
         if kind == "gradients":
-            item = next(item for item in self.manifest.parameters if item["name"] == names[node])
+            item = self._items[names[node]]
             shape, chunks = (self.n_samples, self.parameters[names[node]]), (rows, item["chunk_columns"])
             dtype = codecs.stored_dtype(self.store_dtype)
         elif kind == "samples":

@@ -16,6 +16,10 @@ from streamfisher.store.forms import RESULT, UNIT, require_form
 
 #: Bytes of a file of results.
 _LARGEST_RESULT = 2 << 30
+#: Of so few units each marker is looked at: the folder has some for every parameter too.
+_FEW = 64
+#: Bytes of markers that are kept once they were read; parsed, a byte takes about five.
+_KNOWN_BYTES = 16 << 20
 
 
 class Markers:
@@ -23,9 +27,13 @@ class Markers:
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
+        self._known: dict[Path, tuple[tuple[int, int, int], Any]] = {}  # version of a marker's file, and its content
 
     def done_units(self, stage: str = "rows") -> set[int]:
         """Return the indices of the units of `stage` ('rows', 'mean', or `stage_of(wave)`) whose markers exist."""
+        if len(self.run.units) <= _FEW:
+            paths = {unit.index: self.run.path / "done" / f"{stage}-{unit.index:06d}.json" for unit in self.run.units}
+            return {index for index, path in paths.items() if path.is_file()}
         prefix = f"{stage}-"
         names = (path.stem[len(prefix) :] for path in (self.run.path / "done").glob(f"{prefix}*.json"))
         return {int(name) for name in names if len(name) >= 6 and name.isdecimal() and int(name) < len(self.run.units)}
@@ -71,7 +79,7 @@ class Markers:
             CorruptRunError: it is damaged, or that of another unit.
         """
         path = self._path(unit, wave)
-        marker = read_json(path, self.run.largest_marker)
+        marker = self._read(path)
         require_form(marker, UNIT, path)
         if (marker["start"], marker["stop"]) != (unit.start, unit.stop):
             raise CorruptRunError(f"{path} is not the marker of samples {unit.start} to {unit.stop - 1}.")
@@ -80,6 +88,21 @@ class Markers:
         for sample in map(int, marker["skipped"]):
             if not unit.start <= sample < unit.stop:
                 raise CorruptRunError(f"{path} is the marker of samples {unit.start} to {unit.stop - 1}, not {sample}.")
+        return marker
+
+    def _read(self, path: Path) -> Any:
+        """Return a marker, which whoever reads one parameter after the other asks for again and again."""
+        try:
+            facts = path.stat()
+        except OSError:
+            return read_json(path, self.run.largest_marker)  # and says what ails it
+        version = (facts.st_ino, facts.st_mtime_ns, facts.st_size)
+        known = self._known.get(path)
+        if known is not None and known[0] == version:
+            return known[1]
+        marker = read_json(path, self.run.largest_marker)
+        if sum(size for (_, _, size), _ in self._known.values()) + facts.st_size <= _KNOWN_BYTES:
+            self._known[path] = version, marker
         return marker
 
     def forget_unit(self, unit: Unit, wave: int) -> None:

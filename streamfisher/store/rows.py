@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,13 +83,12 @@ class RowStore:
             RunError: the gradients were deleted after they were reduced, or not all units are finished.
         """
         self.kept.require(name)
-        todo = self.markers.todo(stage_of(self.run.wave_of(name)))
+        todo = self._require_bound(name)
         if todo:  # they would add nothing, as if their gradients were zero
             raise RunError(
                 f"{self.run}: {name} has no gradients yet of samples {todo[0].start} to {todo[0].stop - 1}. Run the "
                 "command that made the run again; it goes on where it stopped."
             )
-        self._require_bound(name)
         return self.factors.segments(name)
 
     def write_unit(self, unit: Unit, rows: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
@@ -128,11 +127,11 @@ class RowStore:
         first, last, _ = (rows or slice(None)).indices(self.run.n_samples)
         stop = min(stop, self.run.parameters[name])
         self.kept.require(name)
-        self._require_bound(name)
+        unfinished = self._require_bound(name)
         if self.representation(name) == "factors":
             segments, shape = self.factors.segments(name), matrix_shape(self.shape(name))
             found = columns_of_segments(segments, shape, start, stop, first, last, self.numpy_row_dtype)
-            return self._without_unfinished(name, found, first)
+            return _without(unfinished, found, first)
         array = self.run.array(f"gradients/{node_name(name)}")
         if out is None:
             out = np.empty((last - first, stop - start), dtype=self.numpy_read_dtype)
@@ -144,19 +143,7 @@ class RowStore:
                 f"{self.run}: a chunk of parameter {name} (columns {start} to {stop}) cannot be read: {error}. "
                 "Run `streamfisher verify` to find which samples are affected.",
             ) from error
-        return self._without_unfinished(name, out, first)
-
-    def _without_unfinished(self, name: str, rows: np.ndarray, first: int) -> np.ndarray:
-        """Make rows of units without a marker NaN, in place: factors would give zeros, chunks what nothing vouches for.
-
-        Args:
-            name: of the parameter.
-            rows: of consecutive samples.
-            first: the first of them.
-        """
-        for unit in self.markers.todo(stage_of(self.run.wave_of(name))):
-            rows[max(unit.start - first, 0) : max(unit.stop - first, 0)] = np.nan
-        return rows
+        return _without(unfinished, out, first)
 
     def bytes_of(self, n_samples: int) -> int:
         """Return what the gradients of so many samples take, uncompressed; factors as those of the first unit do."""
@@ -192,8 +179,11 @@ class RowStore:
     def _chunks(self, name: str, unit: Unit) -> Path:
         return self.run.path / "gradients" / node_name(name) / "c" / str(unit.index)
 
-    def _require_bound(self, name: str) -> None:
+    def _require_bound(self, name: str) -> list[Unit]:
         """Refuse rows or factors of a parameter whose chunks are not those that were written there; once per unit.
+
+        Returns:
+            The units without a marker.
 
         Raises:
             CorruptRunError: it names the samples.
@@ -204,6 +194,7 @@ class RowStore:
                 continue
             self.check_chunks(name, unit)
             self._bound.add((name, unit.index))
+        return [unit for unit in self.run.units if unit.index not in done]
 
     def check_chunks(self, name: str, unit: Unit) -> None:
         """Refuse rows or factors of a parameter in one unit whose chunks are not those that were written there.
@@ -230,3 +221,16 @@ def _opened(path: Path, fsync: bool) -> RowStore:
     markers = Markers(run)
     factors = FactorStore(run, markers)
     return RowStore(run, markers, factors, KeptGradients(run, factors), MeanStore(run))
+
+
+def _without(unfinished: Sequence[Unit], rows: np.ndarray, first: int) -> np.ndarray:
+    """Make rows of units without a marker NaN, in place: factors would give zeros, chunks what nothing vouches for.
+
+    Args:
+        unfinished: the units.
+        rows: of consecutive samples.
+        first: the first of them.
+    """
+    for unit in unfinished:
+        rows[max(unit.start - first, 0) : max(unit.stop - first, 0)] = np.nan
+    return rows

@@ -34,6 +34,7 @@ from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.durable import read_json, sweep_partials, write_json
 from streamfisher.runtime.own_files import require_own_files
+from streamfisher.runtime.paths import expanded
 from streamfisher.store.factors import FactorStore
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.grams import GramStore
@@ -79,7 +80,7 @@ class RunStore:
     """
 
     def __init__(self, path: str | Path, *, looked_over: bool = False):
-        self.run = RunFolder(Path(path))
+        self.run = RunFolder(expanded(path))
         if not looked_over:
             require_own_files(self.run.path)
         self.markers = Markers(self.run)

@@ -47,7 +47,9 @@ class SampleStore:
         return [name for name in names if not (self.run.path / "fields" / node_name(name) / "zarr.json").is_file()]
 
     def fields(self) -> dict[str, np.ndarray]:
-        """Return `{name: (N,) float64}`: per-sample facts to select by: the data's own scalars, `loss`, `n_targets`.
+        """Return `{name: (N,) float64}`: per-sample facts to select by: `loss`, `n_targets`, the data's own scalars.
+
+        A scalar of the data that is called as one of the run's own facts comes as `data_<name>`.
 
         Raises:
             CorruptRunError: something of them is missing, or not what was written.
@@ -57,7 +59,7 @@ class SampleStore:
         found = {name: self.per_sample(name).astype(np.float64) for name in ("loss", "n_targets")}
         for path in sorted((self.run.path / "fields").glob("*/zarr.json")):
             name, values = self.read_field(path.parent)
-            found[name] = values
+            found[f"data_{name}" if name in ("loss", "n_targets") else name] = values
         return found
 
     def read_field(self, path: Path) -> tuple[str, np.ndarray]:

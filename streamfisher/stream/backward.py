@@ -80,8 +80,9 @@ class OpenSegment:
             self.engine: GradientEngine | None = None
             if inside:
                 self.engine = stack.enter_context(make_engine(module, self.current, list(inside)))
-                self.engine.noise = report.tolerance / 10.0
-                self.engine.use_groups(groups, self.slow)
+                self.engine.use_precision(report)
+                unproved = [own for own, name in inside.items() if name in report.unproved]
+                self.engine.use_groups(groups, self.slow, unproved)
             else:
                 stack.enter_context(frozen(module))
             self.inside = {own: name for own, name in inside.items() if name in segment.parameters}
@@ -239,4 +240,4 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 def segment_loss(loss: ReplayLoss) -> PerSampleLoss:
     """Return a segment's loss in the form that an engine takes."""
-    return PerSampleLoss("user:segment", "user", "", loss)
+    return PerSampleLoss("user:segment", "user", "", loss, leaves_batch=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from streamfisher.byte_sizes import format_bytes
+from streamfisher.config import dtype_name
 from streamfisher.data.batches import BatchRef
 from streamfisher.errors import CapacityError, CaptureError, StreamError
 from streamfisher.gradients.parameters import ParameterInfo
@@ -85,7 +86,11 @@ class StreamProducer:
         """Norm-relative difference from plain autograd that counts as agreement."""
         dtypes = [info.dtype for info in self._parameters.values() if info.dtype in TOLERANCE]
         coarsest = max(dtypes, key=TOLERANCE.__getitem__, default=torch.float32)
-        return max(TOLERANCE[coarsest], self.stream.report.tolerance if self.stream.report else 0.0)
+        report = self.stream.report
+        if report is None:
+            return TOLERANCE[coarsest]
+        seen = (tolerance for dtype, tolerance in TOLERANCE.items() if dtype_name(dtype) in report.arithmetic)
+        return max(TOLERANCE[coarsest], report.tolerance, *seen)
 
     def probe(self, memory: int | None = None) -> ProbeReport:
         """Trace the model and verify a rule for each parameter, see `LayerStream.study`."""
@@ -180,6 +185,15 @@ class StreamProducer:
         rows = {name: values for name, values in gradients.rows.items() if name in names}
         factors = {name: pairs for name, pairs in gradients.factors.items() if name in names}
         return self.stream.guard(self._segment_of(self._wave), rows, factors)
+
+    def guard_alone(self, batch: BatchRef, gradients: BatchGradients, names: Collection[str]) -> dict[int, float]:
+        """Return nothing: the segments are compared batch by batch."""
+        return {}
+
+    @property
+    def guards_in_parts(self) -> bool:
+        """No: a segment's parameters are in memory, and one gradient of theirs at a time."""
+        return False
 
     def finish(self, wave: Wave) -> None:
         """Forget what no later wave needs, once all of a segment's waves are through."""

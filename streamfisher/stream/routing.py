@@ -149,4 +149,6 @@ def joined(reports: Sequence[ProbeReport], selection: Selection, names: Sequence
         coverage_norm=min(report.coverage_norm for report in reports),
         groups=tuple(group for report in reports for group in report.groups),
         notes=tuple(dict.fromkeys(note for report in reports for note in report.notes)),
+        alone=next((report.alone for report in reports if report.alone != "as given"), "as given"),
+        arithmetic=tuple(dict.fromkeys(name for report in reports for name in report.arithmetic)),
     )

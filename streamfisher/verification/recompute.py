@@ -6,7 +6,6 @@ in the batch that the run had it in, by the rules that the run's probe chose.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,6 +25,7 @@ from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.factors import FactorPair, product
 from streamfisher.gradients.state import without_packing
 from streamfisher.models.batches import ModelBatches
+from streamfisher.models.dtypes import in_dtype
 from streamfisher.runtime.caller_state import modes_of_its_own
 from streamfisher.runtime.determinism import deterministic
 from streamfisher.store import resume_differences
@@ -64,12 +64,11 @@ def deep_problems(
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ConfigError(f"deep={count!r} must be a whole number of samples, at least 1.")
     config, data = run.config, run.manifest.data
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if config.dtype_model is not None and dtypes - {config.dtype_model}:
-        model = copy.deepcopy(model).to(config.dtype_model)
+    model = in_dtype(model, config.dtype_model)
     chosen = _draw(run, count, seed)
     with deterministic(config.use_deterministic, config.seed), without_packing(model):
-        now = survey(model, samples, config, loss, data.get("n_sequences", data["n_samples"]))
+        kept_apart = run.manifest.layout.get("kept_apart")
+        now = survey(model, samples, config, loss, data.get("n_sequences", data["n_samples"]), kept_apart)
         with model_producer(model, now, config) as producer:
             manifest = make_manifest(model, producer, now, config, None)
             differences = resume_differences(run.manifest, manifest, now.samples.digest)
@@ -195,7 +194,7 @@ class _DeepCheck:
                     continue
                 squared_differences[place] += ((stored - part[place]) ** 2).sum()
         allowed = self.tolerance * np.sqrt(squares) + noise
-        column = list(self.store.parameters).index(name)
+        column = self.store.run.columns[name]
         for key in keys:
             self.slack[key] += noise
         for place, norm in enumerate(np.sqrt(squares)):

@@ -13,7 +13,7 @@ from streamfisher import demo
 from streamfisher.analysis import eigenvectors as module
 from streamfisher.api import open_run
 from streamfisher.errors import ConfigError, DataError, RunError
-from streamfisher.store.eigenvectors import open_eigenvectors
+from streamfisher.store import open_eigenvectors
 
 BLOCK = {"block_structure": PATTERNS}
 

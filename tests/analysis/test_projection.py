@@ -16,8 +16,8 @@ from torch import nn
 
 import streamfisher as sf
 from streamfisher.errors import ConfigError, CorruptRunError, RunError, RunMismatchError
-from streamfisher.gradients import GradientEngine
-from streamfisher.gradients.projection import Projection, projected_shape, signs
+from streamfisher.gradients import GradientEngine, Projection
+from streamfisher.gradients.projection import projected_shape, signs
 from streamfisher.models import resolve_loss
 
 SEEDS = 300

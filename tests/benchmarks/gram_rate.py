@@ -25,12 +25,12 @@ import torch
 import streamfisher as sf
 from streamfisher.byte_sizes import format_bytes, parse_bytes
 from streamfisher.config import dtype_name
+from streamfisher.reduction import build_tiled_grams, plan_slabs
 from streamfisher.reduction import gram as grams
-from streamfisher.reduction.slabs import DECODING_BYTES, plan_slabs, sums_bytes
-from streamfisher.reduction.tiles import build_tiled_grams, tile_bytes
+from streamfisher.reduction.slabs import DECODING_BYTES, sums_bytes
+from streamfisher.reduction.tiles import tile_bytes
 from streamfisher.sinks import MemoryRows
-from streamfisher.store import Manifest, RunStore, UnitRecord, versions
-from streamfisher.store.layout import PANEL, chunk_columns
+from streamfisher.store import PANEL, Manifest, RunStore, UnitRecord, chunk_columns, versions
 
 CHUNK_ROWS = 32
 
@@ -117,11 +117,11 @@ def reduce(path: Path, workers: int, budget: int, tiles: bool, dtype: str) -> di
         start = time.perf_counter()
         if tiles:
             sink = _InMemory(n, found)
-            build_tiled_grams(store, config, sink, {"weight": ["weight"]}, budget=budget)
+            build_tiled_grams(store.rows, config, sink, {"weight": ["weight"]}, budget=budget)
             planned = tile_bytes(workers, store.rows.chunk_columns("weight")) + 8 * n**2
         else:
-            grams.build_grams(store, config, lambda gram: found.append(gram.gram))
-            slabs = plan_slabs(store, "weight", np.dtype(dtype), budget // workers)
+            grams.build_grams(store.rows, config, lambda gram: found.append(gram.gram))
+            slabs = plan_slabs(store.rows, "weight", np.dtype(dtype), budget // workers)
             planned = workers * (sums_bytes(n) + slabs.size) + DECODING_BYTES
         seconds = time.perf_counter() - start
     rows = store.rows.columns("weight", 0, store.parameters["weight"], rows=slice(0, 64)).astype(np.float64)

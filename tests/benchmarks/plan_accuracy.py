@@ -21,10 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import streamfisher as sf
 from streamfisher.demo import demo_samples, load_demo_model
-from streamfisher.planning.plan import Machine, plan_run
-from streamfisher.planning.rates import measure
-from streamfisher.planning.run_plan import RunPlan
-from streamfisher.planning.tracing import trace_model
+from streamfisher.planning import RunPlan, measure, plan_run, this_machine, trace_model
 
 
 def build_llama() -> torch.nn.Module:
@@ -46,7 +43,7 @@ def make_plan(model: torch.nn.Module, n_samples: int, length: int, config: sf.Sp
     trace = trace_model(model, {"input_ids": torch.zeros(1, length, dtype=torch.long)}, causal=True)
     batch = max(1, min(config.batch_tokens // length, config.chunk_size, n_samples))
     rates = measure(n_samples, layer=dataclasses.replace(trace.layer, batch=batch), folder=folder)
-    machine = Machine(disk=config.disk_budget)
+    machine = this_machine(config, folder, loaded=True)  # as the run sees it
     return plan_run(trace, [length] * n_samples, config, machine=machine, rates=rates)
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from streamfisher.blocks import assign_blocks
-from streamfisher.blocks.gram_keys import check_grouping, gram_groups, gram_keys, possible_structures
+from streamfisher.blocks import assign_blocks, check_grouping, gram_groups, possible_structures
+from streamfisher.blocks.gram_keys import gram_keys
 from streamfisher.errors import ConfigError
 
 NAMES = [

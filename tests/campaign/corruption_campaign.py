@@ -55,7 +55,7 @@ def read_everything(run: Path) -> dict[str, str]:
 
     from streamfisher import open_run
     from streamfisher.errors import StreamfisherError
-    from streamfisher.store.eigenvectors import open_eigenvectors
+    from streamfisher.store import open_eigenvectors
 
     answers: dict[str, str] = {}
 

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from command_line import arrays, cli, contents
+from command_line import arrays, build_parser, cli, contents
 
 from streamfisher import SpectralConfig, open_run
 from streamfisher.cli import collect
-from streamfisher.cli.main import build_parser
 from streamfisher.reduction import gram_settings
 
 MODEL, DATA = "tiny_models:causal", "tiny_models:sequences"
@@ -445,6 +444,7 @@ EVERY_OPTION = {
     "rank_timeout": 60,
     "memory_budget": "1GB",
     "disk_budget": "2GB",
+    "device_memory_budget": "3GB",
     "deterministic": True,
 }
 ALIASES = {
@@ -481,6 +481,7 @@ def test_config_file_sets_every_option_and_is_echoed(kind, tmp_path, monkeypatch
     manifest = json.loads((tmp_path / "run.zarr/manifest.json").read_text())
     expected = {ALIASES.get(name, name): value for name, value in EVERY_OPTION.items()}
     expected |= {"center_gradients": True, "memory_budget": 10**9, "disk_budget": 2 * 10**9}
+    expected |= {"device_memory_budget": 3 * 10**9}
     echoed = manifest["config"] | manifest["data"]["description"]
     for name, value in expected.items():
         assert name == "out" or echoed[name] == value, name

@@ -3,10 +3,10 @@
 import argparse
 
 import pytest
+from command_line import build_parser
 
 from streamfisher import SpectralConfig
 from streamfisher.cli.arguments import add_option
-from streamfisher.cli.main import build_parser
 from streamfisher.cli.options import OPTIONS, RUN_OPTIONS, read_run_options
 from streamfisher.errors import ConfigError
 

@@ -18,12 +18,12 @@ from tiny_models import TinyRegression, vectors
 
 import streamfisher as sf
 from streamfisher.errors import ConfigError
-from streamfisher.reduction import build_grams
+from streamfisher.reduction import NumpySum, TorchSum, build_grams, panel_sum
 from streamfisher.reduction import gram as grams
-from streamfisher.reduction.products import NumpySum, TorchSum, complete, panel_sum
+from streamfisher.reduction.products import complete
 from streamfisher.runtime import dask_client
 from streamfisher.sinks import MemoryRows
-from streamfisher.store.layout import PANEL
+from streamfisher.store import PANEL
 
 TESTS = Path(__file__).parents[1]
 

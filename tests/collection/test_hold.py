@@ -11,8 +11,7 @@ from tiny_models import TinyRegression, vectors
 
 import streamfisher as sf
 from streamfisher.errors import CapacityError, ConfigError
-from streamfisher.store import KeptGradients, RunStore
-from streamfisher.store.grams import GramStore
+from streamfisher.store import GramStore, KeptGradients, RunStore
 
 
 def collected(path, model, samples, **options):
@@ -87,10 +86,10 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(tmp_path, monkeypatch, at)
     count = iter(range(100))
 
     def stopping(function):
-        def call(*arguments):
+        def call(*arguments, **options):
             if next(count) == at:
                 raise StopError
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return call
 

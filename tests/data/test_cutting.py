@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from streamfisher.data.samples import Samples, TokenSamples
+from streamfisher.data import Samples, TokenSamples
 from streamfisher.errors import DataError
 
 

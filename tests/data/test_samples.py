@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from streamfisher.data import Samples, TokenSamples, collate, make_batches, make_units
 from streamfisher.errors import DataError
@@ -135,3 +136,69 @@ def test_packed_sequences_get_no_mask_and_their_padding_is_no_target():
     assert batch["labels"].tolist() == [[1, 2, 3, 4, 5], [1, 2, 3, -100, -100]]
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2], [0, 1, 2, 0, 0]]
     assert "attention_mask" in collate([short, {key: value[:2] for key, value in short.items()}])
+
+
+class Endless:
+    """Counts what was taken of it."""
+
+    def __init__(self):
+        self.taken = 0
+
+    def __iter__(self):
+        while True:
+            self.taken += 1
+            yield {"x": torch.tensor([float(self.taken)]), "labels": torch.tensor(0)}
+
+
+def test_of_an_endless_iterator_no_more_is_read_than_is_asked_for():
+    source = Endless()
+    samples = Samples(source, 8)
+    assert len(samples) == 8 and source.taken == 8
+    assert samples[7]["x"].item() == 8
+
+
+class Vectors(Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return {"x": torch.full((3,), float(index)), "labels": torch.tensor(index % 3)}
+
+
+class Streamed(IterableDataset):
+    def __iter__(self):
+        return (Vectors()[index] for index in range(16))
+
+    def __len__(self):
+        return 16
+
+
+@pytest.mark.parametrize(
+    "loader",
+    [
+        DataLoader(Vectors(), batch_size=4),
+        DataLoader(Vectors(), batch_size=5),
+        DataLoader(Vectors(), batch_size=None),
+        DataLoader(Streamed(), batch_size=4),
+        Streamed(),
+    ],
+)
+def test_the_samples_of_a_data_loader_are_those_of_its_batches(loader):
+    samples, expected = Samples(loader), Vectors()
+    assert len(samples) == 16 and len(Samples(loader, 6)) == 6
+    for index in range(16):
+        assert samples[index].keys() == {"x", "labels"}
+        assert torch.equal(samples[index]["x"], expected[index]["x"])
+        assert samples[index]["labels"].shape == () and samples[index]["labels"] == index % 3
+
+
+def test_a_data_loader_that_shuffles_or_gives_no_dicts_is_refused_with_the_remedy():
+    with pytest.raises(DataError, match=r"shuffles.*loader\.dataset.*shuffle=False"):
+        Samples(DataLoader(Vectors(), batch_size=4, shuffle=True))
+    with pytest.raises(DataError, match=r"type list.*collate_fn"):
+        Samples(DataLoader([(torch.ones(3), 1)] * 4, batch_size=2))
+
+
+def test_rows_of_unequal_lengths_in_one_dict_are_refused_with_the_remedy():
+    with pytest.raises(DataError, match=r"'input_ids' of the batch is no tensor.*list of dicts"):
+        Samples({"input_ids": [[1, 2, 3], [4, 5]]})

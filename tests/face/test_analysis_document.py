@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from streamfisher.cli.main import build_parser
+from command_line import build_parser
 
 PAGE = Path(__file__).parents[2] / "docs" / "analysis.md"
 

@@ -108,6 +108,7 @@ BAD = {
     "rank_timeout": [0, -1, "soon"],
     "memory_budget": ["lots", 0, -5],
     "disk_budget": ["much", 0, -5],
+    "device_memory_budget": ["lots", 0, -5],
     "use_deterministic": ["yes", 1],
     "fsync": ["yes", 1],
     "hold": ["cloud", 3, None],

@@ -7,9 +7,9 @@ from pathlib import Path
 import options_page
 import pytest
 import yaml
+from command_line import build_parser
 
 from streamfisher import __version__
-from streamfisher.cli.main import build_parser
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "howto.md"]

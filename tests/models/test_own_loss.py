@@ -7,7 +7,7 @@ from torch import nn
 
 import streamfisher as sf
 from streamfisher.errors import LossError
-from streamfisher.models.losses import resolve_loss
+from streamfisher.models import resolve_loss
 from streamfisher.models.own_loss import reproducing
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from streamfisher import load_model
 from streamfisher.collection import guarded_steps, idle_batches, share_of
-from streamfisher.data import batches_of, make_units
+from streamfisher.data import batches_of, guarded_batches, make_units
 from streamfisher.errors import ConfigError, ModelError
 from streamfisher.models.sharding import _blocks
 
@@ -60,14 +60,14 @@ def test_one_rank_is_refused(tmp_path, capsys):
 def test_all_ranks_know_who_forms_which_guarded_batch_in_which_step():
     units = make_units(19, 4)
     for count in (1, 2, 3, 7):
-        steps = guarded_steps(units, Cut(40), 2, count)
-        assert sorted(unit.index for step in steps.values() for _, unit in step) == [0, 2, 4]
+        guarded = guarded_batches((batch for unit in units for batch in Cut(40).of(unit)), 2, seed=0)
+        steps = guarded_steps(units, Cut(40), guarded, count)
+        assert sorted(batch for step in steps.values() for _, batch in step) == sorted(guarded)
         for rank in range(count):  # walk through the rank's steps
-            number = 0
-            for unit in share_of(units, rank, count):
-                assert ((rank, unit) in steps.get(number, [])) == (unit.index % 2 == 0)
-                number += len(Cut(40).of(unit))
-    assert guarded_steps(units, Cut(40), 0, 2) == {}
+            formed = [batch for unit in share_of(units, rank, count) for batch in Cut(40).of(unit)]
+            for number, batch in enumerate(formed):
+                assert ((rank, batch) in steps.get(number, [])) == (batch in guarded)
+    assert guarded_steps(units, Cut(40), [], 2) == {}
 
 
 @pytest.fixture

@@ -13,16 +13,14 @@ import streamfisher as sf
 from streamfisher.collection.producers import machine_of
 from streamfisher.errors import CapacityError, ConfigError, ModelError, StreamError, StreamfisherError, first_line
 from streamfisher.gradients import select_parameters
+from streamfisher.planning import Machine, plan_run, this_machine, trace_model
 from streamfisher.planning.costs import product_cost
-from streamfisher.planning.machine import Machine, this_machine
-from streamfisher.planning.plan import plan_run
 from streamfisher.planning.rates import UNKNOWN
 from streamfisher.planning.strategies import StrategyPlanner
-from streamfisher.planning.tracing import captured_names, trace_model
+from streamfisher.planning.tracing import captured_names
 from streamfisher.reduction.factor_gram import choose_kernel
 from streamfisher.reduction.tiles import needs_tiles
-from streamfisher.runtime.disk import disk_limit
-from streamfisher.runtime.memory import of_one_rank, working_memory
+from streamfisher.runtime import disk_limit, of_one_rank, working_memory
 from streamfisher.solving.tiled_solve import solves_dense
 
 

@@ -17,17 +17,12 @@ import streamfisher as sf
 from streamfisher.byte_sizes import parse_bytes
 from streamfisher.demo import demo_samples, load_demo_model
 from streamfisher.errors import ModelError
-from streamfisher.gradients import GradientEngine
-from streamfisher.gradients.factors import FactorPair, squared_norms
-from streamfisher.gradients.shapes import Factor, GradientShape
-from streamfisher.models.losses import resolve_loss
-from streamfisher.models.skeleton import build_skeleton
+from streamfisher.gradients import Factor, FactorPair, GradientEngine, GradientShape
+from streamfisher.gradients.factors import squared_norms
+from streamfisher.models import build_skeleton, resolve_loss
+from streamfisher.planning import Machine, ModelTrace, Rates, RunPlan, measure, plan_run, trace_model
 from streamfisher.planning.costs import forming_flops, norm_flops, pass_flops, plain_flops, product_cost
-from streamfisher.planning.model_trace import ModelTrace
-from streamfisher.planning.plan import WORTH, Machine, plan_run
-from streamfisher.planning.rates import Rates, measure
-from streamfisher.planning.run_plan import RunPlan
-from streamfisher.planning.tracing import trace_model
+from streamfisher.planning.plan import WORTH
 
 SHAPES = Path(__file__).parents[2] / "examples" / "plan"
 WAVES = sf.SpectralConfig(hold="disk")

@@ -9,11 +9,11 @@ import torch
 import streamfisher as sf
 from streamfisher import SpectralConfig
 from streamfisher.errors import CapacityError, CorruptRunError
-from streamfisher.reduction import FOLD, build_grams, draw_columns
+from streamfisher.reduction import FOLD, SlabPlan, build_grams, draw_columns, plan_slabs
 from streamfisher.reduction import gram as grams
-from streamfisher.reduction.slabs import SlabBuffers, SlabPlan, plan_slabs, read_slabs
+from streamfisher.reduction.slabs import SlabBuffers, read_slabs
 from streamfisher.sinks import MemoryRows
-from streamfisher.store.layout import PANEL
+from streamfisher.store import PANEL
 
 
 def random_rows(n=12, widths=(5, PANEL + 7, 3 * PANEL), dtype=np.float64, scale=1.0):

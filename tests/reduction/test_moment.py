@@ -10,12 +10,12 @@ import tiny_runs
 import torch
 
 import streamfisher as sf
+from streamfisher import verify
 from streamfisher.errors import CorruptRunError
 from streamfisher.reduction import moment_of
 from streamfisher.runtime import durable, read_json, write_json
 from streamfisher.sinks import MemoryRows
-from streamfisher.store.layout import node_name
-from streamfisher.verification.verify import verify
+from streamfisher.store import node_name
 
 N = 24  # of the parameters, three have 15, 10, 5 and 2 elements
 

@@ -10,14 +10,13 @@ import tiny_runs
 import streamfisher as sf
 from streamfisher import verify
 from streamfisher.errors import CapacityError, CorruptRunError
-from streamfisher.reduction import build_grams, draw_columns
+from streamfisher.reduction import build_grams, build_tiled_grams, draw_columns
 from streamfisher.reduction import stored_grams as gram_stage
-from streamfisher.reduction.tiles import build_tiled_grams, needs_tiles, tile_bytes, tile_workers, tiles_of, whole_bytes
+from streamfisher.reduction.tiles import needs_tiles, tile_bytes, tile_workers, tiles_of, whole_bytes
 from streamfisher.sinks import MemoryRows
 from streamfisher.solving import TILE
-from streamfisher.store import SampleStore
+from streamfisher.store import PANEL, SampleStore, node_name
 from streamfisher.store.arrays import CHUNK
-from streamfisher.store.layout import PANEL, node_name
 
 N = 30
 SIZE = 8

@@ -8,7 +8,8 @@ from torch import nn
 
 import streamfisher as sf
 from streamfisher.reduction.gram import WIDE
-from streamfisher.results.noise import RawScale, backward_noise, noise_floor
+from streamfisher.results import noise_floor
+from streamfisher.results.noise import RawScale, backward_noise
 
 N = 16
 EPS = {torch.float32: 2.0**-23, torch.float64: 2.0**-52}

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from streamfisher.errors import CorruptRunError
-from streamfisher.runtime.durable import read_json, replacing, sweep_partials, write_json
+from streamfisher.runtime import read_json, replacing, write_json
+from streamfisher.runtime.durable import sweep_partials
 from streamfisher.runtime.own_files import open_own, read_own, remove_tree, require_own, require_own_files
 
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import tiny_runs
+from command_line import main
 
-from streamfisher.cli.main import main
 from streamfisher.errors import ConfigError, CorruptRunError
 from streamfisher.solving import DenseOperator, quadrature, spectral_density, tiled_gram
 

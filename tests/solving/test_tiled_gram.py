@@ -8,10 +8,8 @@ import tiny_runs
 import streamfisher as sf
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.errors import CapacityError, ConfigError, CorruptRunError
-from streamfisher.solving import tiled_gram, tiled_solve
-from streamfisher.solving.centering import center
-from streamfisher.solving.selection import select
-from streamfisher.store.layout import node_name
+from streamfisher.solving import center, select, tiled_gram, tiled_solve
+from streamfisher.store import node_name
 
 N = 40
 

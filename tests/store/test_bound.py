@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import tiny_runs
 import zarr
+from command_line import main
 from factored_models import convolution, images
 
 import streamfisher as sf
-from streamfisher.cli.main import main
+from streamfisher import verify
 from streamfisher.errors import CorruptRunError, StreamfisherError
 from streamfisher.reduction import stored_grams
-from streamfisher.runtime.durable import read_json, write_json
+from streamfisher.runtime import read_json, write_json
 from streamfisher.solving import tiled_gram
-from streamfisher.store.eigenvectors import open_eigenvectors
-from streamfisher.verification.verify import verify, verify_manifest
+from streamfisher.store import open_eigenvectors
+from streamfisher.verification import verify_manifest
 
 N = 24
 PAGE = Path(__file__).parents[2] / "docs" / "format.md"

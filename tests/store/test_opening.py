@@ -13,11 +13,10 @@ import torch
 import zarr
 from tiny_runs import make_run
 
-from streamfisher import open_run
+from streamfisher import open_run, verify
 from streamfisher.errors import CorruptRunError
 from streamfisher.store import RunStore, codecs
 from streamfisher.store.opening import open_array, unpacked_size
-from streamfisher.verification.verify import verify
 
 
 @pytest.fixture(scope="module")

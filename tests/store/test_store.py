@@ -14,11 +14,10 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 
 from streamfisher import SpectralConfig, collect, open_run
 from streamfisher.errors import CorruptRunError, RunError
-from streamfisher.runtime import durable
-from streamfisher.runtime.durable import read_json, sweep_partials, write_json
-from streamfisher.store import RunLock, RunStore, codecs
-from streamfisher.store.layout import PANEL, check_free, chunk_columns
-from streamfisher.store.names import node_name
+from streamfisher.runtime import durable, read_json, write_json
+from streamfisher.runtime.durable import sweep_partials
+from streamfisher.store import PANEL, RunLock, RunStore, chunk_columns, codecs, node_name
+from streamfisher.store.layout import check_free
 
 CODECS = {
     "blosc-lz4": {"codec": "blosc-lz4"},

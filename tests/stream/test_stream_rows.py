@@ -10,8 +10,8 @@ from torch import nn
 from streamfisher.errors import CapacityError, LossError, StreamError
 from streamfisher.gradients import GradientEngine
 from streamfisher.models import PerSampleLoss, resolve_loss
-from streamfisher.stream import LayerStream
-from streamfisher.stream.boundaries import MISSING, Boundaries
+from streamfisher.stream import Boundaries, LayerStream
+from streamfisher.stream.boundaries import MISSING
 
 SEVEN = ["GPT-2", "Llama", "BERT", "T5", "ALBERT", "ViT", "Mixtral"]
 

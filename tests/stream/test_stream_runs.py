@@ -19,7 +19,7 @@ from stream.stream_models import assert_same_bits, model_and_batches, ordinary_r
 
 import streamfisher as sf
 from streamfisher import load_skeleton
-from streamfisher.errors import CapacityError, ConfigError, ModelError
+from streamfisher.errors import CapacityError, ConfigError, ModelError, RunMismatchError
 from streamfisher.models import skeleton_is_needed
 from streamfisher.stream import LayerStream, StreamProducer
 from streamfisher.stream.shell import Shell
@@ -75,6 +75,22 @@ def test_a_streamed_run_has_the_bits_of_an_ordinary_one(tmp_path, name):
     for block, found in one.blocks.items():
         assert np.array_equal(found.eigenvalues, other.blocks[block].eigenvalues), block
     assert not (tmp_path / "streamed" / "stream").exists(), "boundaries are deleted"
+
+
+def test_a_stream_with_another_activation_is_not_gone_on_with(tmp_path):
+    model, samples = whole_batch("Llama")
+    run = sf.collect(model, samples, tmp_path / "run", config=config(stream="layers"))
+    for unit in run.store.units[1:]:
+        run.store.forget_unit(unit)
+    own = [layer.mlp.act_fn for layer in model.model.layers]
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.ReLU()
+    with pytest.raises(RunMismatchError, match="compute something else"):
+        sf.collect(model, samples, tmp_path / "run", config=config(stream="layers"))
+    for layer, act in zip(model.model.layers, own, strict=True):
+        layer.mlp.act_fn = act
+    again = sf.collect(model, samples, tmp_path / "run", config=config(stream="layers"))
+    assert again.info()["complete"] and not (run.path / "stream").exists()
 
 
 def test_gradients_of_a_segment_are_deleted_once_it_is_reduced(tmp_path):

@@ -19,8 +19,7 @@ from streamfisher.cli.config_file import read_config_file
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConfigError, CorruptRunError, StreamfisherError
 from streamfisher.runtime import read_json, write_json
-from streamfisher.store import RunStore
-from streamfisher.store.eigenvectors import open_eigenvectors
+from streamfisher.store import RunStore, open_eigenvectors
 
 SOURCES = sorted(Path(streamfisher.__file__).parent.rglob("*.py"))
 

@@ -8,7 +8,7 @@ import torch
 from command_line import cli
 
 import streamfisher
-from streamfisher.runtime.durable import read_json, write_json
+from streamfisher.runtime import read_json, write_json
 
 EVIL = "\x1b]0;pwned\x07\x1b[2J\u202e\nstreamfisher: all is well\r=cmd|' /C calc'!A0"
 

@@ -1,0 +1,101 @@
+"""What users hold their samples in, as a map-style dataset: datasets, batches, iterators, DataLoaders."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
+
+from streamfisher.errors import DataError, first_line
+
+
+class SampleSource(Protocol):
+    """A map-style dataset: `len(source)` samples, `source[i]` a dict of tensors without a batch axis."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Tensor]: ...
+
+
+class BatchedTensors:
+    """A dict of tensors with one common batch axis, as a map-style dataset.
+
+    Raises:
+        DataError: an entry is no tensor, or their first axes differ.
+    """
+
+    def __init__(self, batch: Mapping[str, Any]):
+        self.batch = {str(key): _batched(value, str(key)) for key, value in batch.items() if value is not None}
+        sizes = {key: value.shape[0] if value.ndim else None for key, value in self.batch.items()}
+        if len(set(sizes.values())) > 1 or None in sizes.values():
+            raise DataError(f"the tensors of the batch must share their first axis; they have sizes {sizes}.")
+        self.size = next(iter(sizes.values()), 0)
+
+    def __len__(self) -> int:
+        return self.size or 0
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {key: value[index] for key, value in self.batch.items()}
+
+
+def as_source(source: Any, n_samples: int | None = None) -> SampleSource:
+    """Return samples as a map-style dataset.
+
+    Args:
+        source: a map-style dataset, a dict of batched tensors, a DataLoader whose batches are such, or an iterable.
+        n_samples: of what can only be read from the start, no more than so many are; `None` means all.
+
+    Raises:
+        DataError: it is nothing of that, or a DataLoader that shuffles.
+    """
+    if isinstance(source, Mapping):
+        return BatchedTensors(source)
+    if isinstance(source, DataLoader):
+        return list(itertools.islice(_unbatched(source), n_samples))
+    mapped = hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, IterableDataset)
+    if mapped and not isinstance(source, str | bytes):
+        return source
+    if isinstance(source, Iterable) and not isinstance(source, str | bytes):
+        return list(itertools.islice(source, n_samples))
+    raise DataError(
+        f"samples are a {type(source).__name__}; expected a dataset of dicts of tensors or one dict of batched tensors."
+    )
+
+
+def _unbatched(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yield the samples of a DataLoader, taken out of the batches that its `collate_fn` made.
+
+    Raises:
+        DataError: it shuffles, so that no sample would keep its number; or its batches are no dicts of tensors.
+    """
+    if isinstance(getattr(loader.batch_sampler, "sampler", loader.sampler), RandomSampler | WeightedRandomSampler):
+        raise DataError(
+            "the DataLoader shuffles, and samples must have the same numbers whenever they are read. Give its dataset "
+            "(loader.dataset), or a DataLoader with shuffle=False."
+        )
+    for batch in loader:
+        if loader.batch_size is None and loader.batch_sampler is None:
+            yield batch
+            continue
+        if not isinstance(batch, Mapping):
+            raise DataError(
+                f"the DataLoader gives batches of the type {type(batch).__name__}; they must be dicts of tensors, as "
+                "{'x': ..., 'labels': ...}. Give it a collate_fn that makes such, or give a dataset of dicts."
+            )
+        samples = BatchedTensors(batch)
+        for index in range(len(samples)):
+            yield samples[index]
+
+
+def _batched(value: Any, key: str) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"{key!r} of the batch is no tensor ({type(value).__name__}: {first_line(error)}). Rows of unequal lengths "
+            "are given as a list of dicts, one a sample; what is no number is left out."
+        ) from error

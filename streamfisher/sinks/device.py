@@ -1,0 +1,116 @@
+"""Gradients that stay on the device where they were made, until they are reduced there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamfisher.data.batches import BatchRef, Unit
+from streamfisher.gradients.factors import FactorPair
+from streamfisher.gradients.producer import BatchGradients, GradientProducer
+from streamfisher.sinks.memory import MemorySink
+
+
+@dataclass(frozen=True)
+class PlacedPair(FactorPair):
+    """One use of a parameter in a batch, padded as it came: `g_i = sum_t L_it^T R_it`; padding adds zero."""
+
+    start: int  # first sample of the batch
+
+
+@dataclass(frozen=True)
+class DeviceGradients:
+    """The gradients of all samples on one device: rows of some parameters, factors of the others."""
+
+    rows: Mapping[str, Tensor]  # (N, P_k) each
+    pairs: Mapping[str, Sequence[PlacedPair]]  # of consecutive samples
+    shapes: Mapping[str, tuple[int, ...]]  # of all parameters
+    n_samples: int
+    row_dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Number of columns of each parameter."""
+        numbers = {name: int(np.prod(shape)) for name, shape in self.shapes.items()}
+        return numbers | {name: values.shape[1] for name, values in self.rows.items()}
+
+    def on_host(self, name: str) -> np.ndarray:
+        """Return the rows of a small parameter, (N, P_k), in host memory."""
+        if name in self.rows:
+            return self.rows[name].cpu().numpy()
+        rows = torch.zeros(self.n_samples, self.parameters[name], dtype=self.row_dtype)
+        for pair in self.pairs[name]:
+            here = rows[pair.start : pair.start + len(pair.right)].view(len(pair.right), *self.shapes[name][:1], -1)
+            right = pair.right.cpu().to(rows.dtype)
+            if pair.by_index:
+                for row, ids, values in zip(here, pair.left.cpu(), right, strict=True):
+                    row.index_add_(0, ids, values)
+            else:
+                here += pair.left.cpu().to(rows.dtype).transpose(1, 2) @ right
+        return rows.numpy()
+
+
+class DeviceSink(MemorySink):
+    """A `GradientSink` that leaves the gradients of all samples on the producer's device; arguments as `MemorySink`.
+
+    Rows are written into their place at once. Factors stay as they came, an input that several layers share once.
+    """
+
+    _through_host = False
+
+    def __init__(
+        self,
+        producer: GradientProducer,
+        units: Sequence[Unit],
+        factored: Collection[str] = (),
+        *,
+        parameters: Sequence[str] | None = None,
+        columns: Mapping[str, int] | None = None,
+        every_norm: bool = False,
+    ) -> None:
+        super().__init__(producer, units, factored, parameters=parameters, columns=columns, every_norm=every_norm)
+        self._pairs: dict[str, list[PlacedPair]] = {name: [] for name in self.factored}
+
+    def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
+        """Take the factors of a batch; those of samples that are skipped become zero."""
+        taken: dict[int, Tensor] = {}
+
+        def take(side: Tensor) -> Tensor:
+            if id(side) not in taken:
+                taken[id(side)] = side.detach()
+                if dropped and side.is_floating_point():
+                    taken[id(side)] = taken[id(side)].clone()
+                    taken[id(side)][list(dropped)] = 0
+            return taken[id(side)]
+
+        for name, pairs in gradients.factors.items():
+            self._pairs[name] += [PlacedPair(take(pair.left), take(pair.right), batch.start) for pair in pairs]
+
+    def _factor_bytes(self, unit: Unit) -> int:
+        """Return the bytes of the factors of a unit, a tensor that several pairs share counted once."""
+        sizes: dict[tuple[int, int], int] = {}
+        for pairs in self._pairs.values():
+            for pair in pairs:
+                if unit.start <= pair.start < unit.stop:
+                    sizes |= {(side.data_ptr(), side.nbytes): side.nbytes for side in (pair.left, pair.right)}
+        return sum(sizes.values())
+
+    def held(self) -> DeviceGradients:
+        """Return what is held, of all samples; gradients of skipped samples are zero."""
+        for number in self.skipped:
+            for values in self._rows.values():
+                values[number].zero_()
+        infos = self._producer.parameters
+        return DeviceGradients(
+            dict(self._rows),
+            {name: sorted(pairs, key=lambda pair: pair.start) for name, pairs in self._pairs.items()},
+            {name: infos[name].shape for name in self.parameters},
+            self.n_samples,
+            self._producer.row_dtype,
+            self._producer.device,
+        )

@@ -1,0 +1,158 @@
+"""Gradients that stay on the device where they are made, and are reduced there; the same code on the CPU."""
+
+import numpy as np
+import pytest
+import torch
+from factored_models import MODELS, llama, sequences
+from tiny_models import TinyRegression, vectors
+
+import streamfisher as sf
+from streamfisher.errors import CapacityError, ConfigError
+from streamfisher.planning import run_layout
+from streamfisher.reduction import device_grams
+
+SETTINGS = {"chunk_size": 4, "batch_tokens": 25, "dtype_compute": "float64", "keep_gradients": "none"}
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Let the CPU be taken for a device with so much memory."""
+
+    def give(size):
+        monkeypatch.setattr(run_layout, "device_room", lambda device, budget: size)
+
+    give(1 << 30)
+    return give
+
+
+def collected(path, model, samples, **options):
+    settings = SETTINGS | options
+    model = model.double() if settings["dtype_compute"] == "float64" else model
+    return sf.collect(model, samples, path, config=sf.SpectralConfig(**settings))
+
+
+def close(one, other, tolerance=1e-12):
+    for name in one.store.gram_members:
+        expected, got = (run.store.grams.read(name)[0] for run in (one, other))
+        assert np.array_equal(got, got.T), name
+        np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(expected).max(), err_msg=name)
+    norms = [run.store.samples.per_sample("squared_norm") for run in (one, other)]
+    np.testing.assert_allclose(*norms, rtol=1e-6, atol=1e-6 * np.nanmax(norms[0]))
+
+
+@pytest.mark.parametrize("representation", ["dense", "factors", "auto"])
+@pytest.mark.parametrize("name", MODELS)
+def test_grams_made_on_the_device_are_those_of_the_disk(tmp_path, room, name, representation):
+    make, data = MODELS[name]
+    disk, device = (
+        collected(tmp_path / hold, make(), data(), hold=hold, representation=representation)
+        for hold in ("disk", "device")
+    )
+    assert device.store.run.hold == "device"
+    close(disk, device)
+    assert device.info()["complete"] and sf.verify(device) == []
+    assert not any((device.path / "factors").rglob("c/*")) and not any((device.path / "gradients").rglob("c/*"))
+    for center in (False, True):
+        one, other = (run.spectrum("parameter", center).blocks for run in (disk, device))
+        for key, block in one.items():
+            atol = 1e-12 * block.eigenvalues.max(initial=1e-300)
+            np.testing.assert_allclose(other[key].eigenvalues, block.eigenvalues, rtol=1e-9, atol=atol)
+
+
+@pytest.mark.parametrize("options", [{"gram_per": "layer"}, {"project": 8}, {"stream": "layers"}], ids=str)
+def test_so_do_coarser_grams_projections_and_streams(tmp_path, room, options):
+    disk, device = (
+        collected(tmp_path / hold, llama(), sequences(), hold=hold, **options) for hold in ("disk", "device")
+    )
+    close(disk, device)
+
+
+def test_slabs_and_blocks_of_any_size_add_up_to_the_same(tmp_path, room, monkeypatch):
+    disk = collected(tmp_path / "disk", llama(), sequences(), hold="disk", representation="factors")
+    monkeypatch.setattr(device_grams, "_SLAB_BYTES", 1)
+    monkeypatch.setattr(device_grams, "PANEL", 7)
+    monkeypatch.setattr(device_grams, "_BLOCK", 2)
+    close(disk, collected(tmp_path / "device", llama(), sequences(), hold="device", representation="factors"))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-18, 1e18])
+def test_float32_products_of_extreme_gradients_neither_vanish_nor_overflow(scale):
+    rows = torch.randn(9, 70_000, generator=torch.Generator().manual_seed(0)) * scale
+    total = device_grams._SymmetricSum(9, torch.device("cpu"))
+    for first in range(0, rows.shape[1], 4096):
+        total.add(rows[:, first : first + 4096], torch.float32)
+    exact = (rows.double() @ rows.double().T).numpy()
+    assert np.abs(total.result() - exact).max() < 1e-6 * exact.max()
+
+
+def test_wide_parameters_are_multiplied_in_float32_and_the_run_says_so(tmp_path, room, monkeypatch):
+    monkeypatch.setattr(
+        device_grams, "dtype_of_products", lambda columns, *_: np.dtype("float32" if columns > 200 else "float64")
+    )
+    disk, device = (
+        collected(tmp_path / hold, llama(), sequences(), hold=hold, dtype_compute="float32", representation="dense")
+        for hold in ("disk", "device")
+    )
+    close(disk, device, 1e-6)
+    wide = {name for name, size in device.parameters.items() if size > 200}
+    assert {name for name in device.parameters if device.store.grams.marker(name)["float32_products"]} == wide
+
+
+def test_skipped_samples_count_nowhere(tmp_path, room):
+    options = {"dtype_compute": "float32", "loss": "regression", "on_nonfinite": "skip"}
+    for representation in ("dense", "factors"):
+        disk, device = (
+            collected(
+                tmp_path / f"{hold}-{representation}",
+                TinyRegression(),
+                vectors(9, nan_at=4),
+                hold=hold,
+                representation=representation,
+                **options,
+            )
+            for hold in ("disk", "device")
+        )
+        assert list(device.store.samples.skipped()) == [4]
+        close(disk, device, 1e-6)
+        for center in (False, True):
+            one, other = (run.spectrum("parameter", center).blocks for run in (disk, device))
+            for block in one:
+                np.testing.assert_allclose(other[block].eigenvalues, one[block].eigenvalues, rtol=1e-5, atol=1e-7)
+
+
+def test_auto_takes_the_device_where_it_has_room_and_the_host_where_it_has_not(tmp_path, room):
+    near = collected(tmp_path / "near", llama(), sequences())
+    room(1000)
+    far = collected(tmp_path / "far", llama(), sequences())
+    assert [run.store.run.hold for run in (near, far)] == ["device", "host"]
+    close(far, near)
+
+
+def test_little_room_on_the_device_takes_waves(tmp_path, room):
+    options = {"hold": "device", "representation": "dense"}
+    whole = collected(tmp_path / "whole", llama(), sequences(), **options)
+    rows = 8 * whole.n_samples * sum(whole.parameters.values())
+    room(int(0.6 * rows / run_layout.DEVICE_SHARE))
+    cut = collected(tmp_path / "cut", llama(), sequences(), **options)
+    assert len(whole.store.waves) == 1 and len(cut.store.waves) == 2
+    close(whole, cut)
+
+
+def test_a_device_too_small_by_a_byte_says_what_would_do(tmp_path, room):
+    room(1)
+    with pytest.raises(CapacityError, match=r"what is free on the device leaves .* Give or free"):
+        collected(tmp_path / "run", llama(), sequences(), hold="device")
+
+
+def test_without_a_device_it_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="hold='device': the model is not on a CUDA device; --hold host"):
+        collected(tmp_path / "run", llama(), sequences(), hold="device")
+
+
+def test_a_device_that_runs_out_of_memory_midway_says_what_to_do(tmp_path, room, monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(device_grams, "_slabs", full)
+    with pytest.raises(CapacityError, match=r"ran out of memory: CUDA out of memory.*smaller --device-memory-budget"):
+        collected(tmp_path / "run", llama(), sequences(), hold="device")
