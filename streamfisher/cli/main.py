@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    for name, value in vars(arguments).items():  # the shell leaves `--out=~/runs/x` as it is
-        if isinstance(value, str) and value.startswith("~"):
+    for name, value in vars(arguments).items():
+        if isinstance(value, str) and value.startswith("~"):  # the shell leaves `--out=~/runs/x` as it is
             setattr(arguments, name, str(expanded(value)))
     if getattr(arguments, "use_deterministic", False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts

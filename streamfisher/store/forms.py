@@ -207,6 +207,7 @@ _LAYOUT = fields(
         "batch_tokens": whole(1),
         "hold": one_of("disk", "host"),
         "streamed": flag,
+        "arithmetic": text,
     },
 )
 _RULE = fields(
@@ -232,7 +233,8 @@ _PROBE = fields(
         "coverage_norm": number,
         "groups": listed(_GROUP),
     },
-    {"worst_error": nothing_or(number), "notes": listed(text)},
+    {"worst_error": nothing_or(number), "notes": listed(text), "arithmetic": listed(_FLOAT)}
+    | {"alone": one_of("as given", "unpadded", "twice")},
 )
 #: `manifest.json`, but for its format and version
 MANIFEST = fields(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from campaign.hostile_configs import DATA, DIGITS, MODEL, QUIET, Given
+from campaign.hostile_configs import DIGITS, MODEL, QUIET, Given
 from campaign.hostile_fields import EVILS
 from campaign.hostile_watch import Command
 
@@ -187,7 +187,8 @@ def model(folder: Path, finished: Path, dice: random.Random, *, saved: Path) -> 
             what = f"config.json: {what[:30]!a}"
     else:
         what = _lying_weights(path / "model.safetensors", dice)
-    commands = [Command(("run", path, DATA, "--out", folder / "new.zarr", *QUIET)), Command(("plan", path, DATA))]
+    data = "campaign.models:few_ids"
+    commands = [Command(("run", path, data, "--out", folder / "new.zarr", *QUIET)), Command(("plan", path, data))]
     return what, commands, ""
 
 

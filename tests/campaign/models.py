@@ -21,6 +21,11 @@ def vectors() -> list[dict[str, Tensor]]:
     ]
 
 
+def few_ids() -> list[dict[str, Tensor]]:
+    """Return 6 sequences of ids below 50."""
+    return [{"input_ids": sample["input_ids"] % 50} for sample in tiny_models.sequences()]
+
+
 class Awkward(torch.nn.Module):
     """Products with parameters whose names would act on terminals, in pages, tables and pictures."""
 
