@@ -87,10 +87,10 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(tmp_path, monkeypatch, at)
     count = iter(range(100))
 
     def stopping(function):
-        def call(*arguments):
+        def call(*arguments, **keywords):
             if next(count) == at:
                 raise StopError
-            return function(*arguments)
+            return function(*arguments, **keywords)
 
         return call
 
