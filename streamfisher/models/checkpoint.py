@@ -6,8 +6,9 @@ file, so ranks on one node share them; weights for a GPU go there tensor by tens
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ def load_weights(kind: Any, spec: str, options: Mapping[str, Any]) -> nn.Module:
     from safetensors import SafetensorError
 
     try:
-        model, found = kind.from_pretrained(spec, **options, ignore_mismatched_sizes=True, output_loading_info=True)
+        with _unreported():
+            model, found = kind.from_pretrained(spec, **options, ignore_mismatched_sizes=True, output_loading_info=True)
     except SafetensorError as error:
         raise ModelError(f"MODEL {spec}: its weights are damaged: {error}. Copy or download them again.") from error
     other = sorted((name, tuple(stored), tuple(expected)) for name, stored, expected in found["mismatched_keys"])
@@ -59,6 +61,19 @@ def load_weights(kind: Any, spec: str, options: Mapping[str, Any]) -> nn.Module:
             stacklevel=2,
         )
     return model
+
+
+@contextlib.contextmanager
+def _unreported() -> Iterator[None]:
+    """Keep transformers from printing names of tensors as they are; what counts of its report is said by us."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def load_sharded(kind: Any, spec: str, options: Mapping[str, Any], device: torch.device) -> nn.Module:

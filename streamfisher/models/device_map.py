@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,29 @@ def read_device_map(value: str) -> DeviceMap:
     try:
         text = path.read_text(encoding="utf-8")
         content: Any = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"--device-map {value} cannot be read: {error}") from error
     if not isinstance(content, dict) or not content:
         raise ConfigError(f"--device-map {value} must hold a mapping from module names to devices.")
     for name, device in content.items():
-        if not isinstance(device, int | str) or isinstance(device, bool):
-            raise ConfigError(f"--device-map {value}: {name!r} is put on {device!r}; give a GPU number, cpu or disk.")
+        if not (_is_plain(name) and _is_plain(device)):
+            raise ConfigError(
+                f"--device-map {value}: {_shown(name)} is put on {_shown(device)}; give a GPU number, cpu or disk."
+            )
     return {str(name): device for name, device in content.items()}
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether a value is text or a number such as modules and devices have."""
+    return isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**31)
+
+
+def _shown(value: Any) -> str:
+    """Return a value for a message: aliases of YAML may multiply it, and Python writes no number of 5,000 digits."""
+    try:
+        return reprlib.repr(value)[:80]
+    except ValueError:
+        return f"a {type(value).__name__} that is too long to be shown"
 
 
 def check_device_map(model: nn.Module, devices: Mapping[str, int | str]) -> None:

@@ -112,8 +112,9 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
     if units != -(-n // rows):
         raise CorruptRunError(f"manifest.json has {units} chunk_digests for {n} samples in chunks of {rows}.")
     itemsize = codecs.stored_dtype_of(layout["dtype_store"]).itemsize
+    seen = manifest["probe"].get("parameters", {})
     for item in manifest["parameters"]:
-        _check_parameter(item, rows, itemsize, config.get("project"))
+        _check_parameter(item, rows, itemsize, config.get("project"), seen.get(item["name"], {}).get("numel"))
     names = [item["name"] for item in manifest["parameters"]]
     if not names or len(set(names)) < len(names):
         raise CorruptRunError("manifest.json has no parameters, or one of them twice.")
@@ -134,8 +135,8 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
             )
 
 
-def _check_parameter(item: Mapping[str, Any], rows: int, itemsize: int, project: Any) -> None:
-    """Refuse a parameter of another size than a run can have."""
+def _check_parameter(item: Mapping[str, Any], rows: int, itemsize: int, project: Any, numel: int | None) -> None:
+    """Refuse a parameter of another size than a run can have, or than the probe saw."""
     name = reprlib.repr(item["name"])
     if not item["name"]:
         raise CorruptRunError("manifest.json has a parameter without a name.")
@@ -144,6 +145,8 @@ def _check_parameter(item: Mapping[str, Any], rows: int, itemsize: int, project:
         elements *= size
         if elements > 1 << 62:
             raise CorruptRunError(f"manifest.json: the shape of {name} is larger than that of any array.")
+    if numel not in (None, elements):
+        raise CorruptRunError(f"manifest.json: {name} has {elements} elements by its shape and {numel} by the probe.")
     columns = item.get("columns", elements)
     if columns > elements or ("columns" in item and project is None):
         raise CorruptRunError(

@@ -45,6 +45,7 @@ MANIFESTS = {
     "no parameters": lambda m: m.update(parameters=[]),
     "a name of no length": lambda m: m["parameters"][0].update(name=""),
     "half of a letter": lambda m: m["parameters"][0].update(name="\ud800"),
+    "another size than the probe saw": lambda m: m["parameters"][1].update(shape=[5, 2]),
     "an axis too large": lambda m: m["parameters"][0].update(shape=[2**60]),
     "axes without end": lambda m: m["parameters"][0].update(shape=[2] * 10_000),
     "a probe of something else": lambda m: m["probe"]["parameters"].update({NAMES[0]: 7}),
