@@ -205,7 +205,7 @@ _LAYOUT = fields(
         "grams": mapped(listed(text)),
         "keep": listed(text),
         "batch_tokens": whole(1),
-        "hold": one_of("disk", "host"),
+        "hold": one_of("disk", "host", "device"),
         "streamed": flag,
         "arithmetic": text,
     },
