@@ -207,6 +207,7 @@ _LAYOUT = fields(
         "batch_tokens": whole(1),
         "hold": one_of("disk", "host", "device"),
         "streamed": flag,
+        "kept_apart": nothing_or(flag),
         "arithmetic": text,
     },
 )
