@@ -60,7 +60,8 @@ def collect(
 
     Args:
         model: on the device where it is to run.
-        samples: a map-style dataset of dicts of tensors without batch axis, or one dict of batched tensors.
+        samples: a map-style dataset of dicts of tensors without batch axis, or one dict of batched tensors; also an
+            iterator of such dicts, of which no more than `n_samples` are read, or a DataLoader that does not shuffle.
         path: the run's folder; it is made, resumed if it is a run of the same model, samples and settings, or grown if
             its samples are the first of these.
         config: `None` means the defaults.
@@ -79,7 +80,8 @@ def collect(
         LossError: no loss fits.
         CaptureError: gradients that disagree with plain autograd on every path.
         NonFiniteError: a loss or gradient is not finite and `on_nonfinite='raise'`.
-        RunMismatchError: the folder holds a run of another model, other samples or other settings.
+        RunMismatchError: the folder holds a run of another model, other samples or other settings, or model and loss do
+            not give the losses and norms of its first batch.
         RunError: the folder is not a run, or another process writes it.
         RankError: another rank failed, died, or was given other work.
         StoppedError: SIGTERM or SIGUSR1 came; the units in flight are finished and marked.
