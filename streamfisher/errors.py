@@ -99,9 +99,12 @@ class MissingExtraError(StreamfisherError, ImportError):
 
 def no_memory(error: BaseException) -> bool:
     """Return whether an error says that memory, on the host or on a device, is used up."""
-    signs = ("can't allocate memory", "can't start new thread", "out of memory", "bad_alloc")
+    signs = (
+        *("can't allocate memory", "can't start new thread", "out of memory", "bad_alloc"),
+        "failed to map segment from shared object",  # of a library that is loaded
+    )
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | OSError) and any(sign in str(error) for sign in signs)
+        isinstance(error, RuntimeError | OSError | ImportError) and any(sign in str(error) for sign in signs)
     )
 
 

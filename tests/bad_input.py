@@ -58,6 +58,11 @@ BAD_DATA = {
     "jsonl, a number": (lambda: write("a.jsonl", '{"text": 5}\n'), ["line 1", "neither text nor token ids"]),
     "jsonl, fractions": (lambda: write("a.jsonl", '{"text": [1.5, 2.5]}\n'), ["line 1", "neither text nor token ids"]),
     "jsonl, null": (lambda: write("a.jsonl", '{"text": null}\n'), ["line 1", "neither text nor token ids"]),
+    "jsonl, brackets without end": (
+        lambda: write("a.jsonl", '{"text": ' + "[" * 50_000 + "]" * 50_000 + "}\n"),
+        ["line 1", "not JSON", "too deeply"],
+    ),
+    "jsonl, an id beyond 64 bits": (lambda: write("a.jsonl", f'{{"text": [1, {2**63}]}}\n'), ["line 1", "64 bits"]),
     "empty jsonl": (lambda: write("a.jsonl", "\n\n"), ["a.jsonl", "is empty"]),
     "npz of strings": (lambda: write_arrays("s.npz", words=np.array(["a", "b"])), ["s.npz", "'words'", "numbers"]),
     "npz of objects": (
@@ -127,6 +132,7 @@ BAD_OPTIONS = {
     "exclude leaves nothing": (["--exclude", "*"], ["exclude patterns leave none of 5"]),
     "bitround beyond float32": (["--bitround", 30], ["bitround=30", "23"]),
     "bitround of bf16 rows": (["--bitround", 7, "--store-dtype", "bfloat16"], ["bitround=7", "float32 rows"]),
+    "chunks of more than 2 GiB": (["--chunk-size", 2**40], ["chunk_size=1099511627776", "at most"]),
     "no chunk": (["--chunk-size", 0], ["chunk_size=0", "at least 1"]),
     "no tokens": (["--max-length", 0], ["max_length=0", "at least 1"]),
     "sequences of one token": (["--max-length", 1], ["sample 0", "sequence of 1 token", "needs 2"]),
@@ -158,6 +164,9 @@ BAD_CONFIGS = {
     "eps as a word": ("a.yaml", "eps: small", ["eps='small'", "number"]),
     "top k as a word": ("a.yaml", "top_k: all", ["top-k", "all", "whole number"]),
     "blocks as a number": ("a.toml", "blocks = 3", ["blocks", "3", "layer, module"]),
+    "a date that is none": ("a.yaml", "seed: 2001-99-99", ["a.yaml", "cannot be parsed", "month"]),
+    "what holds itself": ("a.yaml", "include: &a [*a]", ["a.yaml", "values", "aliases"]),
+    "a seed that torch does not take": ("a.toml", f"seed = {2**64}", ["seed", "65 bits"]),
     "no blocks": ("a.toml", "blocks = []", ["blocks", "layer, module"]),
     "centering as a list": ("a.toml", "center = [true]", ["center", "no, yes or both"]),
 }
@@ -245,10 +254,39 @@ PYTHON = {
         "RunMismatchError",
         ["cannot be resumed", "(256, 4)", "(256, 5)"],
     ),
+    "collect: another loss of the same name into a run": (
+        "sf.collect(tiny_models.regression(), tiny_models.vectors(), 'r', loss=tiny_models.squares(1.0)),"
+        " sf.collect(tiny_models.regression(), tiny_models.vectors(), 'r', loss=tiny_models.squares(2.0))",
+        "RunMismatchError",
+        ["loss compute something else", "sample"],
+    ),
+    "collect: a DataLoader that shuffles": (
+        "sf.collect(tiny_models.causal(), torch.utils.data.DataLoader(tiny_models.sequences(), shuffle=True),"
+        " 'new.zarr')",
+        "DataError",
+        ["shuffles", "shuffle=False"],
+    ),
+    "collect: TorchScript": (
+        "sf.collect(torch.jit.trace(tiny_models.regression(), torch.ones(1, 3)), tiny_models.vectors(), 'new.zarr')",
+        "ModelError",
+        ["TorchScript", "scripted or traced from"],
+    ),
     "collect: NaN in the data": (
         "sf.collect(tiny_models.regression(), tiny_models.vectors(nan_at=5), 'new.zarr')",
         "NonFiniteError",
         ["sample 5", "nan"],
+    ),
+    "collect: documents that see each other": (
+        "sf.collect(tiny_models.TinyDocuments(), tiny_models.documents_under_a_mask(), 'new.zarr',"
+        " config=sf.SpectralConfig(loss='causal'))",
+        "DataError",
+        ["sample 0", "position_ids start again", "Leave attention_mask out"],
+    ),
+    "collect: a table that eval() makes": (
+        "sf.collect(tiny_models.TinyTable(), {'input_ids': torch.randn(4, 3), 'labels': torch.randn(4, 2)},"
+        " 'new.zarr')",
+        "CaptureError",
+        ["table", "train mode", "--exclude"],
     ),
     "open_run: nothing there": ("sf.open_run('no.zarr')", "RunError", ["no.zarr", "does not exist"]),
     "spectrum: unknown blocks": (

@@ -37,6 +37,40 @@ class TinyRegression(nn.Module):
         return self.second(torch.tanh(self.first(x)))
 
 
+class TinyDocuments(nn.Module):
+    """Averages over each document of a packed sample, or over whatever a mask leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(16, 4), nn.Linear(4, 16)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None):
+        document = torch.ones_like(input_ids) if position_ids is None else (position_ids == 0).cumsum(1)
+        together = document[:, :, None] == document[:, None, :]
+        if attention_mask is not None:
+            together = (attention_mask != 0)[:, None, :].expand_as(together)
+        x = self.embedding(input_ids)
+        return self.head(together.to(x) @ x / together.sum(-1, keepdim=True))
+
+
+class TinyTable(nn.Module):
+    """eval() makes a table of a parameter, without gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.table = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
+
+    @torch.no_grad()
+    def train(self, mode: bool = True) -> nn.Module:
+        self.made = None if mode else self.table * 1.0
+        return super().train(mode)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.first(input_ids) * (self.table if self.training else self.made)
+
+
 def causal() -> nn.Module:
     return TinyCausal()
 
@@ -92,6 +126,22 @@ def label_beyond_the_classes() -> list[dict[str, Tensor]]:
     samples = [{**sample, "labels": sample["input_ids"].clone()} for sample in sequences()]
     samples[4]["labels"][2] = 300
     return samples
+
+
+def documents_under_a_mask() -> list[dict[str, Tensor]]:
+    places = torch.tensor([0, 1, 2, 0, 1])
+    return [
+        {"input_ids": torch.arange(i, i + 5), "position_ids": places, "attention_mask": places * 0 + 1} for i in (1, 2)
+    ]
+
+
+def squares(factor: float):
+    """Return a loss of that many halves of squared errors; all have one name."""
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return factor * (model(batch["x"]) - batch["labels"]).pow(2).sum(1)
+
+    return loss
 
 
 def nothing() -> None:

@@ -96,6 +96,8 @@ def _rows_of(
     rows = {}
     for name in names:
         values = [torch.as_tensor(gradients[number][name]).detach().reshape(-1) for number in numbers]
+        if any(value.is_meta for value in values):
+            raise DataError(f"the gradients of {name} are on the meta device and have no values.")
         wide = any(value.dtype == torch.float64 for value in values)
         dtype = torch.float64 if wide else config.dtype_compute
         if len({value.numel() for value in values}) > 1:

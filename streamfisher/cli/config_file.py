@@ -45,6 +45,8 @@ def read_mapping(path: str | Path, option: str) -> dict[Any, Any]:
         else:
             raise ConfigError(f"{option} {path}: unknown kind {path.suffix!r}; use .toml, .yaml or .json.")
         n_values = _count(values, {})
+    except ConfigError:
+        raise
     except (ValueError, yaml.YAMLError, RecursionError) as error:  # parse errors, numbers and dates that are none
         raise ConfigError(f"{option} {path} cannot be parsed: {error}") from error
     if not isinstance(values, dict):

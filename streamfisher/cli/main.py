@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    for name, value in vars(arguments).items():  # the shell leaves `--out=~/runs/x` as it is
-        if isinstance(value, str) and value.startswith("~"):
+    for name, value in vars(arguments).items():
+        if isinstance(value, str) and value.startswith("~"):  # the shell leaves `--out=~/runs/x` as it is
             setattr(arguments, name, str(expanded(value)))
     if getattr(arguments, "use_deterministic", False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
@@ -63,27 +63,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left, as in `streamfisher info RUN | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        if arguments.debug:
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        if arguments.debug or not (isinstance(error, OSError) or no_memory(error)):
             raise
+        if no_memory(error):
+            print(
+                f"streamfisher: error: no memory is left ({first_line(error)}). "
+                "What is finished is kept. Take a smaller --chunk-size, --batch-tokens or --memory-budget, or one rank "
+                "less on this host; --debug shows where.",
+                file=sys.stderr,
+            )
+            return CapacityError.exit_code
         print(
             f"streamfisher: error: {printable(error)}. What is finished is kept; --debug shows where.", file=sys.stderr
         )
-        return (
-            CapacityError.exit_code
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
-            else StreamfisherError.exit_code
-        )
-    except (MemoryError, RuntimeError) as error:
-        if arguments.debug or not no_memory(error):
-            raise
-        print(
-            f"streamfisher: error: no memory is left ({first_line(error)}). "
-            "What is finished is kept. Take a smaller --chunk-size, --batch-tokens or --memory-budget, or one rank "
-            "less on this host; --debug shows where.",
-            file=sys.stderr,
-        )
-        return CapacityError.exit_code
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
+        return CapacityError.exit_code if full else StreamfisherError.exit_code
     except KeyboardInterrupt:
         print("streamfisher: interrupted. The same command goes on where it stopped.", file=sys.stderr)
         return 130

@@ -188,7 +188,7 @@ def _difference_of_mean(
     square = 0.0
     for batch in batches.of(unit):
         gradients = _gradients(store, producer, Wave(0, names, batches, (batch,)), ())
-        squares = sum(batch_norms(gradients.rows, {}, len(batch)).values())
+        squares = np.sum([*batch_norms(gradients.rows, {}, len(batch)).values()], axis=0)
         valid = np.isfinite(squares) & np.isfinite(gradients.losses.numpy())
         square += float(squares[valid].sum())
         for name, rows in gradients.rows.items():
@@ -205,7 +205,7 @@ def _difference_of_mean(
     )
 
 
-def _over(difference: np.ndarray, size: np.ndarray) -> np.ndarray:
+def _over(difference: np.ndarray | np.floating, size: np.ndarray | np.floating) -> np.ndarray:
     """Return the quotient; 0 where nothing differs."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(difference == 0, 0.0, difference / size)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from streamfisher.collection.behaviour import check_behaviour
 from streamfisher.collection.prepare import beside_weights, make_manifest, prepare_either, probe
@@ -22,6 +24,7 @@ from streamfisher.collection.survey import survey
 from streamfisher.collection.waves import Collection
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import padded_total
+from streamfisher.errors import CorruptRunError
 from streamfisher.gradients.state import without_packing
 from streamfisher.models.dtypes import in_dtype
 from streamfisher.models.sharding import is_sharded, reshard
@@ -31,8 +34,9 @@ from streamfisher.runtime.caller_state import modes_of_its_own
 from streamfisher.runtime.determinism import deterministic
 from streamfisher.runtime.disk import disk_limit
 from streamfisher.runtime.memory import local_ranks, of_one_rank
+from streamfisher.runtime.printable import printable
 from streamfisher.runtime.ranks import Ranks, start_ranks
-from streamfisher.runtime.run_log import RunLog
+from streamfisher.runtime.run_log import RunLog, event
 from streamfisher.runtime.signals import finishing_first
 from streamfisher.runtime.threads import chunks_at_a_time
 from streamfisher.store import RankLock, RunStore
@@ -107,3 +111,22 @@ def collect_gradients(
             tokens = padded_total(data.lengths, store.units, store.batch_tokens, data.apart)
             producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens, path / "stream")
             collection.collect_waves()
+            if ranks.is_main:
+                _say_what_is_zero(store)
+
+
+def _say_what_is_zero(store: RunStore) -> None:
+    """Say, on the screen and in the run's log, of which parameters no sample has a gradient.
+
+    No warning: those can be lost, where threads that read and write chunks switch others off.
+    """
+    try:
+        squares = store.samples.per_sample("squared_norm")[store.samples.per_sample("valid") == 1]
+    except CorruptRunError:
+        return  # whoever reads them is told
+    zero = [name for name, column in zip(store.parameters, squares.T, strict=True) if not column.any()]
+    if zero and len(squares):
+        more = f" and of {len(zero) - 3} more parameters" if len(zero) > 3 else ""
+        event("zero rows", parameters=zero)
+        text = f"every row of {', '.join(zero[:3])}{more} is zero: no sample's loss depends on what it holds."
+        tqdm.write(printable(text), file=sys.stderr)

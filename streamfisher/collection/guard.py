@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from streamfisher.collection.claims import share_of
-from streamfisher.data.batches import BatchRef, Unit, guarded_batches
+from streamfisher.data.batches import BatchRef, Unit, guarded_batches, guarded_share
 from streamfisher.errors import CaptureError
 from streamfisher.gradients.producer import BatchGradients, GradientProducer
 from streamfisher.models.batches import ModelBatches
@@ -82,7 +83,7 @@ class Guard(Protocol):
 
 
 class OwnGuard:
-    """The guard of one rank: on two batches of every so many units, see `guarded_batches`.
+    """The guard of one rank: on samples of two batches of every so many units, see `guarded_batches`.
 
     Args:
         producer: of the gradients.
@@ -95,8 +96,10 @@ class OwnGuard:
     def __init__(
         self, producer: GradientProducer, batches: Iterable[BatchRef], names: Sequence[str], every: int, seed: int
     ) -> None:
-        self.producer, self.names = producer, list(names)
+        self.producer, self.names, self._seed = producer, list(names), seed
+        batches = list(batches)
         self._turns = {batch: turn for turn, batch in enumerate(guarded_batches(batches, every, seed))}
+        self._share = guarded_share(sum(map(len, batches)), len(self._turns))
 
     def step(self, batch: BatchRef, gradients: BatchGradients) -> None:
         """Compare a batch whose turn it is with its ordinary gradient, and some of its samples with themselves alone.
@@ -108,8 +111,9 @@ class OwnGuard:
         if turn is None:
             return
         names = guarded_names(self.producer, self.names, turn) if self.producer.guards_in_parts else self.names
-        check_sums(self.producer, self.producer.guard(batch, gradients, names), batch)
         check_alone(self.producer.guard_alone(batch, gradients, names), self.producer.tolerance)
+        drawn = np.random.default_rng([self._seed, batch.start]).permutation(len(batch))[: self._share]
+        check_sums(self.producer, self.producer.guard(batch, gradients, names, sorted(drawn.tolist())), batch)
 
 
 class SharedGuard:

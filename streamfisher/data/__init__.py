@@ -6,6 +6,7 @@ from streamfisher.data.batches import (
     batches_of,
     collate,
     guarded_batches,
+    guarded_share,
     make_batches,
     make_units,
     sequence_length,
@@ -27,6 +28,7 @@ __all__ = [
     "make_batches",
     "batches_of",
     "guarded_batches",
+    "guarded_share",
     "collate",
     "sequence_length",
 ]

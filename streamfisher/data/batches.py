@@ -13,6 +13,8 @@ from streamfisher.errors import DataError
 
 #: What a missing position is filled with when sequences of unequal length are batched.
 _PADDING = {"labels": -100}
+#: Of all samples, the guard takes at most this share; and of a batch that it compares so many in any case.
+_GUARD_SHARE, _GUARD_LEAST = 0.02, 2
 IGNORED_LABEL = -100
 
 
@@ -113,6 +115,18 @@ def guarded_batches(batches: Iterable[BatchRef], every: int, seed: int) -> list[
         if len(members) > 1:
             chosen.append(members[int(np.random.default_rng([seed, index]).integers(1, len(members)))])
     return chosen
+
+
+def guarded_share(n_samples: int, n_guarded: int) -> int:
+    """Return of how many samples of each guarded batch the ordinary gradient is taken: what plans and runs both ask.
+
+    Together at most a share of all samples, in small runs too; a few in any case.
+
+    Args:
+        n_samples: N.
+        n_guarded: batches that are compared.
+    """
+    return max(_GUARD_LEAST, int(_GUARD_SHARE * n_samples / max(n_guarded, 1)))
 
 
 def sequence_length(sample: Mapping[str, Tensor]) -> int | None:

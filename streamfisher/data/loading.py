@@ -102,7 +102,8 @@ def _json_lines(path: Path, tokenize: Tokenize, field: str, max_length: int | No
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:  # not JSON, numbers too long, brackets too deep
-                raise DataError(f"DATA {path}, line {number}: not JSON ({error}).") from error
+                reason = "nested too deeply" if isinstance(error, RecursionError) else error
+                raise DataError(f"DATA {path}, line {number}: not JSON ({reason}).") from error
             if not isinstance(record, dict) or field not in record:
                 keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
                 raise DataError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from streamfisher.data.batches import IGNORED_LABEL, Unit, sequence_length
 from streamfisher.data.cutting import TokenCutter
-from streamfisher.data.sources import as_source
+from streamfisher.data.sources import SampleSource, as_source
 from streamfisher.errors import DataError
 
 Sample = dict[str, Tensor]
@@ -37,7 +37,7 @@ class Samples:
     """
 
     def __init__(self, source: Any, n_samples: int | None = None, max_length: int | None = None):
-        self.source = source.source if isinstance(source, Samples) else as_source(source, n_samples)
+        self.source: SampleSource = source.source if isinstance(source, Samples) else as_source(source, n_samples)
         self.max_length = max_length
         self._cutter = TokenCutter(_Whole(self))
         available = len(self.source)

@@ -33,9 +33,10 @@ class FactorPair:
         """Return whether the left factor holds ids."""
         return self.left.dim() == 2
 
-    def of(self, index: int) -> FactorPair:
-        """Return the pair of one sample."""
-        return FactorPair(self.left[index : index + 1], self.right[index : index + 1])
+    def of(self, where: int | list[int]) -> FactorPair:
+        """Return the pair of one sample, or of some."""
+        rows = slice(where, where + 1) if isinstance(where, int) else where
+        return FactorPair(self.left[rows], self.right[rows])
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:

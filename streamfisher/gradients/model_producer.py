@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -17,6 +17,7 @@ from streamfisher.gradients.probe_report import ProbeReport
 from streamfisher.gradients.producer import Asked, BatchGradients, Wave
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.gradients.tolerance import COUPLING
+from streamfisher.models.calling import samples_of
 
 
 class ModelProducer:
@@ -106,11 +107,23 @@ class ModelProducer:
         """Take the gradients of one batch by one forward and backward pass."""
         return self.engine.rows(self._contents(batch), asked.rows, asked.factored)
 
-    def guard(self, batch: BatchRef, gradients: BatchGradients | None, names: Collection[str]) -> dict[str, float]:
+    def guard(
+        self,
+        batch: BatchRef,
+        gradients: BatchGradients | None,
+        names: Collection[str],
+        places: Sequence[int] | None = None,
+    ) -> dict[str, float]:
         """Compare the sums of the gradients of a batch with its ordinary gradient, see `GradientEngine.guard`."""
         rows = {} if gradients is None else {name: v for name, v in gradients.rows.items() if name in names}
         factors = {} if gradients is None else {name: v for name, v in gradients.factors.items() if name in names}
-        return self.engine.guard(self._contents(batch), rows, factors, names)
+        contents = self._contents(batch)
+        if places is not None and len(places) < len(batch) and not self.engine.loss.sequential:
+            where = list(places)
+            contents = samples_of(contents, where)
+            rows = {name: values[where] for name, values in rows.items()}
+            factors = {name: [pair.of(where) for pair in pairs] for name, pairs in factors.items()}
+        return self.engine.guard(contents, rows, factors, names)
 
     def guard_alone(self, batch: BatchRef, gradients: BatchGradients, names: Collection[str]) -> dict[int, float]:
         """Compare the first, the last and the shortest sample of a batch with the same samples alone.

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from streamfisher.errors import ModelError
 from streamfisher.models.offload import check_ties, has_values, identity
@@ -127,7 +127,7 @@ def _check_kinds(model: nn.Module) -> None:
     for module_name, module in model.named_modules():
         trained = [name for name, parameter in module._parameters.items() if parameter is not None]
         for name in trained:
-            if isinstance(module._parameters[name], UninitializedTensorMixin):
+            if is_lazy(module._parameters[name]):
                 raise ModelError(
                     f"Parameter {name!r} of {module_name or 'the model'} ({type(module).__name__}) has no shape yet. "
                     "Call the model once on a batch, which gives it one."

@@ -48,25 +48,7 @@ _HALVES = frozenset({torch.float16, torch.bfloat16})
 
 
 class GradientPasses:
-    """Per-sample gradients of every selected trainable parameter, one backward pass per batch.
-
-    A context manager: inside, the model is in eval mode with every parameter frozen, and carries hooks; on leaving it
-    is as it was. In eval mode BatchNorm uses its running statistics and dropout is off, which makes a sample's
-    gradient a function of that sample alone.
-
-        with GradientEngine(model, resolve_loss(model, batch)) as engine:
-            print(engine.probe(batch).summary())
-            rows = engine.allocate(32)
-            for batch in batches:
-                losses = engine.rows(batch, rows).losses  # rows[name][:B] is filled
-
-    Args:
-        model: any module; compiled ones are run eagerly, because hooks cannot see inside.
-        loss: what `resolve_loss` returned.
-        include: glob patterns of parameter names to capture; empty: all trainable ones.
-        exclude: glob patterns of parameter names to leave out.
-        dtype_compute: the least dtype in which rows are formed.
-        deterministic: use the attention kernel whose result does not depend on padding or batch mates.
+    """The passes of a `GradientEngine`, which adds the probe and the guard and says what the arguments are.
 
     Raises:
         ModelError: nothing can be captured, see `select_parameters`.

@@ -120,13 +120,20 @@ class GradientProducer(Protocol):
     def gradients(self, batch: BatchRef, asked: Asked) -> BatchGradients:
         """Take the gradients of one of the wave's batches."""
 
-    def guard(self, batch: BatchRef, gradients: BatchGradients | None, names: Collection[str]) -> dict[str, float]:
+    def guard(
+        self,
+        batch: BatchRef,
+        gradients: BatchGradients | None,
+        names: Collection[str],
+        places: Sequence[int] | None = None,
+    ) -> dict[str, float]:
         """Compare the sums of the gradients of a batch with its ordinary gradient.
 
         Args:
             batch: one of the wave's; the one that was asked for last, if its gradients are given.
             gradients: `None`: of another rank's batch, of which the ordinary gradient is taken together.
             names: parameters to compare.
+            places: of samples in the batch that are enough; `None`: all.
 
         Returns:
             Parameter -> relative difference, to be compared with `tolerance`; empty without gradients.

@@ -187,16 +187,25 @@ def sample_of(batch: Mapping[str, Any], index: int) -> dict[str, Any]:
     Raises:
         DataError: a tensor's first axis is neither the batch nor 1.
     """
+    return samples_of(batch, slice(index, index + 1))
+
+
+def samples_of(batch: Mapping[str, Any], where: slice | list[int]) -> dict[str, Any]:
+    """Return some samples of a batch as a batch, padded as they are; what has no batch axis is passed on.
+
+    Raises:
+        DataError: a tensor's first axis is neither the batch nor 1.
+    """
     n_samples = batch_size(batch)
-    sample = {}
+    samples = {}
     for key, value in batch.items():
         if isinstance(value, Tensor) and value.dim() > 0:
             if value.shape[0] == n_samples:
-                value = value[index : index + 1]
+                value = value[where]
             elif value.shape[0] != 1:
                 raise DataError(
                     f"{key} has shape {tuple(value.shape)}, but the batch has {n_samples} samples. Batched tensors "
                     "have the sample as their first axis."
                 )
-        sample[key] = value
-    return sample
+        samples[key] = value
+    return samples

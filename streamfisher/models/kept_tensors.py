@@ -30,7 +30,7 @@ class KeptTensors:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Inside, `forget` is of use; afterwards the modules keep what they kept before. The model is in eval mode."""
+        """Inside, `forget` is of use; afterwards the modules keep what they kept before."""
         before = self._snapshot()
         try:
             for module, attributes in before:
@@ -70,8 +70,11 @@ def _switched(module: nn.Module) -> None:
     if getattr(module, "merged", False):  # adapters: switching would add and subtract them
         return
     before = {key: tensor.clone() for key, tensor in values_of(module).items()}
+    modes = [(one, one.training) for one in module.modules()]
     module.train()
     module.eval()
+    for one, mode in modes:
+        one.training = mode
     with torch.no_grad():
         for key, tensor in values_of(module).items():
             if key in before and before[key].shape == tensor.shape and not torch.equal(before[key], tensor):

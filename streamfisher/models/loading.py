@@ -183,6 +183,9 @@ def auto_class(transformers: Any, config: Any) -> Any:
         raise ModelError(f"config.json: architectures must be a list of names of classes, not {names!r:.80}.")
     for name in names:
         kind = getattr(transformers, name, None)
-        if isinstance(kind, type) and issubclass(kind, nn.Module):
+        is_model = name.startswith("AutoModel") or (isinstance(kind, type) and issubclass(kind, nn.Module))
+        if kind is not None and not is_model:
+            raise ModelError(f"config.json: architectures names {name}, which is no model.")
+        if kind is not None:
             return kind
     return transformers.AutoModelForCausalLM

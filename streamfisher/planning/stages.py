@@ -10,7 +10,7 @@ import torch
 from streamfisher.blocks.gram_keys import gram_keys
 from streamfisher.blocks.structures import assign_blocks
 from streamfisher.config import SpectralConfig
-from streamfisher.data.batches import make_units
+from streamfisher.data.batches import guarded_share, make_units
 from streamfisher.errors import CapacityError
 from streamfisher.gradients.probe import PROBE_SAMPLES
 from streamfisher.gradients.shapes import GradientShape
@@ -92,8 +92,8 @@ class StageCosts:
         """Return the stage that takes gradients and writes them; `flops` of one sample, `size` in bytes."""
         guards = 0  # samples of the batches that the guard compares, in all waves
         if self.config.guard_every:
-            compared = min(2 * -(-self.n_units // self.config.guard_every), len(self.batches))
-            guards = waves * compared * self.batches[0]
+            guarded = min(2 * -(-self.n_units // self.config.guard_every), len(self.batches))
+            guards = waves * guarded * min(self.batches[0], guarded_share(self.n, guarded))
         plain = plain_flops(self.trace.blocks) * (guards + PROBE_SAMPLES * _PROBE_PASSES)
         total = self.n * flops + plain
         chunks, arrays = self._pieces(chosen) if stored else (0, 0)

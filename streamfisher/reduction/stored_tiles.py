@@ -114,9 +114,9 @@ class StoredTiles:
         """Write what is kept beside the Gram, and mark it as complete."""
         products = None
         if self.store.centered:
-            diagonal = [_read(self._folder(key) / f"{t.key}.json") for t in tiles if t.row == t.column]
-            parts: list[list[float]] = [marker.get("mean_products", []) for marker in diagonal]
-            if not all(parts):
+            markers = [_read(self._folder(key) / f"{t.key}.json") for t in tiles if t.row == t.column]
+            parts = [marker["mean_products"] for marker in markers if marker.get("mean_products")]
+            if len(parts) < len(markers):
                 raise CorruptRunError(f"{self._folder(key)} lacks products of rows with their mean; run it again.")
             products = np.array([v for part in parts for v in part[:-1]] + [parts[0][-1]])
         moment = stored_moment(self.store, key, self.subsampled)

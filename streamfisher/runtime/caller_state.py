@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from streamfisher.errors import ConfigError
+from streamfisher.runtime.determinism import one_thread
+from streamfisher.runtime.threads import is_forked
 
 
 @contextmanager
 def modes_of_its_own() -> Iterator[None]:
-    """Leave inference mode and `no_grad` inside; usable as a decorator.
+    """Leave inference mode and `no_grad` inside, and use one thread in a forked process; usable as a decorator.
 
     Raises:
         ConfigError: the caller is under autocast or has made meta the default device, which cannot be left without
@@ -26,5 +29,12 @@ def modes_of_its_own() -> Iterator[None]:
             )
     if torch.get_default_device().type == "meta":
         raise ConfigError("The default device is 'meta', where nothing has values. Set it back before collecting.")
-    with torch.inference_mode(False), torch.enable_grad():
+    alone = is_forked() and torch.get_num_threads() > 1
+    if alone:
+        warnings.warn(
+            "this process was forked, and the threads of OpenMP were not: torch works with one thread here. A process "
+            "that is spawned has all of them.",
+            stacklevel=3,
+        )
+    with torch.inference_mode(False), torch.enable_grad(), one_thread(alone):
         yield

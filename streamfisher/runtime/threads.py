@@ -16,6 +16,25 @@ from streamfisher.config import SpectralConfig
 _ZARR_CONCURRENCY = 10
 
 
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
+
+def is_forked() -> bool:
+    """Return whether this process was forked from one that had this package: OpenMP's threads did not come along.
+
+    GNU OpenMP waits for them for ever where a process forks after it has used some; with one thread it needs none.
+    """
+    return _forked
+
+
 def worker_count(config: SpectralConfig) -> int:
     """Return `n_workers`, or one for each core."""
     return config.n_workers or len(os.sched_getaffinity(0))
@@ -23,7 +42,7 @@ def worker_count(config: SpectralConfig) -> int:
 
 def blas_threads(workers: int, config: SpectralConfig) -> int:
     """Share the cores between the workers' BLAS calls; one thread each where bits must not depend on the machine."""
-    return 1 if config.use_deterministic else max(1, len(os.sched_getaffinity(0)) // workers)
+    return 1 if config.use_deterministic or is_forked() else max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 @contextmanager

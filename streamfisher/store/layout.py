@@ -9,12 +9,13 @@ import zarr
 
 from streamfisher.config import parse_dtype
 from streamfisher.data.batches import make_units
-from streamfisher.errors import CorruptRunError, RunError
+from streamfisher.errors import ConfigError, CorruptRunError, RunError
 from streamfisher.runtime.durable import write_json, write_marker
 from streamfisher.runtime.own_files import require_own_files
 from streamfisher.store import codecs
 from streamfisher.store.manifest import Manifest, columns_of
 from streamfisher.store.names import node_name
+from streamfisher.store.opening import LARGEST_CHUNK
 
 #: Columns of one product of the Gram; chunk widths are multiples of it.
 PANEL = 4096
@@ -38,8 +39,10 @@ def create_run(path: Path, manifest: Manifest) -> None:
 
     Raises:
         RunError: the folder exists and holds something that is not the remains of an unfinished creation.
+        ConfigError: its chunks would be larger than any that are read.
     """
     check_free(path)
+    _check_chunks(manifest)
     path.mkdir(parents=True, exist_ok=True)
     (path / "done").mkdir(exist_ok=True)
     root = codecs.quiet_open(path, mode="a", zarr_format=3)
@@ -74,6 +77,18 @@ def create_run(path: Path, manifest: Manifest) -> None:
     root.require_group("gram")
     write_json(path / MANIFEST_COPY, manifest.to_dict())
     write_marker(path / "manifest.json", manifest.to_dict(), fsync=bool(manifest.config.get("fsync")))
+
+
+def _check_chunks(manifest: Manifest) -> None:
+    rows = manifest.layout["chunk_rows"]
+    itemsize = parse_dtype(manifest.layout["dtype_store"]).itemsize
+    widest = max(manifest.parameters, key=lambda item: item["chunk_columns"])
+    most = LARGEST_CHUNK // (widest["chunk_columns"] * itemsize)
+    if rows > most:
+        raise ConfigError(
+            f"chunk_size={rows}: chunks of {widest['name']} would have {rows} x {widest['chunk_columns']} numbers. "
+            f"Take at most {most}."
+        )
 
 
 def check_free(path: Path) -> None:

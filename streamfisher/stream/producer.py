@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -178,8 +178,17 @@ class StreamProducer:
         filled = {name: values[: len(batch)] for name, values in asked.rows.items()}
         return BatchGradients(losses, targets, result.factors, filled)
 
-    def guard(self, batch: BatchRef, gradients: BatchGradients | None, names: Collection[str]) -> dict[str, float]:
-        """Compare the sums of the gradients that were taken last with the segment's ordinary gradient."""
+    def guard(
+        self,
+        batch: BatchRef,
+        gradients: BatchGradients | None,
+        names: Collection[str],
+        places: Sequence[int] | None = None,
+    ) -> dict[str, float]:
+        """Compare the sums of the gradients that were taken last with the segment's ordinary gradient.
+
+        Of the whole batch, whatever `places` are enough: its boundaries are at hand.
+        """
         if self._wave is None or gradients is None:
             raise CaptureError("a stream compares the gradients of its own last batch.")
         rows = {name: values for name, values in gradients.rows.items() if name in names}

@@ -135,7 +135,7 @@ class Campaign:
         return [*dice.sample(some, 1), repair, _of_run(work, 0, run), Command(("spectrum", run, *_WHOLE, "--json"))]
 
     def draw(self, count: int, seed: int, only: str | None = None) -> list[Case]:
-        """Return cases: kinds in their shares, shuffled; only those of some kinds or numbers, if asked for."""
+        """Return cases: kinds in their shares, in an order of their own; of some kinds or numbers if asked for."""
         kinds = [kind for kind, share in KINDS.items() for _ in range(max(1, round(share * count / 100)))]
         random.Random(seed).shuffle(kinds)
         cases = []

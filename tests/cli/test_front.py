@@ -44,3 +44,34 @@ def test_words_that_are_no_command_end_with_the_known_ones(words, capsys):
         main(words)
     assert ended.value.code == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory"),
+        OSError("libgomp.so.1: failed to map segment from shared object"),
+        ImportError("/lib/_backend_agg.so: failed to map segment from shared object"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_no_memory_is_said_whatever_ran_out_of_it(error, monkeypatch, capsys):
+    def ends(arguments):
+        raise error
+
+    monkeypatch.setattr("streamfisher.cli.main.print_info", lambda run, arguments: ends(arguments))
+    monkeypatch.setattr("streamfisher.open_run", lambda path: None)
+    code = main(["info", "run.zarr"])
+    assert code == 5, capsys.readouterr().err
+    assert "no memory is left" in capsys.readouterr().err
+
+
+def test_an_import_that_fails_for_another_reason_is_not_hidden(monkeypatch):
+    def ends(run, arguments):
+        raise ImportError("no module named x")
+
+    monkeypatch.setattr("streamfisher.cli.main.print_info", ends)
+    monkeypatch.setattr("streamfisher.open_run", lambda path: None)
+    with pytest.raises(ImportError, match="no module named x"):
+        main(["info", "run.zarr"])

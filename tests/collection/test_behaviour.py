@@ -160,11 +160,9 @@ def test_a_converged_model_whose_losses_are_rounding_is_resumed(tmp_path):
 
 
 def test_a_run_of_another_device_is_compared_less_strictly_and_the_message_says_so(tmp_path, monkeypatch):
-    import streamfisher.collection.behaviour as behaviour
-
     run = made(tmp_path / "run", Net(), 6)
     assert run.manifest.layout["arithmetic"] == "cpu"
-    monkeypatch.setattr(behaviour, "arithmetic_of", lambda device: "cuda")
+    monkeypatch.setattr("streamfisher.collection.behaviour.arithmetic_of", lambda device: "cuda")
     made(tmp_path / "run", Net(scale=1.001), 9)
     with pytest.raises(
         RunMismatchError, match=r"up to 1e-02 pass as rounding \(the run was made on cpu, and .* cuda\)"

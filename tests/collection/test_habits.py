@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections import UserDict
 
 import numpy as np
@@ -205,3 +207,25 @@ def test_a_forked_process_solves_and_reduces(tmp_path):
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.slow
+def test_a_process_forked_after_threads_were_used_collects_with_one(tmp_path):
+    """In processes of their own, as OpenMP keeps its threads: a child that waits for them is ended by its alarm."""
+    program = """
+import os, signal, sys, torch, streamfisher as sf
+torch.set_num_threads(2)
+model, data = torch.nn.Linear(700, 300), {"x": torch.randn(300, 700), "labels": torch.arange(300)}
+sf.collect(model, data, sys.argv[1] + "/parent")
+if os.fork() == 0:
+    signal.alarm(120)
+    run = sf.collect(model, data, sys.argv[1] + "/child")
+    os._exit(0 if run.spectrum("none").global_.trace > 0 else 1)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]) != 0)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, env=environment
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "torch works with one thread here" in ended.stderr

@@ -286,6 +286,6 @@ def test_an_error_on_one_rank_is_named_by_the_others_and_keeps_what_is_finished(
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "sample 29: the loss is nan" in errors
-    assert re.search(r"rank [01] failed: NonFiniteError: sample 29[^\n]*\nSo rank [01] stops too", errors), errors
+    assert re.search(r"rank [01] failed: NonFiniteError: sample 29[^\n]*\n  So rank [01] stops too", errors), errors
     info = finished(forked(1, ["-m", "streamfisher", "info", str(out), "--json"]))
     assert 0 < json.loads(info)["samples_done"] <= 28

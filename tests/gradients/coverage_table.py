@@ -29,6 +29,9 @@ autograd itself repeats to 1e-7 only.
 |---|---|---:|---:|---:|---:|---|---:|
 """
 
+#: What follows the table: written by hand, and kept.
+TAIL = "## What the probe proves, and what is watched after it"
+
 
 def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -49,7 +52,9 @@ def main() -> None:
         for name, reason in single.report.fallbacks.items():
             print(f"    {name}: {reason}", flush=True)
     if not only:
-        (ROOT / "docs" / "coverage.md").write_text(HEAD + "\n".join(lines) + "\n", encoding="utf-8")
+        page = ROOT / "docs" / "coverage.md"
+        tail = page.read_text(encoding="utf-8").partition(TAIL)[2]
+        page.write_text(HEAD + "\n".join(lines) + f"\n\n{TAIL}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def test_call_model_gives_what_the_forward_takes(model):
 
     batch = {**tokens(), "attention_mask": 1, "labels": 2, "index": 3}
     call_model(Takes(), batch)
-    assert seen["x"] is batch["input_ids"] and seen["attention_mask"] == 1 and seen["mask"] is None
+    assert torch.equal(seen["x"], batch["input_ids"]) and seen["attention_mask"] == 1 and seen["mask"] is None
 
     class TakesAll(nn.Module):
         def forward(self, **everything):
