@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--only",
         default=None,
         metavar="KIND",
-        help="faults or hostile cases of one kind; of these, or one by its number",
+        help="faults of one kind; hostile cases of kinds, or by their numbers, with commas",
     )
     parser.add_argument("--no-mounts", action="store_true", help="inject faults of the disk as errors")
     parser.add_argument("--json", default=None, metavar="FILE", help="write all cases to this file")

@@ -42,11 +42,12 @@ def test_config_json_of_wrong_types_is_refused_in_a_sentence(case, saved, tmp_pa
         assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("names", [[7], ["pipeline"], ["torch"], [[]]])
-def test_an_architecture_that_is_no_model_is_passed_over(names, saved, tmp_path):
+@pytest.mark.parametrize("names", [[7], ["pipeline"], ["torch"], [[]], "x", {"a": 1}])
+def test_architectures_that_are_no_models_are_refused(names, saved, tmp_path):
     content = json.loads((saved / "config.json").read_text()) | {"architectures": names}
     (tmp_path / "config.json").write_text(json.dumps(content))
-    assert type(build_skeleton(str(tmp_path))).__name__ == "LlamaForCausalLM"
+    with pytest.raises(ModelError):
+        build_skeleton(str(tmp_path))
 
 
 def test_names_of_tensors_are_not_printed_as_they_are(saved, tmp_path, capfd):
