@@ -88,6 +88,8 @@ def check_behaviour(store: RunStore, producer: GradientProducer, batches: ModelB
 
 def _stored_batch(store: RunStore, batches: ModelBatches) -> _Stored | None:
     """Return the first batch of the first finished unit that has a valid sample and can be read; `None`: none has."""
+    if store.centered and not (store.path / "done" / "mean.json").is_file():
+        return None  # as after a repair: the mean that the rows are less of is added up again
     columns = {name: column for column, name in enumerate(store.parameters)}
     for wave, names in enumerate(store.waves):
         for index in sorted(store.markers.done_units(stage_of(wave))):

@@ -174,3 +174,14 @@ def test_values_that_are_damaged_are_left_to_verify(tmp_path):
     run = made(tmp_path / "run", Net(), 8)
     (run.path / "samples" / "loss" / "c" / "0").write_bytes(b"damaged")
     assert made(tmp_path / "run", Net(), 12).n_samples == 12
+
+
+def test_a_mean_that_is_to_be_added_up_again_stops_nobody(tmp_path):
+    from tiny_runs import make_run
+
+    path = make_run(tmp_path / "run.zarr", store_centered=True).path
+    before = (path / "mean/first.weight/c/0").read_bytes()
+    for name in ("mean", "mean-000001"):
+        (path / "done" / f"{name}.json").unlink()  # as `verify --repair` does
+        make_run(path, store_centered=True)
+        assert (path / "mean/first.weight/c/0").read_bytes() == before
