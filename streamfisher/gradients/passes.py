@@ -20,7 +20,7 @@ from streamfisher.gradients.capture import Capture
 from streamfisher.gradients.factors import FactorPair, matrix_shape
 from streamfisher.gradients.groups import GENERIC, Group, Pass
 from streamfisher.gradients.parameters import ParameterInfo, select_parameters
-from streamfisher.gradients.plain import PlainAutograd
+from streamfisher.gradients.plain import PlainAutograd, copies
 from streamfisher.gradients.producer import BatchGradients
 from streamfisher.gradients.rules import rule_named
 from streamfisher.gradients.state import (
@@ -34,7 +34,7 @@ from streamfisher.gradients.state import (
 )
 from streamfisher.gradients.tolerance import FLOOR, TOLERANCE
 from streamfisher.gradients.uses import UseWatch, nonzero
-from streamfisher.models.calling import batch_size
+from streamfisher.models.calling import batch_size, sample_of
 from streamfisher.models.kept_tensors import KeptTensors
 from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.offload import working_device
@@ -270,6 +270,13 @@ class GradientPasses:
         """Return what `plain_gradients` gives of one sample of a batch alone, taken as the probe found right."""
         sample, place = self.plain.sample(self._prepared(batch), index)
         return self.plain_gradients(sample, index=place, names=names, left_out=left_out)
+
+    def gradients_among_copies(
+        self, batch: Mapping[str, Any], index: int, count: int, names: Collection[str]
+    ) -> dict[str, Tensor | None]:
+        """Return the gradient of one sample of a batch in another one, of so many copies of it."""
+        sample = sample_of(self._prepared(batch), index)
+        return self.plain_gradients(copies(sample, count), index=0, names=names)[1]
 
     def see_arithmetic(self, batch: Mapping[str, Any]) -> None:
         """Note in which dtypes the model computes, whatever that of its parameters is."""

@@ -52,7 +52,7 @@ class PlainAutograd:
         if self.alone == "unpadded":
             return unpadded(sample, leading=True, labels=not self.loss.labels_to_model), None
         if self.alone == "twice":
-            return _twice(sample), 0
+            return copies(sample, 2), 0
         return sample, None
 
     def changes(self, batch: Mapping[str, Any]) -> bool:
@@ -133,7 +133,7 @@ class PlainAutograd:
 
     def loss_twice(self, sample: Mapping[str, Any]) -> float:
         """Return the loss of a batch of one that is evaluated twice in one batch."""
-        return self._loss(_twice(sample), 0)
+        return self._loss(copies(sample, 2), 0)
 
     def _loss(self, batch: Mapping[str, Any], index: int | None) -> float:
         with self.capture.suspended(), torch.no_grad():
@@ -213,8 +213,9 @@ class PlainAutograd:
         reshard(self.model)
 
 
-def _twice(sample: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: torch.cat([v, v]) if isinstance(v, Tensor) and v.dim() else v for k, v in sample.items()}
+def copies(sample: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """Return a batch of so many copies of one sample."""
+    return {k: torch.cat([v] * count) if isinstance(v, Tensor) and v.dim() else v for k, v in sample.items()}
 
 
 def _chosen(losses: Tensor, index: int | None, weights: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import streamfisher as sf
-from streamfisher.errors import ConfigError, ModelError
+from streamfisher.errors import CaptureError, ConfigError, ModelError
 
 
 @pytest.fixture
@@ -97,5 +97,8 @@ def test_adapters_that_merge_are_refused_and_handed_back_bit_for_bit(batch):
 
 def test_merged_adapters_are_noticed(batch):
     model = nn.Sequential(nn.Linear(5, 4), Merging(4, 3)).eval()
-    with pytest.warns(UserWarning, match="adapters are merged"):
+    with (
+        pytest.warns(UserWarning, match="adapters are merged"),
+        pytest.raises(CaptureError, match="has a gradient in train mode and none in eval mode"),
+    ):
         trace(model, batch)

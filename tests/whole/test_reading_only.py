@@ -12,7 +12,7 @@ from tiny_runs import make_run
 #: Runs the commands of a JSON list in one process and prints what of the folder was opened for writing or changed.
 _WATCHED = """
 import json, os, sys
-from command_line import main
+from streamfisher.cli.main import main
 
 run, commands = sys.argv[1], json.loads(sys.argv[2])
 touched = []
