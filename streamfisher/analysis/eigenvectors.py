@@ -203,6 +203,7 @@ def _refine(job: _Job, coefficients: np.ndarray, progress: bool) -> None:
             V = coefficients.T @ rows
             overlap += V @ V.T
             products += rows @ V.T
+    _require_numbers(job, overlap)
     selection, center = job.grams.selection, job.grams.center
     Y = products[selection.samples]
     weights = np.ones(len(selection)) if selection.weights is None else selection.weights
@@ -222,6 +223,11 @@ def _refine(job: _Job, coefficients: np.ndarray, progress: bool) -> None:
     job.put("eigenvalues", values[::-1].copy(), ("eigenvector",))
     error = float(np.abs(overlap - np.eye(k)).max())
     job.mark("solved", {"overlap_before": error, "coefficients": chunk_digest(job.folder / "coefficients")})
+
+
+def _require_numbers(job: _Job, overlap: np.ndarray) -> None:
+    if not np.isfinite(overlap).all():  # what is missing on the disk reads as NaN
+        raise CorruptRunError(f"{job.store.path}: some of what eigenvectors are made of is missing or damaged.")
 
 
 def _write(job: _Job, progress: bool) -> None:
@@ -254,6 +260,7 @@ def _write(job: _Job, progress: bool) -> None:
             V = (coefficients.T @ rows).astype(dtype)
             array[:, start:stop] = V
             overlap += V.astype(np.float64) @ V.astype(np.float64).T
+        _require_numbers(job, overlap)
         job.mark(node, {"overlap": overlap.tolist()})
     total = sum(np.array(job.marker(f"parameter-{node_name(name)}")["overlap"]) for name in job.names)
     error = float(np.abs(total - np.eye(k)).max())

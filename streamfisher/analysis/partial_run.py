@@ -39,7 +39,8 @@ class FinishedRows:
         if len(chosen) == 0:
             return self.store.rows.columns(name, start, stop, slice(0, 0))
         first, last = int(chosen[0]), int(chosen[-1]) + 1
-        return self.store.rows.columns(name, start, stop, slice(first, last))[chosen - first]
+        found = self.store.rows.columns(name, start, stop, slice(first, last), unfinished_as_nan=True)
+        return found[chosen - first]
 
     def representation(self, name: str) -> str:
         """Return 'dense': rows of some of the samples are asked for by columns, however they are held."""

@@ -77,7 +77,7 @@ def _made_anew(folder: str, manifest: Manifest) -> Path:
 def _names(made: Path, run: Path) -> list[str]:
     """Return the metadata that are known; those of groups that came later are as those of `gram`."""
     for group in _LATER:
-        if (run / group / "zarr.json").is_file():
+        if (run / group / "zarr.json").is_file() or any((run / group).glob("*/zarr.json")):
             (made / group).mkdir()
             (made / group / "zarr.json").write_bytes((made / "gram" / "zarr.json").read_bytes())
     return sorted(str(path.relative_to(made)) for path in made.rglob("zarr.json"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -83,12 +83,7 @@ class RowStore:
             RunError: the gradients were deleted after they were reduced, or not all units are finished.
         """
         self.kept.require(name)
-        todo = self._require_bound(name)
-        if todo:  # they would add nothing, as if their gradients were zero
-            raise RunError(
-                f"{self.run}: {name} has no gradients yet of samples {todo[0].start} to {todo[0].stop - 1}. Run the "
-                "command that made the run again; it goes on where it stopped."
-            )
+        self._refuse_unfinished(name, self._require_bound(name))  # they would add nothing, as if they were zero
         return self.factors.segments(name)
 
     def write_unit(self, unit: Unit, rows: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
@@ -109,7 +104,14 @@ class RowStore:
         return width * max(1, _FACTORED_SLAB // (8 * self.run.n_samples * width))
 
     def columns(
-        self, name: str, start: int, stop: int, rows: slice | None = None, *, out: np.ndarray | None = None
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        rows: slice | None = None,
+        *,
+        out: np.ndarray | None = None,
+        unfinished_as_nan: bool = False,
     ) -> np.ndarray:
         """Return columns `start` to `stop` of a parameter's rows: (n, stop - start) float32 or float64.
 
@@ -117,17 +119,20 @@ class RowStore:
             name: of the parameter; whether it is held as rows or as factors makes no difference.
             start: first column.
             stop: one past the last column.
-            rows: consecutive samples; `None` means all N. Those of units that are not finished are NaN.
+            rows: consecutive samples; `None` means all N.
             out: an array of that shape and of `numpy_read_dtype` to read into, where the rows are held as rows.
+            unfinished_as_nan: give samples of units that are not finished as NaN instead of refusing them.
 
         Raises:
-            CorruptRunError: a chunk fails its checksum.
-            RunError: the gradients were deleted after they were reduced.
+            CorruptRunError: a chunk fails its checksum, or is missing.
+            RunError: the gradients were deleted after they were reduced, or some of the samples have none yet.
         """
         first, last, _ = (rows or slice(None)).indices(self.run.n_samples)
         stop = min(stop, self.run.parameters[name])
         self.kept.require(name)
-        unfinished = self._require_bound(name)
+        unfinished = [unit for unit in self._require_bound(name) if first < unit.stop and unit.start < last]
+        if not unfinished_as_nan:
+            self._refuse_unfinished(name, unfinished)
         if self.representation(name) == "factors":
             segments, shape = self.factors.segments(name), matrix_shape(self.shape(name))
             found = columns_of_segments(segments, shape, start, stop, first, last, self.numpy_row_dtype)
@@ -143,6 +148,7 @@ class RowStore:
                 f"{self.run}: a chunk of parameter {name} (columns {start} to {stop}) cannot be read: {error}. "
                 "Run `streamfisher verify` to find which samples are affected.",
             ) from error
+        self._refuse_missing(name, out, first, start, unfinished)
         return _without(unfinished, out, first)
 
     def bytes_of(self, n_samples: int) -> int:
@@ -195,6 +201,40 @@ class RowStore:
             self.check_chunks(name, unit)
             self._bound.add((name, unit.index))
         return [unit for unit in self.run.units if unit.index not in done]
+
+    def _refuse_unfinished(self, name: str, unfinished: Sequence[Unit]) -> None:
+        if unfinished:
+            first = unfinished[0]
+            raise RunError(
+                f"{self.run}: {name} has no gradients yet of samples {first.start} to {first.stop - 1}. Run the "
+                "command that made the run again; it goes on where it stopped."
+            )
+
+    def _refuse_missing(
+        self, name: str, read: np.ndarray, first: int, start: int, unfinished: Collection[Unit]
+    ) -> None:
+        """Refuse rows in which a chunk was missing, as on a disk that vanished after it was looked at.
+
+        Such a chunk reads as NaN everywhere, so one entry of each is looked at.
+
+        Args:
+            name: of the parameter.
+            read: its rows from sample `first` and column `start` on.
+            first: sample.
+            start: column.
+            unfinished: units that are not asked to be there.
+        """
+        width = self.run.array(f"gradients/{node_name(name)}").chunks[1]
+        columns = sorted({0, *range(-start % width, read.shape[1], width)}) if read.shape[1] else []
+        for unit in self.run.units:
+            row = max(unit.start - first, 0)
+            if unit in unfinished or unit.stop <= first or row >= len(read):
+                continue
+            if np.isnan(read[row, columns]).any():
+                raise CorruptRunError(
+                    f"{self.run}: a chunk of {name}, samples {unit.start} to {unit.stop - 1}, is missing. "
+                    "`streamfisher verify` finds what is affected."
+                )
 
     def check_chunks(self, name: str, unit: Unit) -> None:
         """Refuse rows or factors of a parameter in one unit whose chunks are not those that were written there.

@@ -135,7 +135,8 @@ class MeanCheck:
         problems: list[Problem] = []
         if not store.centered:
             return problems
-        if (done / "mean.json").is_file():
+        added_up = (done / "mean.json").is_file()
+        if added_up:
             for name in self.run.parameters:
                 try:
                     store.means.check(name)
@@ -144,6 +145,8 @@ class MeanCheck:
         for unit in store.units:
             marker = done / f"mean-{unit.index:06d}.json"
             if not marker.is_file():
+                if added_up:
+                    problems.append(Problem("mean_parts", None, unit.start, unit.stop - 1, "their marker is missing"))
                 continue
             for name, detail in store.means.wrong_parts(unit).items():
                 problems.append(Problem("mean_parts", name, unit.start, unit.stop - 1, detail))

@@ -12,7 +12,7 @@ from tiny_runs import PATTERNS, forget_last_unit, make_run, rows
 from streamfisher import demo
 from streamfisher.analysis import eigenvectors as module
 from streamfisher.api import open_run
-from streamfisher.errors import ConfigError, DataError, RunError
+from streamfisher.errors import ConfigError, CorruptRunError, DataError, RunError
 from streamfisher.store import open_eigenvectors
 
 BLOCK = {"block_structure": PATTERNS}
@@ -87,6 +87,33 @@ def test_a_kill_between_parameters_costs_only_what_is_not_marked(tmp_path, monke
     assert {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()} == before
     fresh = make_run(tmp_path / "fresh.zarr").eigenvectors("global", 4, block_structure="none")
     assert np.array_equal(resumed, stacked(fresh))
+
+
+@pytest.mark.parametrize("representation", ["dense", "factors"])
+def test_eigenvectors_are_made_neither_of_unfinished_rows_nor_of_chunks_that_vanish(
+    tmp_path, monkeypatch, representation
+):
+    run = make_run(tmp_path / "run.zarr", representation=representation)
+    grams = run.block_grams("none")
+    whole = set((run.path / "done").glob("rows-*.json"))
+    (run.path / "done" / "rows-000001.json").rename(tmp_path / "marker")
+    with pytest.raises(RunError, match="no gradients yet of samples"):  # the run looked whole when it was opened
+        module.compute_eigenvectors(run.store, grams, "global", 2)
+    (tmp_path / "marker").rename(run.path / "done" / "rows-000001.json")
+    assert set((run.path / "done").glob("rows-*.json")) == whole
+
+    look = type(run.store.rows)._require_bound
+
+    def vanish_afterwards(self, name):
+        todo = look(self, name)
+        for folder in ("gradients", "factors"):
+            for chunk in (run.path / folder).rglob("c/*/*"):
+                chunk.unlink(missing_ok=True)
+        return todo
+
+    monkeypatch.setattr(type(run.store.rows), "_require_bound", vanish_afterwards)
+    with pytest.raises(CorruptRunError, match=r"missing|lacks"):
+        module.compute_eigenvectors(run.store, grams, "global", 2, overwrite=True)
 
 
 def test_other_eigenvectors_are_not_overwritten_unless_asked(tmp_path):

@@ -241,21 +241,28 @@ def test_coarser_grams_answer_what_they_can(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "convolution"])
-def test_rows_of_a_unit_that_is_not_finished_are_nan_never_zeros(tmp_path, name):
+def test_rows_of_a_unit_that_is_not_finished_are_refused_or_nan_never_zeros(tmp_path, name):
     for run in both(tmp_path, name):
         expected = {p: run.store.rows.columns(p, 0, size) for p, size in run.parameters.items()}
         gone = run.store.units[1]
         run.store.forget_unit(gone)
         again = sf.open_run(run.path)
         for parameter, size in run.parameters.items():
-            rows = again.store.rows.columns(parameter, 0, size)
+            missing = f"no gradients yet of samples {gone.start} to {gone.stop - 1}"
+            with pytest.raises(RunError, match=missing):
+                again.store.rows.columns(parameter, 0, size)
+            after = again.store.rows.columns(parameter, 0, size, slice(gone.stop, None))
+            assert np.array_equal(after, expected[parameter][gone.stop :])
+            rows = again.store.rows.columns(parameter, 0, size, unfinished_as_nan=True)
             assert np.isnan(rows[gone.start : gone.stop]).all()
             others = np.delete(np.arange(len(rows)), np.arange(gone.start, gone.stop))
             assert np.array_equal(rows[others], expected[parameter][others])
-            part = again.store.rows.columns(parameter, 0, 1, slice(gone.stop - 1, gone.stop + 1))
+            part = again.store.rows.columns(
+                parameter, 0, 1, slice(gone.stop - 1, gone.stop + 1), unfinished_as_nan=True
+            )
             assert np.isnan(part[0]).all() and np.isfinite(part[1]).all()
             if again.store.rows.representation(parameter) == "factors":
-                with pytest.raises(RunError, match=f"no gradients yet of samples {gone.start} to {gone.stop - 1}"):
+                with pytest.raises(RunError, match=missing):
                     again.store.rows.segments(parameter)
 
 

@@ -149,15 +149,16 @@ def test_chunks_that_were_exchanged_are_not_read_although_each_is_whole(tmp_path
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype_store": "bfloat16"}, {"dtype_store": "float16"}, {"bitround": 9}])
-def test_missing_chunk_reads_as_nan_and_the_gram_refuses_it(options, tmp_path):
+def test_missing_chunk_is_refused_also_where_no_marker_says_which_chunks_there_were(options, tmp_path):
     run = collected(tmp_path / "run.zarr", **options)
     (run.path / "gradients/norm.bias/c/1/0").unlink()
     with pytest.raises(CorruptRunError, match=r"norm\.bias, samples 4 to 5.*verify"):
         open_run(run.path).build_grams()
     without_chunk_digests(run)
-    rows = stored_rows(open_run(run.path), "norm.bias")
-    assert np.isfinite(rows[:4]).all() and np.isnan(rows[4:]).all()
-    with pytest.raises(CorruptRunError, match=r"norm\.bias.*samples 4, 5.*verify"):
+    assert np.isfinite(open_run(run.path).store.rows.columns("norm.bias", 0, 4, slice(0, 4))).all()
+    with pytest.raises(CorruptRunError, match=r"a chunk of norm\.bias, samples 4 to 5, is missing.*verify"):
+        stored_rows(open_run(run.path), "norm.bias")
+    with pytest.raises(CorruptRunError, match=r"norm\.bias.*samples 4 to 5.*verify"):
         open_run(run.path).build_grams()
 
 

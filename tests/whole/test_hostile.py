@@ -245,3 +245,18 @@ def test_a_hostile_config_in_a_manifest_is_refused(run):
         open_run(run)
     assert cli("info", run) == 2
     assert SpectralConfig.from_dict(manifest["config"]).chunk_size == 8
+
+
+@pytest.mark.parametrize("gone", ["done/mean-000001.json", "eigenvectors/zarr.json", "gram_mean/zarr.json"])
+def test_a_file_that_was_written_and_is_gone_is_named_and_comes_back(gone, run):
+    if not (run / gone).exists():
+        pytest.skip("no such file in this run")
+    content = (run / gone).read_bytes()
+    (run / gone).unlink()
+    found = verify(open_run(run))
+    assert found, gone
+    verify(open_run(run), repair=True)
+    if gone.endswith("zarr.json"):
+        assert (run / gone).read_bytes() == content and not verify(open_run(run))
+    else:  # the sums are made again, then the mean
+        assert not (run / "done" / "mean.json").exists()
