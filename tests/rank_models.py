@@ -6,6 +6,7 @@ import os
 import time
 
 import torch
+from factored_models import llama, sequences
 from tiny_models import TinyRegression, vectors
 from torch import Tensor, nn
 
@@ -59,3 +60,26 @@ def rows_of_rank_1_spoilt() -> nn.Module:
 
     GradientEngine.rows = spoil
     return TinyRegression()
+
+
+def llama_in_float64() -> nn.Module:
+    return llama().double()
+
+
+def slow_llama() -> nn.Module:
+    """Each layer of it takes `SECONDS` more."""
+    model = llama().double()
+    model.register_forward_pre_hook(lambda module, inputs: time.sleep(float(os.environ.get("SECONDS", "0.05"))))
+    return model
+
+
+def twenty_one_sequences() -> dict[str, Tensor]:
+    return sequences(21)
+
+
+def llama_on_a_device() -> nn.Module:
+    """The CPU is taken for a device with memory of its own."""
+    from streamfisher.planning import run_layout
+
+    run_layout.device_room = lambda device, budget: 1 << 30
+    return llama().double()

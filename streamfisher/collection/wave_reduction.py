@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.stored_grams import build_held_grams, build_stored_grams
+from streamfisher.runtime.exchange import Parcel, exchange
 from streamfisher.runtime.memory import local_ranks
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.sinks.memory import MemorySink
@@ -71,23 +74,37 @@ def forget_wave(store: RunStore, wave: int) -> None:
     store.kept.want(wave)
 
 
-def reduce_held(store: RunStore, wave: int, sink: MemorySink, config: SpectralConfig, *, progress: bool) -> None:
+def reduce_held(
+    store: RunStore, wave: int, sink: MemorySink, config: SpectralConfig, ranks: Ranks, *, progress: bool
+) -> None:
     """Build the missing Grams of a wave where its gradients are, and then mark its units: the gradients are gone.
+
+    Several ranks have the gradients of their own samples. Each of them gets a Gram's gradients of all samples from the
+    others, one Gram after the other, and forms it as one rank would: the same bits however many there are.
 
     Raises:
         CorruptRunError: a gradient is not finite.
         CapacityError: the reduction does not fit the memory budget.
+        RankError: another rank failed.
     """
+    own = _share_of_host(config)
     done = store.grams.done(grams.gram_settings(config))
-    keys = [key for key in store.grams.keys_of(store.waves[wave]) if key not in done]
-    valid = np.array([number not in sink.skipped for number in range(store.n_samples)])
-    built = build_held_grams(store, sink.held(), valid, _share_of_host(config), keys, progress=progress)
+    wanted = store.grams.keys_of(store.waves[wave])
+    keys = ranks.share(f"the Grams of wave {wave}", [key for key in wanted if key not in done])
+    skipped = {int(number) for part in ranks.gather("skipped samples", sorted(sink.skipped)) for number in part}
+    valid = np.array([number not in skipped for number in range(store.n_samples)])
+    if ranks.count == 1:
+        built = build_held_grams(store, sink.held(), valid, own, keys, progress=progress)
+    else:
+        built = _built_by_ranks(store, sink, valid, own, keys, ranks, progress=progress)
     norms = {}
     if not sink.every_norm:
         for name in store.waves[wave]:
             norms[name] = built[name] if name in built else store.grams.read(name)[0].diagonal()
-    store.kept.delete(wave)  # before any unit counts as done
-    for unit in store.units:
+    if ranks.is_main:
+        store.kept.delete(wave)  # before any unit counts as done
+    ranks.wait("for the end of the reduction")
+    for unit in sink.own:
         facts = sink.facts[unit.index]
         squared = {name: values[unit.start : unit.stop].copy() for name, values in norms.items()}
         record = UnitRecord(
@@ -100,6 +117,45 @@ def reduce_held(store: RunStore, wave: int, sink: MemorySink, config: SpectralCo
             wave=wave,
         )
         store.write_unit(record)
+    ranks.wait("for the end of the wave")
+
+
+def _built_by_ranks(
+    store: RunStore,
+    sink: MemorySink,
+    valid: np.ndarray,
+    config: SpectralConfig,
+    keys: Sequence[str],
+    ranks: Ranks,
+    *,
+    progress: bool,
+) -> dict[str, np.ndarray]:
+    """Build Grams in turns, each rank one: the largest first, so that those of one turn are of about the same size.
+
+    Returns:
+        Gram key -> its diagonal, (N,) float64, on every rank.
+    """
+    members = {key: list(store.gram_members[key]) for key in keys}
+    sizes = {key: sum(store.parameters[name] for name in names) for key, names in members.items()}
+    order = sorted(keys, key=lambda key: -sizes[key])
+    turns = [order[start : start + ranks.count] for start in range(0, len(order), ranks.count)]
+    diagonals: dict[str, np.ndarray] = {}
+    for turn in tqdm(turns, desc="Grams", unit="turn", disable=not (progress and ranks.is_main)):
+        wanted = [members[key] for key in turn] + [[]] * (ranks.count - len(turn))
+        parcels = [sink.part(names) for names in wanted]
+        arrived = exchange(ranks, parcels, sink.home, f"the gradients of {', '.join(turn[:3])}")
+        del parcels
+        mine: dict[str, np.ndarray] = {}
+        if ranks.index < len(turn):
+            source = sink.joined(arrived, wanted[ranks.index])
+            mine = build_held_grams(store, source, valid, config, [turn[ranks.index]])
+            del source
+        del arrived
+        ranks.alive()
+        told = Parcel({key: torch.from_numpy(diagonal) for key, diagonal in mine.items()})
+        for parcel in exchange(ranks, [told] * ranks.count, torch.device("cpu"), "the norms of gradients"):
+            diagonals |= {key: tensor.numpy() for key, tensor in parcel.tensors.items()}
+    return diagonals
 
 
 def _claimed(todo: list[str], wave: int, config: SpectralConfig, ranks: Ranks):

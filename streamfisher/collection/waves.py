@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from streamfisher.collection.claims import Claims, idle_batches
+from streamfisher.collection.claims import Claims, idle_batches, share_of
 from streamfisher.collection.guard import Guard, OwnGuard, SharedGuard
 from streamfisher.collection.passes import run_pass
 from streamfisher.collection.progress import Progress
@@ -85,9 +85,9 @@ class Collection:
     def _held(self, index: int, names: list[str], title: str, products: SpectralConfig) -> None:
         """Take a wave whose gradients are held, on the host or on the device, until its Grams are written.
 
-        A kill costs the wave.
+        Each rank holds those of its own units. A kill costs the wave.
         """
-        store = self.store
+        store, ranks = self.store, self.ranks
         factored = [name for name in names if store.rows.representation(name) == "factors"]
         alone = all(store.gram_members[key] == [key] for key in store.grams.keys_of(names))
         kind = DeviceSink if store.run.hold == "device" else MemorySink
@@ -98,13 +98,19 @@ class Collection:
             parameters=names,
             columns=store.parameters,
             every_norm=not alone,
+            own=share_of(store.units, ranks.index, ranks.count),
         )
-        forget_wave(store, index)
+        if self.sharded:  # rows of batches that are only gone along with must not stay
+            sink.through_units()
+        ranks.wait("for the wave")
+        if ranks.is_main:
+            forget_wave(store, index)
+        ranks.wait("for the beginning of the wave")
         wave = self._wave(index, names, sink)
         self.producer.begin(wave)
         try:
-            self._pass(sink, wave, title, "for the other ranks' gradients")
-            reduce_held(store, index, sink, products, progress=self.progress)
+            self._pass(sink, wave, title, "for the other ranks' gradients", fixed=True)
+            reduce_held(store, index, sink, products, ranks, progress=self.progress)
         except torch.cuda.OutOfMemoryError as error:
             raise CapacityError(
                 f"{title}: {self.producer.device} ran out of memory: {first_line(error)} A run's layout does not "
@@ -137,10 +143,13 @@ class Collection:
         todo = tuple(batch for unit in sink.todo() for batch in self.batches.of(unit))
         return Wave(index, tuple(names), self.batches, todo)
 
-    def _pass(self, sink: GradientSink, wave: Wave, title: str, waiting: str) -> None:
-        """Take the units that this rank claims; with sharded weights, go along with the other ranks' batches too."""
+    def _pass(self, sink: GradientSink, wave: Wave, title: str, waiting: str, *, fixed: bool = False) -> None:
+        """Take the units that this rank claims, or its fixed share of them.
+
+        With sharded weights, go along with the other ranks' batches too.
+        """
         config, ranks = self.config, self.ranks
-        claims = Claims(ranks, title, sink.todo(), self.store.units, together=self.sharded)
+        claims = Claims(ranks, title, sink.todo(), self.store.units, together=self.sharded or fixed)
         guarded = (list(sink.parameters), config.guard_every, config.seed)
         guard: Guard = OwnGuard(self.producer, self.batches, *guarded)
         if self.sharded:

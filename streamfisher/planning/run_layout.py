@@ -222,12 +222,13 @@ def _cut_and_hold(
         raise ConfigError("hold='device': the model is not on a CUDA device; --hold host holds gradients in memory.")
     places = {"disk": (sizes, limits)}
     if needs_disk is None:
-        places = {"host": (sizes.in_memory(), limits_in_memory(limits.memory, limits.memory_why)), **places}
+        held, joined = _of_one_rank(sizes, config, world_size())
+        places = {"host": (held, limits_in_memory(limits.memory, limits.memory_why, joined)), **places}
         if device_memory is not None:
             on_device = int(DEVICE_SHARE * (device_memory - 3 * 8 * sizes.n_samples**2))  # beside a sum of products
             why = _why(config.device_memory_budget, "--device-memory-budget", "what is free on the device")
             places = {
-                "device": (sizes.in_memory(), WaveLimits(on_device, limits.memory, why, place="on the device")),
+                "device": (held, WaveLimits(on_device - joined, limits.memory, why, place="on the device")),
                 **places,
             }
     if config.hold != "auto":
@@ -250,15 +251,29 @@ def _cut_and_hold(
     return best
 
 
-def limits_in_memory(memory: int, why: str) -> WaveLimits:
+def _of_one_rank(sizes: WaveSizes, config: SpectralConfig, count: int) -> tuple[WaveSizes, int]:
+    """Return the sizes of what one of several ranks holds, and the bytes of one Gram's gradients of all samples.
+
+    The latter it gets from the others beside what it holds, once as they come and once as they are multiplied.
+    """
+    if count == 1:
+        return sizes.in_memory(), 0
+    own = sum(map(len, make_units(sizes.n_samples, config.chunk_size)[::count]))
+    whole = sizes.in_memory()
+    of_grams = gram_keys(list(sizes.shapes), config.gram_per).values()
+    return sizes.in_memory(own), 2 * max((whole.of(names).disk for names in of_grams), default=0)
+
+
+def limits_in_memory(memory: int, why: str, joined: int = 0) -> WaveLimits:
     """Return what a wave may take whose gradients are held in memory.
 
     Args:
         memory: bytes for gradients, the pass and the reduction.
         why: what sets that limit, for messages.
+        joined: bytes of what comes from other ranks for one Gram.
     """
     room = int(HOST_SHARE * memory)
-    return WaveLimits(room, memory - room, why, why, place="in memory")
+    return WaveLimits(room - joined, memory - room, why, why, place="in memory")
 
 
 def held_on_disk_for(config: SpectralConfig, keep: Sequence[str], n_samples: int, memory: int) -> str | None:
@@ -276,8 +291,6 @@ def held_on_disk_for(config: SpectralConfig, keep: Sequence[str], n_samples: int
         return "they are asked for as a store would hold them (store_centered, store_dtype, bitround)"
     if config.max_params_per_block is not None:
         return "Grams of drawn columns (max_params_per_block) are of stored rows"
-    if world_size() > 1:
-        return "several ranks have parts of them, which meet on the disk"
     if _by_tiles(n_samples, memory):
         return f"Grams of {n_samples} samples, which are larger than the memory, are built by tiles of stored rows"
     return None

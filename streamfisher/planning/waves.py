@@ -74,12 +74,16 @@ class WaveSizes:
         self.n_samples, self.unit_rows, self.batch_samples = n_samples, unit_rows, batch_samples
         self.row_itemsize, self.stored_itemsize = row_itemsize, stored_itemsize
 
-    def in_memory(self) -> WaveSizes:
-        """Return the sizes where gradients are held in memory, in the dtype in which they are formed."""
+    def in_memory(self, n_samples: int | None = None) -> WaveSizes:
+        """Return the sizes where gradients are held in memory, in the dtype in which they are formed.
+
+        Args:
+            n_samples: whose gradients are held; `None`: of all.
+        """
         return WaveSizes(
             list(self.shapes.values()),
             self.chosen,
-            n_samples=self.n_samples,
+            n_samples=n_samples or self.n_samples,
             unit_rows=0,
             batch_samples=self.batch_samples,
             row_itemsize=self.row_itemsize,

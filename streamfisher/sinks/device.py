@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from streamfisher.data.batches import BatchRef, Unit
 from streamfisher.gradients.factors import FactorPair
 from streamfisher.gradients.producer import BatchGradients, GradientProducer
-from streamfisher.sinks.memory import MemorySink
+from streamfisher.runtime.exchange import Parcel
+from streamfisher.sinks.memory import MemorySink, joined_segments
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,11 @@ class DeviceSink(MemorySink):
         parameters: Sequence[str] | None = None,
         columns: Mapping[str, int] | None = None,
         every_norm: bool = False,
+        own: Sequence[Unit] | None = None,
     ) -> None:
-        super().__init__(producer, units, factored, parameters=parameters, columns=columns, every_norm=every_norm)
+        super().__init__(
+            producer, units, factored, parameters=parameters, columns=columns, every_norm=every_norm, own=own
+        )
         self._pairs: dict[str, list[PlacedPair]] = {name: [] for name in self.factored}
 
     def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
@@ -102,15 +107,29 @@ class DeviceSink(MemorySink):
 
     def held(self) -> DeviceGradients:
         """Return what is held, of all samples; gradients of skipped samples are zero."""
-        for number in self.skipped:
-            for values in self._rows.values():
-                values[number].zero_()
-        infos = self._producer.parameters
-        return DeviceGradients(
-            dict(self._rows),
-            {name: sorted(pairs, key=lambda pair: pair.start) for name, pairs in self._pairs.items()},
-            {name: infos[name].shape for name in self.parameters},
-            self.n_samples,
-            self._producer.row_dtype,
-            self._producer.device,
-        )
+        self._zero_skipped()
+        pairs = {name: sorted(pairs, key=lambda pair: pair.start) for name, pairs in self._pairs.items()}
+        return self._gradients(dict(self._rows), pairs, self.parameters)
+
+    def _add_factors(self, segments: Mapping[str, list[list[Any]]], tensors: dict[str, Tensor]) -> None:
+        keys: dict[int, str] = {}
+        for name, found in segments.items():
+            for pair in self._pairs[name]:
+                sides = [keys.setdefault(id(side), str(len(keys))) for side in (pair.left, pair.right)]
+                tensors |= dict(zip(sides, (pair.left, pair.right), strict=True))
+                found.append([pair.start, [], *sides])
+
+    def joined(self, parcels: Sequence[Parcel], names: Sequence[str]) -> DeviceGradients:
+        """Return the gradients of all samples of some parameters from the parts of all ranks, as `held` does."""
+        pairs = {
+            name: [PlacedPair(left, right, start) for start, _, left, right in joined_segments(parcels, name)]
+            for name in names
+            if name in self.factored
+        }
+        return self._gradients(self._joined_rows(parcels, names), pairs, names)
+
+    def _gradients(
+        self, rows: Mapping[str, Tensor], pairs: Mapping[str, Sequence[PlacedPair]], names: Sequence[str]
+    ) -> DeviceGradients:
+        device, row_dtype = self._producer.device, self._producer.row_dtype
+        return DeviceGradients(rows, pairs, self._shapes(names), self.n_samples, row_dtype, device)

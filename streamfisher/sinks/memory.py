@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from streamfisher.data.batches import BatchRef, Unit
 from streamfisher.gradients.factors import BatchFactors, matrix_shape, on_host, pack
 from streamfisher.gradients.norms import batch_norms, squared_norms_of
 from streamfisher.gradients.producer import Asked, BatchGradients, GradientProducer
+from streamfisher.runtime.exchange import Parcel
 from streamfisher.sinks.interface import UnitFacts
 from streamfisher.sinks.unit_rows import UnitRows
 from streamfisher.store.factors import FactorSegment, columns_of_segments
@@ -135,6 +136,7 @@ class MemorySink:
         parameters: whose gradients are taken; `None`: all that the producer captures.
         columns: numbers of a row, where rows are projected.
         every_norm: find the norms of factors too, which take about as long as their products.
+        own: units that this rank takes, whose gradients it holds; `None`: all.
     """
 
     _through_host = True  # what is made on a device is copied from there, a unit at a time
@@ -148,9 +150,16 @@ class MemorySink:
         parameters: Sequence[str] | None = None,
         columns: Mapping[str, int] | None = None,
         every_norm: bool = False,
+        own: Sequence[Unit] | None = None,
     ) -> None:
         self.units = list(units)
+        self.own = self.units if own is None else list(own)
         self.n_samples = self.units[-1].stop
+        self._first: dict[int, int] = {}  # unit -> the place of its first row in what is held
+        self._n_held = 0
+        for unit in self.own:
+            self._first[unit.index] = self._n_held
+            self._n_held += len(unit)
         names = list(producer.parameters if parameters is None else parameters)
         self.dense = [name for name in names if name not in factored]
         self.factored = [name for name in names if name in factored]
@@ -159,7 +168,7 @@ class MemorySink:
         self.skipped: dict[int, str] = {}
         self.n_targets = 0  # of the valid samples
         self._producer = producer
-        self._rows: dict[str, Tensor] = {}  # (N, P_k) each
+        self._rows: dict[str, Tensor] = {}  # (n, P_k) each, of the n samples of its units
         self._factors: list[tuple[BatchRef, BatchFactors]] = []
         self._arriving: UnitRows | None = None
         if self._through_host and producer.device.type != "cpu":
@@ -188,8 +197,10 @@ class MemorySink:
         if self._arriving is not None:
             return Asked(self._arriving.of_batch(batch), self.factored)
         if self.dense and not self._rows:
-            self._rows = self._producer.allocate(self.n_samples, self.dense, self._widths)
-        return Asked({name: values[batch.start : batch.stop] for name, values in self._rows.items()}, self.factored)
+            self._rows = self._producer.allocate(self._n_held, self.dense, self._widths)
+        first = self._first[batch.unit.index] + batch.start - batch.unit.start
+        rows = {name: values[first : first + len(batch)] for name, values in self._rows.items()}
+        return Asked(rows, self.factored)
 
     def norms(self, gradients: BatchGradients, n_samples: int) -> dict[str, np.ndarray]:
         """Return squared norms of the rows; of factors, which their Grams tell, only whether they are finite."""
@@ -220,8 +231,10 @@ class MemorySink:
         if self._arriving is not None:
             for name, values in self._arriving.of_unit(unit, facts.skipped).items():
                 if name not in self._rows:
-                    self._rows[name] = torch.empty(self.n_samples, values.shape[1], dtype=values.dtype)
-                self._rows[name][unit.start : unit.stop] = values
+                    shape = (self._n_held, values.shape[1])
+                    self._rows[name] = torch.empty(shape, dtype=values.dtype, device=self.home)
+                first = self._first[unit.index]
+                self._rows[name][first : first + len(unit)] = values
         rows = sum(len(unit) * values.shape[1] * values.itemsize for values in self._rows.values())
         return rows + self._factor_bytes(unit)
 
@@ -229,6 +242,69 @@ class MemorySink:
         """Return the bytes of the factors of a unit."""
         of_unit = [packed.tensors.values() for batch, packed in self._factors if batch.unit == unit]
         return sum(side.nbytes for sides in of_unit for side in sides)
+
+    @property
+    def home(self) -> torch.device:
+        """Where the gradients are."""
+        return torch.device("cpu") if self._through_host else self._producer.device
+
+    def _zero_skipped(self) -> None:
+        """Let the rows of skipped samples be zero, which they are where they came by units."""
+        if self._arriving is None:
+            for unit in self.own:
+                for number in self.skipped:
+                    if unit.start <= number < unit.stop:
+                        for values in self._rows.values():
+                            values[self._first[unit.index] + number - unit.start].zero_()
+
+    def part(self, names: Sequence[str]) -> Parcel:
+        """Return what this rank holds of some parameters, as it goes to another rank."""
+        self._zero_skipped()
+        tensors = {f"rows {name}": self._rows[name] for name in names if name in self._rows}
+        segments: dict[str, list[list[Any]]] = {name: [] for name in names if name in self.factored}
+        self._add_factors(segments, tensors)
+        return Parcel(tensors, {"units": [unit.index for unit in self.own], "segments": segments})
+
+    def _add_factors(self, segments: Mapping[str, list[list[Any]]], tensors: dict[str, Tensor]) -> None:
+        for batch, packed in self._factors:
+            for name, found in segments.items():
+                for sides in packed.pairs.get(name, ()):
+                    keys = [f"{batch.start} {side}" for side in sides]
+                    tensors |= {key: packed.tensors[side] for key, side in zip(keys, sides, strict=True)}
+                    found.append([batch.start, list(packed.lengths[sides[0]]), *keys])
+
+    def joined(self, parcels: Sequence[Parcel], names: Sequence[str]) -> Any:
+        """Return the gradients of all samples of some parameters from the parts of all ranks, as `held` does."""
+        return MemoryGradients(
+            {name: values.numpy() for name, values in self._joined_rows(parcels, names).items()},
+            {
+                name: [
+                    FactorSegment(start, tuple(lengths), HeldSide(left), HeldSide(right))
+                    for start, lengths, left, right in joined_segments(parcels, name)
+                ]
+                for name in names
+                if name in self.factored
+            },
+            self._shapes(names),
+            self.n_samples,
+            self._producer.row_dtype,
+        )
+
+    def _joined_rows(self, parcels: Sequence[Parcel], names: Sequence[str]) -> dict[str, Tensor]:
+        rows: dict[str, Tensor] = {}
+        for name in names:
+            for parcel in parcels:
+                part = parcel.tensors.get(f"rows {name}")
+                if part is None:
+                    continue
+                if name not in rows:
+                    rows[name] = part.new_empty(self.n_samples, part.shape[1])
+                for unit in (self.units[index] for index in parcel.note["units"]):
+                    rows[name][unit.start : unit.stop], part = part[: len(unit)], part[len(unit) :]
+        return rows
+
+    def _shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
+        return {name: self._producer.parameters[name].shape for name in names}
 
     def held(self) -> Any:
         """Return the gradients of all samples, those of skipped samples zero, as the reduction takes them."""
@@ -238,11 +314,8 @@ class MemorySink:
         """Return the gradients of the valid samples, or of all: those of skipped samples are zero then."""
         skipped = set() if all_samples else set(self.skipped)
         valid = [number for number in range(self.n_samples) if number not in skipped]
+        self._zero_skipped()
         rows = {name: values[valid] if skipped else values for name, values in self._rows.items()}
-        if all_samples and self._arriving is None:
-            for number in self.skipped:
-                for values in rows.values():
-                    values[number].zero_()
         factors: dict[str, list[FactorSegment]] = {name: [] for name in self.factored}
         place = {number: index for index, number in enumerate(valid)}
         for batch, packed in sorted(self._factors, key=lambda pair: pair[0]):
@@ -255,7 +328,17 @@ class MemorySink:
                     lengths = tuple(packed.lengths[left][offset] for offset in kept)
                     start = place[batch.start + kept[0]]
                     factors[name].append(FactorSegment(start, lengths, sides[left], sides[right]))
-        infos = self._producer.parameters
-        shapes = {name: infos[name].shape for name in self.parameters}
         arrays = {name: values.numpy() for name, values in rows.items()}
-        return MemoryGradients(arrays, factors, shapes, len(valid), self._producer.row_dtype)
+        return MemoryGradients(arrays, factors, self._shapes(self.parameters), len(valid), self._producer.row_dtype)
+
+
+def joined_segments(parcels: Sequence[Parcel], name: str) -> list[tuple[int, list[int], Tensor, Tensor]]:
+    """Return (first sample, positions of each sample, L, R) of every use of a parameter, in the order of the samples.
+
+    Uses of one batch stay in the order in which its rank gave them.
+    """
+    found = [(parcel, *segment) for parcel in parcels for segment in parcel.note["segments"].get(name, ())]
+    return [
+        (start, lengths, parcel.tensors[left], parcel.tensors[right])
+        for parcel, start, lengths, left, right in sorted(found, key=lambda entry: entry[1])
+    ]
