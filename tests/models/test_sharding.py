@@ -78,7 +78,14 @@ def guard_always(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("start", "options"), [(launch, []), (forked, ["--store-centered"])], ids=["by torchrun", "forked, centered"]
+    ("start", "options"),
+    [
+        (launch, []),
+        (forked, ["--store-centered"]),
+        (forked, ["--keep-gradients", "none", "--hold", "host"]),
+        (forked, ["--keep-gradients", "none", "--hold", "host", "--representation", "dense"]),
+    ],
+    ids=["by torchrun", "forked, centered", "factors held by their ranks", "rows held by their ranks"],
 )
 def test_two_ranks_with_sharded_weights_give_the_bytes_of_one(start, options, guard_always, tmp_path):
     plain, sharded = tmp_path / "plain.zarr", tmp_path / "sharded.zarr"
