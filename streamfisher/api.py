@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from streamfisher.analysis.run import StoredRun
 from streamfisher.collection.collect import collect_gradients
+from streamfisher.collection.eigenvector_pass import eigenvectors_by_pass
 from streamfisher.config import SpectralConfig
+from streamfisher.errors import ConfigError
 from streamfisher.models.weights import Resident
 from streamfisher.runtime.paths import expanded
+from streamfisher.store.eigenvectors import Eigenvectors
 
 
 class Run(StoredRun):
@@ -40,6 +43,57 @@ class Run(StoredRun):
             RunMismatchError: model or first samples are not those of the run, or its rows are stored centered.
         """
         return collect(model, samples, self.path, config=self.config, loss=loss, n_samples=n_samples, progress=progress)
+
+    def eigenvectors(
+        self,
+        block: str,
+        top: int = 20,
+        center: bool | None = None,
+        *,
+        model: nn.Module | None = None,
+        data: Any = None,
+        loss: Callable[..., Any] | None = None,
+        block_structure: str | Mapping[str, str] | None = None,
+        overwrite: bool = False,
+        progress: bool = False,
+        **options: Any,
+    ) -> Eigenvectors:
+        """Return the leading eigenvectors of a block in parameter space, computed where they are not stored yet.
+
+        Args:
+            block: its key, for example `layer_3`.
+            top: how many.
+            center: of the covariance instead of the Fisher.
+            model: the one the run was made with, where its gradients were not kept: they are formed again.
+            data: all samples of the run, with `model`.
+            loss: the same as when the run was made, with `model`.
+            block_structure: see `block_grams`.
+            overwrite: replace those that are stored with another `top` or other samples.
+            progress: show a bar.
+            options: of `block_grams`: samples, weights, normalization; and `config`.
+
+        Raises:
+            ConfigError: there is no such block, it has fewer than `top` eigenvalues above its noise floor, or model
+                and data are not given together.
+            RunError: the gradients were deleted and no model is given, or other eigenvectors are there.
+            RunMismatchError: model, data or loss are not those of the run.
+        """
+        if (model is None) != (data is None):
+            raise ConfigError("eigenvectors by a pass take both model= and data=, those that the run was made with.")
+        if model is None or data is None:
+            return super().eigenvectors(
+                block,
+                top,
+                center,
+                block_structure=block_structure,
+                overwrite=overwrite,
+                progress=progress,
+                **options,
+            )
+        found = self.grams_of_eigenvectors(block_structure, center, **options)
+        return eigenvectors_by_pass(
+            self, found, block, top, model, data, loss=loss, overwrite=overwrite, progress=progress
+        )
 
 
 def collect(

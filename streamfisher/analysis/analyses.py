@@ -315,6 +315,19 @@ class Analyses:
         """Return the normalised inner products of the blocks' Grams, see `alignment`; options as in `block_grams`."""
         return align(self.block_grams(block_structure, center, **options))
 
+    def grams_of_eigenvectors(
+        self, block_structure: str | Mapping[str, str] | None = None, center: bool | None = None, **options: Any
+    ) -> BlockGrams:
+        """Return the Grams that eigenvectors are made from: exact ones, which the run holds.
+
+        Raises:
+            RunError: gradients are projected, columns are drawn, or the stored Grams were made with other settings.
+        """
+        config = options.get("config") or self.config
+        self.require_exact("eigenvectors", config)
+        self._require_stored(config)
+        return self.block_grams(block_structure, center, **options)
+
     def eigenvectors(
         self,
         block: str,
@@ -340,8 +353,5 @@ class Analyses:
         Raises:
             StreamfisherError: as `eigenvectors.compute_eigenvectors`.
         """
-        config = options.get("config") or self.config
-        self.require_exact("eigenvectors", config)
-        self._require_stored(config)
-        found = self.block_grams(block_structure, center, **options)
+        found = self.grams_of_eigenvectors(block_structure, center, **options)
         return compute_eigenvectors(self.store, found, block, top, overwrite=overwrite, progress=progress)

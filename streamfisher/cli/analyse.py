@@ -6,7 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from streamfisher.cli.arguments import ANALYSIS, add_options
+from streamfisher.cli.arguments import ANALYSIS, add_model_options, add_options
+from streamfisher.cli.collect import load_what_it_was_made_with
 from streamfisher.cli.options import read_run_options
 from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.cli.selection import add_selection_options, check_target, selection_options
@@ -24,6 +25,8 @@ def add_commands(add: AddCommand) -> None:
     eigenvectors.add_argument("--top", type=int, default=20, help="how many (default: %(default)s)")
     eigenvectors.add_argument("--out", default=None, metavar="FILE.safetensors", help="copy them into this file")
     eigenvectors.add_argument("--overwrite", action="store_true", help="replace those stored with other options")
+    purpose = "where gradients were not kept: as the run was given it"
+    add_model_options(eigenvectors, "a pass with the model", purpose)
     add_options(eigenvectors, *ANALYSIS)
 
     density = add("density", _density)
@@ -58,10 +61,16 @@ def _eigenvectors(arguments: argparse.Namespace) -> int:
     options = read_run_options(arguments, base=run.config)
     if arguments.out:
         check_target(Path(arguments.out), (".safetensors",))
+    model, data = None, None
+    if arguments.model is not None:
+        usage = "streamfisher eigenvectors RUN.zarr MODEL DATA --block BLOCK"
+        model, data = load_what_it_was_made_with(run, arguments, usage)
     found = run.eigenvectors(
         arguments.block,
         arguments.top,
         options.centers[0],
+        model=model,
+        data=data,
         block_structure=options.structures[0],
         overwrite=arguments.overwrite,
         config=options.analysis_config(run.config),

@@ -67,9 +67,7 @@ def add_collection_options(parser: argparse.ArgumentParser) -> None:
 
 def add_deep_options(parser: argparse.ArgumentParser) -> None:
     """Add what `verify --deep` takes: how many samples, and the model and data that the run was made with."""
-    for place in ("model", "data"):
-        parser.add_argument(place, metavar=place.upper(), nargs="?", help="for --deep: as the run was given it")
-    group = parser.add_argument_group("deep")
+    group = add_model_options(parser, "deep", "for --deep: as the run was given it")
     group.add_argument(
         "--deep",
         type=int,
@@ -78,8 +76,16 @@ def add_deep_options(parser: argparse.ArgumentParser) -> None:
         help="compute the gradients of K random samples again with the model, and compare",
     )
     group.add_argument("--seed", type=int, default=0, help="of the choice of samples (default: %(default)s)")
+
+
+def add_model_options(parser: argparse.ArgumentParser, title: str, purpose: str) -> argparse._ArgumentGroup:
+    """Add the model and data that a run was made with, where gradients are formed again; return their group."""
+    for place in ("model", "data"):
+        parser.add_argument(place, metavar=place.upper(), nargs="?", help=purpose)
+    group = parser.add_argument_group(title)
     add_option(group, "field")
     add_option(group, "tokenizer_spec", help="as the run was given it (default: the model's own)")
     add_option(group, "device", help="auto, cpu, cuda, cuda:1 (default: that of the run)")
     add_option(group, "device_map", help="spread a large model, as for `run`")
     add_option(group, "trust_remote_code")
+    return group

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from streamfisher.cli.options import RunOptions, read_run_options
+from streamfisher.cli.options import RunOptions, read_model_options, read_run_options
 from streamfisher.cli.output import analyse, print_info
 from streamfisher.cli.plan import announce_plan
 from streamfisher.runtime.dask_pool import dask_client
@@ -118,3 +118,37 @@ def _loaded(options: RunOptions, config: Any, device: Any) -> Any:
         offload_folder=options.offload_folder or f"{options.out}.offload",
         sharded=options.fsdp,
     )
+
+
+def load_what_it_was_made_with(run: Any, arguments: argparse.Namespace, usage: str) -> tuple[Any, Any]:
+    """Load the model and the data of a run, where gradients are formed again.
+
+    They are never taken from the manifest: a run from elsewhere must not choose what is loaded.
+
+    Args:
+        run: open.
+        arguments: parsed, with MODEL and DATA.
+        usage: how the command is to be given, for the message.
+
+    Raises:
+        ConfigError: model or data are missing, or cannot be loaded.
+    """
+    from streamfisher.data.loading import load_samples
+    from streamfisher.models.loading import pick_device
+    from streamfisher.runtime.ranks import start_ranks
+
+    options = read_model_options(arguments, run.config, usage)
+    config = options.config
+    device = (
+        start_ranks(cpu=False, timeout=config.rank_timeout).device
+        if config.device == "auto"
+        else pick_device(config.device)
+    )
+    source = load_samples(
+        options.data,
+        tokenize=options.tokenizer(),
+        field=options.field,
+        max_length=config.max_length,
+        n_samples=run.manifest.data.get("n_sequences", run.n_samples),
+    )
+    return _loaded(options, config, device), source

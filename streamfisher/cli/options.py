@@ -197,7 +197,7 @@ def read_run_options(arguments: argparse.Namespace, base: SpectralConfig | None 
         ConfigError: an option is unknown, missing or has a value that cannot be used.
     """
     base = base or SpectralConfig()
-    collects = "model" in vars(arguments)
+    collects = "config" in vars(arguments)
     given = {name: value for name, value in vars(arguments).items() if value is not None and name in OPTIONS}
     if not collects:
         given.pop("samples", None)  # there it is a slice of a stored run
@@ -229,21 +229,28 @@ def _from_file(path: str) -> dict[str, Any]:
     return {fields[key]: value for key, value in values.items()}
 
 
-def read_deep_options(arguments: argparse.Namespace, base: SpectralConfig) -> RunOptions:
-    """Return model and data of `verify --deep`, with the settings of the run.
+def check_deep(count: int) -> None:
+    """Refuse a number of samples that `verify --deep` cannot compare.
+
+    Raises:
+        ConfigError: it is less than 1.
+    """
+    _at_least(1, "compare at least 1 sample").check("deep", count)
+
+
+def read_model_options(arguments: argparse.Namespace, base: SpectralConfig, usage: str) -> RunOptions:
+    """Return the model and data that a run was made with, and its settings.
 
     Args:
         arguments: parsed.
         base: the run's config; of it only the device may be another.
+        usage: how the command is to be given, for the message.
 
     Raises:
         ConfigError: model or data are missing, or a value cannot be used.
     """
-    _at_least(1, "compare at least 1 sample").check("deep", arguments.deep)
     for name in ("model", "data"):
         if not getattr(arguments, name):
-            raise ConfigError(
-                f"{name.upper()} is missing: streamfisher verify RUN.zarr MODEL DATA --deep {arguments.deep}"
-            )
+            raise ConfigError(f"{name.upper()} is missing: {usage}")
     given = {name: value for name, value in vars(arguments).items() if name in RUN_OPTIONS and value is not None}
     return RunOptions(config=base if arguments.device is None else base.replace(device=arguments.device), **given)

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from streamfisher.cli.collect import _loaded
-from streamfisher.cli.options import read_deep_options
+from streamfisher.cli.collect import load_what_it_was_made_with
+from streamfisher.cli.options import check_deep
 from streamfisher.runtime.printable import printable
 
 #: Exit code for a run that is intact and not finished.
@@ -69,29 +69,10 @@ def _what_now(run: Any, arguments: argparse.Namespace) -> str:
 
 
 def _deep(run: Any, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Load what `verify --deep` takes; nothing without it.
-
-    Model and data are never taken from the manifest: a run from elsewhere must not choose what is loaded.
-    """
+    """Load what `verify --deep` takes; nothing without it."""
     if arguments.deep is None:
         return {}
-    from streamfisher.data.loading import load_samples
-    from streamfisher.models.loading import pick_device
-    from streamfisher.runtime.ranks import start_ranks
-
-    options = read_deep_options(arguments, run.config)
-    config = options.config
-    device = (
-        start_ranks(cpu=False, timeout=config.rank_timeout).device
-        if config.device == "auto"
-        else pick_device(config.device)
-    )
-    source = load_samples(
-        options.data,
-        tokenize=options.tokenizer(),
-        field=options.field,
-        max_length=config.max_length,
-        n_samples=run.manifest.data.get("n_sequences", run.n_samples),
-    )
-    model = _loaded(options, config, device)
+    check_deep(arguments.deep)
+    usage = f"streamfisher verify RUN.zarr MODEL DATA --deep {arguments.deep}"
+    model, source = load_what_it_was_made_with(run, arguments, usage)
     return {"deep": arguments.deep, "model": model, "samples": source, "seed": arguments.seed}

@@ -63,8 +63,9 @@ class KeptGradients:
         """
         if self.is_deleted(name):
             raise RunError(
-                f"{self.run}: the gradients of {name} were deleted after its Gram was built, to stay within the disk "
-                "budget. What needs rows needs a run with --keep-gradients all, or with a pattern that matches it."
+                f"{self.run}: the gradients of {name} were not kept after its Gram was built. Eigenvectors are made by "
+                "one more pass with the model, `streamfisher eigenvectors RUN.zarr MODEL DATA --block ...`; what else "
+                "needs rows needs a run with --keep-gradients all, or with a pattern that matches it."
             )
 
 

@@ -14,21 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from streamfisher.analysis.run import StoredRun
-from streamfisher.byte_sizes import parse_bytes
-from streamfisher.collection.prepare import make_manifest
-from streamfisher.collection.producers import model_producer
-from streamfisher.collection.resume import stored_routes
-from streamfisher.collection.survey import survey
+from streamfisher.collection.with_model import with_model
 from streamfisher.config import parse_dtype
-from streamfisher.errors import ConfigError, CorruptRunError, RunError, RunMismatchError
+from streamfisher.errors import ConfigError, CorruptRunError, RunError
 from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.factors import FactorPair, product
-from streamfisher.gradients.state import without_packing
 from streamfisher.models.batches import ModelBatches
-from streamfisher.models.dtypes import in_dtype
-from streamfisher.runtime.caller_state import modes_of_its_own
-from streamfisher.runtime.determinism import deterministic
-from streamfisher.store import resume_differences
 from streamfisher.verification.problem import Problem
 
 #: Bytes of rows that are recomputed at a time, where one parameter alone does not take more.
@@ -39,7 +30,6 @@ _SLAB = 1 << 20
 _PRODUCTS = 1e-5
 
 
-@modes_of_its_own()
 def deep_problems(
     run: StoredRun,
     model: nn.Module,
@@ -63,27 +53,9 @@ def deep_problems(
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ConfigError(f"deep={count!r} must be a whole number of samples, at least 1.")
-    config, data = run.config, run.manifest.data
-    model = in_dtype(model, config.dtype_model)
     chosen = _draw(run, count, seed)
-    with deterministic(config.use_deterministic, config.seed), without_packing(model):
-        kept_apart = run.manifest.layout.get("kept_apart")
-        now = survey(model, samples, config, loss, data.get("n_sequences", data["n_samples"]), kept_apart)
-        with model_producer(model, now, config) as producer:
-            manifest = make_manifest(model, producer, now, config, None)
-            differences = resume_differences(run.manifest, manifest, now.samples.digest)
-            if differences:
-                raise RunMismatchError(
-                    f"{run.path} cannot be verified with these, because it was made otherwise:\n  - "
-                    + "\n  - ".join(differences)
-                    + "\nUse the same model, data and settings."
-                )
-            if config.stream == "none":
-                producer.apply_routes(stored_routes(run.store))
-            else:  # its routes are those of segments, and here the model is whole
-                producer.probe(None if config.memory_budget is None else parse_bytes(config.memory_budget))
-            batches = now.batches(model, config, run.store.batch_tokens, run.store.units)
-            return _DeepCheck(run, producer.engine, batches, chosen).problems()
+    with with_model(run, model, samples, loss, what="verified") as (engine, batches):
+        return _DeepCheck(run, engine, batches, chosen).problems()
 
 
 def _draw(run: StoredRun, count: int, seed: int) -> list[int]:

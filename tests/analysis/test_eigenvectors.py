@@ -11,6 +11,7 @@ from tiny_runs import PATTERNS, forget_last_unit, make_run, rows
 
 from streamfisher import demo
 from streamfisher.analysis import eigenvectors as module
+from streamfisher.analysis.eigenvector_job import EigenvectorJob
 from streamfisher.api import open_run
 from streamfisher.errors import ConfigError, CorruptRunError, DataError, RunError
 from streamfisher.store import open_eigenvectors
@@ -68,14 +69,14 @@ def test_float32_runs_are_orthonormal_to_1e_6_down_to_small_eigenvalues(tmp_path
 def test_a_kill_between_parameters_costs_only_what_is_not_marked(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run.zarr")
     run.build_grams()
-    original = module._Job.mark
+    original = EigenvectorJob.mark
 
     def killed(job, what, content):
         if what == "parameter-second.weight":
             raise KeyboardInterrupt
         original(job, what, content)
 
-    monkeypatch.setattr(module._Job, "mark", killed)
+    monkeypatch.setattr(EigenvectorJob, "mark", killed)
     with pytest.raises(KeyboardInterrupt):
         run.eigenvectors("global", 4, block_structure="none")
     monkeypatch.undo()
