@@ -92,9 +92,7 @@ def build_held_grams(
     members = {key: store.gram_members[key] for key in keys}
     if isinstance(source, DeviceGradients):
         return dict(map(sink, build_device_grams(source, config, members, progress=progress)))
-    built = dict(grams.build_grams(source, config, sink, keys=members, progress=progress))
-    give_back()
-    return built
+    return dict(grams.build_grams(source, config, sink, keys=members, progress=progress))
 
 
 @dataclass(frozen=True)
