@@ -19,11 +19,14 @@ from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError, ConfigError
 from streamfisher.results.analyses import SpectralDensity
-from streamfisher.results.spectrum import Spectrum
+from streamfisher.results.metrics import frobenius
+from streamfisher.results.spectrum import BlockSpectrum, Spectrum
 from streamfisher.runtime.determinism import one_thread
 from streamfisher.runtime.memory import working_memory
+from streamfisher.solving.blocksolver import empty_block, solved_block
 from streamfisher.solving.centering import uncenter
 from streamfisher.solving.density import spectral_density
+from streamfisher.solving.eigen import decompose
 from streamfisher.solving.lanczos import DenseOperator
 from streamfisher.solving.selection import Selection
 from streamfisher.solving.solve import Eigenproblem, RowPrecision, add, solve_blocks
@@ -145,7 +148,53 @@ class BlockGrams:
 
     def spectrum(self, top_k: int | None = None) -> Spectrum:
         """Solve every block, see `Run.spectrum`: in memory where the Grams fit, else by tiles."""
-        problem = Eigenproblem(
+        problem = self._problem(top_k)
+        if not fits_dense(self.n_stored, len(self.selection), self.config):
+            return solve_tiled(self.operator, problem)
+        return solve_blocks(
+            lambda name: self.selection.restrict(self.gram_of(name)), problem, small_side=self.small_side
+        )
+
+    def sample_space(self, key: str) -> SampleSpace:
+        """Return the matrix of a block with its eigenvectors, one entry of each for every selected sample.
+
+        Raises:
+            ConfigError: there is no such block.
+            CapacityError: it does not fit the memory.
+        """
+        if key not in self.blocks:
+            raise ConfigError(f"there is no block {key!r}; the blocks are {', '.join(self.blocks)}.")
+        n = len(self.selection)
+        require_memory(8 * (self.n_stored**2 + 7 * n**2), f"the eigenvectors of {n} samples", self.config)
+        problem, traces, K = self._problem(None), dict[str, float](), np.zeros((n, n))
+        for name in self.blocks[key]:
+            part = self.selection.restrict(self.gram_of(name))
+            traces[name] = problem.raw_trace(part.diagonal())
+            K += part
+        size = self.selection.scaled_trace(K) if self.center else 0.0
+        K = self.selection.scale(self.selection.center(K) if self.center else K)
+        n_params = sum(self.parameters[name] for name in self.blocks[key])
+        with one_thread(self.config.use_deterministic):
+            solved, vectors = decompose(K, size=size)
+        if n_params < 1:
+            return SampleSpace(empty_block(key, n, n_params), vectors[:, :0], K)
+        spectrum = solved_block(
+            key,
+            solved,
+            n_samples=n,
+            n_params=n_params,
+            top=min(n, n_params),
+            trace=float(np.trace(K)) / n,
+            norm=frobenius(K) / n,
+            config=self.config,
+            product=problem.product,
+            roundoff=problem.precision.roundoff,
+            raw=problem.raw_scale(self.blocks[key], traces),
+        )
+        return SampleSpace(spectrum, vectors[:, : len(spectrum.eigenvalues)], K)
+
+    def _problem(self, top_k: int | None) -> Eigenproblem:
+        return Eigenproblem(
             self.parameters,
             self.assignment,
             self.config,
@@ -157,10 +206,28 @@ class BlockGrams:
             self.single,
             self.layers,
         )
-        if not fits_dense(self.n_stored, len(self.selection), self.config):
-            return solve_tiled(self.operator, problem)
-        return solve_blocks(
-            lambda name: self.selection.restrict(self.gram_of(name)), problem, small_side=self.small_side
+
+
+@dataclass(frozen=True)
+class SampleSpace:
+    """A block's Fisher seen from the samples: `K / n = U diag(lambda) U^T`."""
+
+    spectrum: BlockSpectrum  # lambda, (r,), with its noise floor
+    vectors: np.ndarray  # U, (n, r) float64, orthonormal columns
+    K: np.ndarray  # (n, n) float64: of rows that are restricted, centered and weighted as was asked
+
+
+def require_memory(needed: int, what: str, config: SpectralConfig) -> None:
+    """Refuse what does not fit the memory budget.
+
+    Raises:
+        CapacityError: it says by how much, and what to do.
+    """
+    budget = working_memory(config.memory_budget)
+    if needed > budget:
+        raise CapacityError(
+            f"{what} need {format_bytes(needed)} in memory and the budget is {format_bytes(budget)}. Raise "
+            "--memory-budget, or take fewer samples (--samples)."
         )
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "density": "how many eigenvalues of a block lie where, by stochastic Lanczos quadrature",
     "compare": "two or more runs side by side",
     "export": "spectra and metrics in other programs' formats",
+    "samples": "which samples carry a block's eigenvectors, have leverage, are alike, or move its metrics",
     "info": "what a run holds and how far it is",
     "verify": "read everything and compare checksums",
 }

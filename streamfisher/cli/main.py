@@ -28,6 +28,7 @@ from streamfisher.cli.commands import add_command, top_parser
 from streamfisher.cli.options import read_run_options
 from streamfisher.cli.output import analyse, print_info, spectra_of
 from streamfisher.cli.plan import add_plan_command
+from streamfisher.cli.samples import add_sample_commands
 from streamfisher.cli.selection import add_selection_options, check_target, selection_options
 from streamfisher.cli.verify import verify_command
 from streamfisher.errors import CapacityError, ConfigError, RunError, StreamfisherError, first_line, no_memory
@@ -135,6 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_plan_command(lambda name, function: _command(commands, name, function))
     add_commands(lambda name, function: _command(commands, name, function))
+    add_sample_commands(lambda name, function: _command(commands, name, function))
     info = _command(commands, "info", _info)
     _add_run(info)
     info.add_argument("--watch", action="store_true", help="follow a run that another process writes, until it ends")

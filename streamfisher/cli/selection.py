@@ -24,8 +24,8 @@ _COMPARISONS = {
 _CONDITION = re.compile(r"^\s*([A-Za-z_]\w*)\s*(<=|>=|==|!=|<|>)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*$")
 
 
-def add_selection_options(parser: argparse.ArgumentParser) -> None:
-    """Add which samples of a stored run count, and how much."""
+def add_selection_options(parser: argparse.ArgumentParser, *, bootstrap: bool = True) -> None:
+    """Add which samples of a stored run count, and how much; and intervals, unless the command has none."""
     group = parser.add_argument_group("samples")
     group.add_argument(
         "--samples",
@@ -35,9 +35,10 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--weights", default=None, metavar="FILE.npy", help="one weight per sample of the run")
     group.add_argument("--normalize-by", default="samples", metavar="samples|tokens", help="default: samples")
-    group.add_argument(
-        "--bootstrap", type=int, default=0, metavar="R", help="intervals of all metrics from R resamples, e.g. 1000"
-    )
+    if bootstrap:
+        group.add_argument(
+            "--bootstrap", type=int, default=0, metavar="R", help="intervals of all metrics from R resamples, e.g. 1000"
+        )
     group.add_argument("--partial", action="store_true", help="analyse what an unfinished run has; marked as partial")
 
 
@@ -55,7 +56,7 @@ def selection_options(arguments: argparse.Namespace, n_samples: int, run: Stored
         "weights": None if arguments.weights is None else read_weights(arguments.weights),
         "normalization": arguments.normalize_by,
         "partial": arguments.partial,
-        "bootstrap": arguments.bootstrap,
+        **({"bootstrap": arguments.bootstrap} if "bootstrap" in arguments else {}),
     }
 
 

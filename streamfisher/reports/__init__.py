@@ -4,6 +4,7 @@ from streamfisher.reports.comparison import comparison_picture, comparison_table
 from streamfisher.reports.export import FORMATS, eigenvalue_table, metric_table, to_frame
 from streamfisher.reports.figures import picture
 from streamfisher.reports.page import html_report
+from streamfisher.reports.samples import export_samples, sample_table, samples_text
 from streamfisher.reports.text import table
 
 __all__ = [
@@ -13,9 +14,12 @@ __all__ = [
     "picture",
     "comparison_table",
     "comparison_picture",
+    "samples_text",
     # For other programs
     "FORMATS",
     "to_frame",
     "metric_table",
     "eigenvalue_table",
+    "sample_table",
+    "export_samples",
 ]

@@ -136,6 +136,32 @@ def export(
     raise ConfigError(f"--to {kind!r} is unknown; choose one of {', '.join(FORMATS)}.")
 
 
+def write_tables(tables: Mapping[str, Table], path: str | Path) -> list[Path]:
+    """Write tables as CSV or Parquet, by the suffix: the first to `path`, each other beside it as `NAME.KEY.SUFFIX`.
+
+    Args:
+        tables: what is in each -> itself.
+        path: of the first, ending in .csv or .parquet.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ConfigError: the suffix is neither.
+        MissingExtraError: pyarrow is needed for Parquet and not installed.
+    """
+    path = Path(path)
+    writers = {".csv": _write_csv, ".parquet": _write_parquet}
+    write = writers.get(path.suffix.lower())
+    if write is None:
+        raise ConfigError(f"{path}: the name of a table must end in {' or '.join(writers)}.")
+    files = []
+    for place, (key, table) in enumerate(tables.items()):
+        files.append(path if place == 0 else path.with_name(f"{path.stem}.{key}{path.suffix}"))
+        write(table, files[-1])
+    return files
+
+
 def _blocks(spectrum: Spectrum) -> list[BlockSpectrum]:
     blocks = list(spectrum.reached.values())
     return blocks if [block.name for block in blocks] == ["global"] else [*blocks, spectrum.global_]

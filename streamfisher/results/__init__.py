@@ -11,6 +11,7 @@ from streamfisher.results.metrics import (
     stable_rank,
 )
 from streamfisher.results.noise import noise_floor
+from streamfisher.results.samples import LeaveOneOut, SampleAnalysis
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum, write_spectra
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "SpectralDensity",
     "Comparison",
     "Overlap",
+    "SampleAnalysis",
+    "LeaveOneOut",
     # Metrics of eigenvalues
     "SCALAR_METRICS",
     "effective_rank",

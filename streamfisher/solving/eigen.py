@@ -64,6 +64,45 @@ def solve(
     scaled = np.ldexp(K, -exponent)
     values, solver, jitter = _solve_chain(scaled, dtype, device, regularization)
     values = np.ldexp(np.asarray(values, dtype=np.float64)[::-1], exponent)
+    return Eigenvalues(np.maximum(values, 0.0), solver, jitter, _most_negative(values, dtype, size))
+
+
+def decompose(K: np.ndarray, *, size: float = 0.0) -> tuple[Eigenvalues, np.ndarray]:
+    """Return all eigenvalues of `K` with their eigenvectors, in float64.
+
+    Args:
+        K: (n, n) float64, symmetric; n at least 1.
+        size: see `solve`.
+
+    Returns:
+        The eigenvalues, and the eigenvectors as the columns of (n, n) float64, in the same order.
+
+    Raises:
+        CorruptRunError: `K` is not finite, or has an eigenvalue so negative that it is no Gram matrix.
+    """
+    if not np.isfinite(K).all():
+        raise CorruptRunError("the matrix to be solved holds NaN or infinite values.")
+    scale = float(np.max(np.abs(K.diagonal())))
+    if scale == 0.0:
+        return Eigenvalues(np.zeros(len(K)), "zero", 0.0, 0.0), np.eye(len(K))
+    exponent = int(np.floor(np.log2(scale)))
+    scaled, solver = np.ldexp(K, -exponent), "lapack-syevd"
+    try:
+        values, vectors = np.linalg.eigh(scaled)
+    except np.linalg.LinAlgError:
+        solver = "torch-cpu"
+        values, vectors = (found.numpy() for found in torch.linalg.eigh(torch.from_numpy(scaled)))
+    values = np.ldexp(values[::-1], exponent)
+    most_negative = _most_negative(values, torch.float64, size)
+    return Eigenvalues(np.maximum(values, 0.0), solver, 0.0, most_negative), np.ascontiguousarray(vectors[:, ::-1])
+
+
+def _most_negative(values: np.ndarray, dtype: torch.dtype, size: float) -> float:
+    """Return the lowest of descending eigenvalues, relative to the largest or `size`; 0 where none is negative.
+
+    Raises:
+        CorruptRunError: it is no rounding.
+    """
     negative, of = min(float(values[-1]), 0.0), max(float(values[0]), size)
     if negative:
         negative = negative / of if of > 0 else -np.inf
@@ -74,7 +113,7 @@ def solve(
             f"the matrix has an eigenvalue of {negative:.1e} times {largest}: it is not the Gram of any gradients. "
             "`streamfisher verify` checks the run."
         )
-    return Eigenvalues(np.maximum(values, 0.0), solver, jitter, negative)
+    return negative
 
 
 def solve_leading(operator: lanczos.SymmetricOperator, k: int, *, seed: int = 42) -> Eigenvalues:

@@ -1,0 +1,91 @@
+"""Commands about the samples of a stored run. They read options, call, and print."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from streamfisher.cli.arguments import ANALYSIS, add_options
+from streamfisher.cli.options import RunOptions, read_run_options
+from streamfisher.cli.output import AddCommand, print_json
+from streamfisher.cli.selection import add_selection_options, check_target, selection_options
+from streamfisher.errors import ConfigError
+
+_SUFFIXES = (".csv", ".parquet", ".json")
+
+
+def add_sample_commands(add: AddCommand) -> None:
+    """Add the commands of this module."""
+    samples = add("samples", _samples)
+    samples.add_argument("run", metavar="RUN.zarr", help="the folder of a run")
+    samples.add_argument("--block", default="global", help="key of the block, for example layer_3 (default: all)")
+    samples.add_argument("--top", type=int, default=20, help="leading eigenvectors (default: %(default)s)")
+    samples.add_argument("--carriers", type=int, default=3, help="samples to name of each (default: %(default)s)")
+    samples.add_argument(
+        "--damping",
+        default=None,
+        metavar="A,B",
+        help="of leverage (default: lambda_1 times 1, 0.1, ...)",
+    )
+    samples.add_argument(
+        "--threshold", type=float, default=0.99, help="cosine from which gradients are alike (default: %(default)s)"
+    )
+    samples.add_argument("--out", default=None, metavar="FILE", help="all numbers to a .csv, .parquet or .json")
+    add_options(samples, *ANALYSIS)
+    add_selection_options(samples, bootstrap=False)
+
+
+def structure_option(arguments: argparse.Namespace, options: RunOptions) -> str | Mapping[str, str] | None:
+    """Return the block structure that was asked for; `None` where it was not: whole models need none."""
+    return None if arguments.structures is None else options.structures[0]
+
+
+def read_dampings(text: str | None) -> list[float] | None:
+    """Return the numbers of `--damping 1e-3,1e-2`.
+
+    Raises:
+        ConfigError: one is no number.
+    """
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--damping {text!r} must be numbers with commas, for example 1e-3,1e-2.") from None
+
+
+def print_files(files: Sequence[Path]) -> None:
+    """Say what was written."""
+    print("\n".join(f"Written: {path}" for path in files))
+
+
+def _samples(arguments: argparse.Namespace) -> int:
+    from streamfisher import open_run
+    from streamfisher.reports.samples import export_samples, samples_text
+
+    if arguments.carriers < 1:
+        raise ConfigError(f"--carriers {arguments.carriers}: name at least 1 sample.")
+    run = open_run(arguments.run)
+    options = read_run_options(arguments, base=run.config)
+    if arguments.out:
+        check_target(Path(arguments.out), _SUFFIXES)
+    found = run.samples(
+        arguments.block,
+        arguments.top,
+        options.centers[0],
+        block_structure=structure_option(arguments, options),
+        dampings=read_dampings(arguments.damping),
+        threshold=arguments.threshold,
+        **selection_options(arguments, run.n_samples, run),
+        config=options.analysis_config(run.config),
+        progress=not arguments.quiet,
+    )
+    files = export_samples(found, arguments.out) if arguments.out else []
+    if arguments.json:
+        print_json(found.to_dict(arguments.carriers))
+        return 0
+    print(samples_text(found, arguments.carriers))
+    if files:
+        print_files(files)
+    return 0
