@@ -26,7 +26,7 @@ from streamfisher.runtime.memory import working_memory
 from streamfisher.solving.blocksolver import empty_block, solved_block
 from streamfisher.solving.centering import uncenter
 from streamfisher.solving.density import spectral_density
-from streamfisher.solving.eigen import decompose
+from streamfisher.solving.eigen import Eigenvalues, decompose, solve_leading
 from streamfisher.solving.lanczos import DenseOperator
 from streamfisher.solving.selection import Selection
 from streamfisher.solving.solve import Eigenproblem, RowPrecision, add, solve_blocks
@@ -162,36 +162,62 @@ class BlockGrams:
             ConfigError: there is no such block.
             CapacityError: it does not fit the memory.
         """
+        matrix = self.matrix(key, needs=7)
+        n_params = sum(self.parameters[name] for name in self.blocks[key])
+        with one_thread(self.config.use_deterministic):
+            solved, vectors = decompose(matrix.K, size=matrix.size)
+        spectrum = self._solved(matrix, solved, min(len(matrix.K), n_params))
+        return SampleSpace(spectrum, vectors[:, : len(spectrum.eigenvalues)], matrix.K)
+
+    def matrix(self, key: str, *, needs: int) -> BlockMatrix:
+        """Return the matrix of a block over the selected samples, centered and weighted as was asked.
+
+        Args:
+            key: of the block.
+            needs: how many (n, n) matrices what is done with it holds, itself included.
+
+        Raises:
+            ConfigError: there is no such block.
+            CapacityError: they do not fit the memory.
+        """
         if key not in self.blocks:
             raise ConfigError(f"there is no block {key!r}; the blocks are {', '.join(self.blocks)}.")
         n = len(self.selection)
-        require_memory(8 * (self.n_stored**2 + 7 * n**2), f"the eigenvectors of {n} samples", self.config)
-        problem, traces, K = self._problem(None), dict[str, float](), np.zeros((n, n))
+        require_memory(8 * (self.n_stored**2 + needs * n**2), f"the eigenvectors of {n} samples", self.config)
+        problem, traces, raw = self._problem(None), dict[str, float](), np.zeros((n, n))
         for name in self.blocks[key]:
             part = self.selection.restrict(self.gram_of(name))
             traces[name] = problem.raw_trace(part.diagonal())
-            K += part
-        size = self.selection.scaled_trace(K) if self.center else 0.0
-        K = self.selection.scale(self.selection.center(K) if self.center else K)
-        n_params = sum(self.parameters[name] for name in self.blocks[key])
+            raw += part
+        size = self.selection.scaled_trace(raw) if self.center else 0.0
+        K = self.selection.scale(self.selection.center(raw) if self.center else raw)
+        return BlockMatrix(key, K, raw, size, traces)
+
+    def largest(self, matrix: BlockMatrix) -> BlockSpectrum:
+        """Return the largest eigenvalue, the trace and the noise floor of a block."""
         with one_thread(self.config.use_deterministic):
-            solved, vectors = decompose(K, size=size)
+            solved = solve_leading(DenseOperator(matrix.K), 1, seed=self.config.seed)
+        return self._solved(matrix, solved, 1)
+
+    def _solved(self, matrix: BlockMatrix, solved: Eigenvalues, top: int) -> BlockSpectrum:
+        """Say of eigenvalues of a block's matrix what they are as those of its Fisher."""
+        key, n, problem = matrix.key, len(matrix.K), self._problem(None)
+        n_params = sum(self.parameters[name] for name in self.blocks[key])
         if n_params < 1:
-            return SampleSpace(empty_block(key, n, n_params), vectors[:, :0], K)
-        spectrum = solved_block(
+            return empty_block(key, n, n_params)
+        return solved_block(
             key,
             solved,
             n_samples=n,
             n_params=n_params,
-            top=min(n, n_params),
-            trace=float(np.trace(K)) / n,
-            norm=frobenius(K) / n,
+            top=top,
+            trace=float(np.trace(matrix.K)) / n,
+            norm=frobenius(matrix.K) / n,
             config=self.config,
             product=problem.product,
             roundoff=problem.precision.roundoff,
-            raw=problem.raw_scale(self.blocks[key], traces),
+            raw=problem.raw_scale(self.blocks[key], matrix.traces),
         )
-        return SampleSpace(spectrum, vectors[:, : len(spectrum.eigenvalues)], K)
 
     def _problem(self, top_k: int | None) -> Eigenproblem:
         return Eigenproblem(
@@ -206,6 +232,17 @@ class BlockGrams:
             self.single,
             self.layers,
         )
+
+
+@dataclass(frozen=True)
+class BlockMatrix:
+    """A block over the selected samples, not solved."""
+
+    key: str
+    K: np.ndarray  # (n, n) float64: of rows that are restricted, centered and weighted as was asked
+    raw: np.ndarray  # (n, n) float64: of rows that are only restricted
+    size: float  # trace of K before centering; 0 where it is not centered
+    traces: Mapping[str, float]  # of the parameters' parts of F, before centering
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ class SampleAnalyses(Analyses):
             trace=spectrum.trace,
             noise_floor=spectrum.noise_floor,
             squared_norms=space.K.diagonal() / (weights * selection.factor),
+            masses=weights / selection.denominator,
             dampings=chosen,
             leverages=leverage_scores(space.vectors, spectrum.eigenvalues, chosen, spectrum.noise_floor)
             if len(chosen)

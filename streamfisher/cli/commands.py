@@ -26,6 +26,7 @@ COMMANDS = {
     "compare": "two or more runs side by side",
     "export": "spectra and metrics in other programs' formats",
     "samples": "which samples carry a block's eigenvectors, have leverage, are alike, or move its metrics",
+    "influence": "how the samples of a run act on queries: inner products, cosines, damped inverse-Fisher influence",
     "info": "what a run holds and how far it is",
     "verify": "read everything and compare checksums",
 }

@@ -9,10 +9,11 @@ from pathlib import Path
 from streamfisher.cli.arguments import ANALYSIS, add_options
 from streamfisher.cli.options import RunOptions, read_run_options
 from streamfisher.cli.output import AddCommand, print_json
-from streamfisher.cli.selection import add_selection_options, check_target, selection_options
+from streamfisher.cli.selection import add_selection_options, check_target, chosen_samples, selection_options
 from streamfisher.errors import ConfigError
 
 _SUFFIXES = (".csv", ".parquet", ".json")
+_SCORES = ("influence", "inner", "cosine")
 
 
 def add_sample_commands(add: AddCommand) -> None:
@@ -34,6 +35,26 @@ def add_sample_commands(add: AddCommand) -> None:
     samples.add_argument("--out", default=None, metavar="FILE", help="all numbers to a .csv, .parquet or .json")
     add_options(samples, *ANALYSIS)
     add_selection_options(samples, bootstrap=False)
+
+    influence = add("influence", _influence)
+    influence.add_argument("run", metavar="RUN.zarr", help="the folder of a run")
+    influence.add_argument(
+        "--queries",
+        required=True,
+        metavar="QUERIES.zarr|A:B|FILE",
+        help="another run of the same model; or samples of this one, as for --samples, which then do not train",
+    )
+    influence.add_argument("--damping", required=True, metavar="A,B", help="lambda, one or more, with commas")
+    influence.add_argument("--relative", action="store_true", help="dampings are times each block's mean eigenvalue")
+    influence.add_argument("--pseudo-inverse", action="store_true", help="let a damping of 0 leave out what is noise")
+    influence.add_argument("--block", default=None, help="of this block only (default: the sum over all)")
+    influence.add_argument("--score", default="influence", metavar="influence|inner|cosine", help="to rank by")
+    influence.add_argument("--top", type=int, default=10, help="samples at each end (default: %(default)s)")
+    influence.add_argument(
+        "--out", default=None, metavar="FILE", help="both ends to a .csv, .parquet or .json; all scores to an .npz"
+    )
+    add_options(influence, *ANALYSIS)
+    add_selection_options(influence, bootstrap=False)
 
 
 def structure_option(arguments: argparse.Namespace, options: RunOptions) -> str | Mapping[str, str] | None:
@@ -86,6 +107,41 @@ def _samples(arguments: argparse.Namespace) -> int:
         print_json(found.to_dict(arguments.carriers))
         return 0
     print(samples_text(found, arguments.carriers))
+    if files:
+        print_files(files)
+    return 0
+
+
+def _influence(arguments: argparse.Namespace) -> int:
+    from streamfisher import open_run
+    from streamfisher.reports.influence import export_influence, influence_text
+
+    if arguments.top < 1:
+        raise ConfigError(f"--top {arguments.top}: name at least 1 sample.")
+    if arguments.score not in _SCORES:
+        raise ConfigError(f"--score {arguments.score!r} is unknown; choose influence, inner or cosine.")
+    run = open_run(arguments.run)
+    options = read_run_options(arguments, base=run.config)
+    if arguments.out:
+        check_target(Path(arguments.out), (*_SUFFIXES, ".npz"))
+    another = arguments.queries.rstrip("/").endswith(".zarr") or Path(arguments.queries).is_dir()
+    found = run.influence(
+        Path(arguments.queries) if another else chosen_samples(arguments.queries, run, "--queries", least=1),
+        read_dampings(arguments.damping) or [],
+        arguments.block,
+        options.centers[0],
+        block_structure=structure_option(arguments, options),
+        relative=arguments.relative,
+        pseudo_inverse=arguments.pseudo_inverse,
+        **selection_options(arguments, run.n_samples, run),
+        config=options.analysis_config(run.config),
+        progress=not arguments.quiet,
+    )
+    files = export_influence(found, arguments.out, arguments.top, arguments.score) if arguments.out else []
+    if arguments.json:
+        print_json(found.to_dict(arguments.top, arguments.score))
+        return 0
+    print(influence_text(found, arguments.top, arguments.score))
     if files:
         print_files(files)
     return 0

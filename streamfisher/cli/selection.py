@@ -60,7 +60,25 @@ def selection_options(arguments: argparse.Namespace, n_samples: int, run: Stored
     }
 
 
-def where(run: StoredRun, condition: re.Match[str]) -> np.ndarray:
+def chosen_samples(text: str, run: StoredRun, option: str, *, least: int = 2) -> slice | np.ndarray | None:
+    """Return the samples of a run that an option names: a slice, a file of numbers or a mask, or a condition.
+
+    Args:
+        text: of the option.
+        run: of the samples.
+        option: its name, for messages.
+        least: how many samples it must select.
+
+    Raises:
+        ConfigError: the text has another form or selects fewer than `least`.
+    """
+    condition = _CONDITION.match(text)
+    if condition:
+        return where(run, condition, option, least=least)
+    return parse_samples(text, run.n_samples, option, least=least)
+
+
+def where(run: StoredRun, condition: re.Match[str], option: str = "--samples", *, least: int = 2) -> np.ndarray:
     """Return the mask, (N,) bool, of the samples that meet a condition such as `loss>3.5` or `label==2`.
 
     Raises:
@@ -69,33 +87,35 @@ def where(run: StoredRun, condition: re.Match[str]) -> np.ndarray:
     name, sign, number = condition.groups()
     fields = run.store.samples.fields()
     if name not in fields:
-        raise ConfigError(f"--samples {condition.string}: the run has no field {name!r}; it has {', '.join(fields)}.")
+        raise ConfigError(f"{option} {condition.string}: the run has no field {name!r}; it has {', '.join(fields)}.")
     mask = _COMPARISONS[sign](fields[name], float(number))
-    if mask.sum() < 2:
-        raise ConfigError(f"--samples {condition.string} selects {mask.sum()} of the run's {len(mask)} samples.")
+    if mask.sum() < least:
+        raise ConfigError(f"{option} {condition.string} selects {mask.sum()} of the run's {len(mask)} samples.")
     return mask
 
 
-def parse_samples(text: str | None, n_samples: int) -> slice | np.ndarray | None:
+def parse_samples(
+    text: str | None, n_samples: int, option: str = "--samples", *, least: int = 2
+) -> slice | np.ndarray | None:
     """Return the slice that `'0:512'`, `':100'` or `'100'` (the first hundred) names, or the numbers in a file.
 
     Raises:
-        ConfigError: the text has another form or selects fewer than 2 of `n_samples`.
+        ConfigError: the text has another form or selects fewer than `least` of `n_samples`.
     """
     if text is None:
         return None
     if text.endswith((".npy", ".txt")) or Path(text).is_file():
-        return read_samples(text)
+        return read_samples(text, option)
     parts = text.split(":")
     try:
         numbers = [int(part) if part.strip() else None for part in parts]
     except ValueError:
         numbers = []
     if not 1 <= len(numbers) <= 3 or (len(numbers) == 3 and numbers[2] == 0):
-        raise ConfigError(f"--samples {text!r} is not a slice (start:stop:step); write for example 0:512 or 0:1024:2.")
+        raise ConfigError(f"{option} {text!r} is not a slice (start:stop:step); write for example 0:512 or 0:1024:2.")
     chosen = slice(numbers[0]) if len(numbers) == 1 else slice(*numbers)
-    if len(range(*chosen.indices(n_samples))) < 2:
-        raise ConfigError(f"--samples {text} selects fewer than 2 of the run's {n_samples} samples.")
+    if len(range(*chosen.indices(n_samples))) < least:
+        raise ConfigError(f"{option} {text} selects fewer than {least} of the run's {n_samples} samples.")
     return chosen
 
 
@@ -107,17 +127,17 @@ def check_target(path: Path, suffixes: tuple[str, ...] = ()) -> None:
         raise ConfigError(f"--out {path}: it must name a file in a folder that exists.")
 
 
-def read_samples(path: str | Path) -> np.ndarray:
+def read_samples(path: str | Path, option: str = "--samples") -> np.ndarray:
     """Read sample numbers from a `.npy` file (integers, or a boolean mask) or a text file, one number per line.
 
     Raises:
         DataError: the file is not there, empty, or holds something else.
     """
     path = Path(path)
-    values = _load_array(path, "--samples") if path.suffix == ".npy" else _read_lines(path)
+    values = _load_array(path, option) if path.suffix == ".npy" else _read_lines(path, option)
     if values.ndim != 1 or values.dtype.kind not in "iub" or values.size == 0:
         raise DataError(
-            f"--samples {path} must hold sample numbers or a mask, one axis; it has {values.dtype} {values.shape}."
+            f"{option} {path} must hold sample numbers or a mask, one axis; it has {values.dtype} {values.shape}."
         )
     return values
 
@@ -143,12 +163,12 @@ def _load_array(path: Path, option: str) -> np.ndarray:
         raise DataError(f"{option} {path} cannot be read as a .npy file: {error}") from error
 
 
-def _read_lines(path: Path) -> np.ndarray:
+def _read_lines(path: Path, option: str) -> np.ndarray:
     try:
         lines = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--samples {path} cannot be read: {error}") from error
+        raise DataError(f"{option} {path} cannot be read: {error}") from error
     try:
         return np.array([int(line) for line in lines], dtype=np.int64)
     except ValueError as error:
-        raise DataError(f"--samples {path} must hold one sample number per line: {error}.") from None
+        raise DataError(f"{option} {path} must hold one sample number per line: {error}.") from None

@@ -1,5 +1,6 @@
 """What a Gram says of single samples: leverage, leave-one-out, duplicates, influence; matrices in, numbers out."""
 
+from streamfisher.influence.damped import MeanProducts, damped_products
 from streamfisher.influence.deletion import Deletion, leave_one_out
 from streamfisher.influence.leverage import effective_dimension, leverage_scores
 from streamfisher.influence.similarity import clusters_of, cosines, similar_pairs
@@ -13,4 +14,7 @@ __all__ = [
     "cosines",
     "similar_pairs",
     "clusters_of",
+    # Of queries
+    "damped_products",
+    "MeanProducts",
 ]

@@ -3,6 +3,7 @@
 from streamfisher.reports.comparison import comparison_picture, comparison_table
 from streamfisher.reports.export import FORMATS, eigenvalue_table, metric_table, to_frame
 from streamfisher.reports.figures import picture
+from streamfisher.reports.influence import export_influence, influence_table, influence_text
 from streamfisher.reports.page import html_report
 from streamfisher.reports.samples import export_samples, sample_table, samples_text
 from streamfisher.reports.text import table
@@ -15,6 +16,7 @@ __all__ = [
     "comparison_table",
     "comparison_picture",
     "samples_text",
+    "influence_text",
     # For other programs
     "FORMATS",
     "to_frame",
@@ -22,4 +24,6 @@ __all__ = [
     "eigenvalue_table",
     "sample_table",
     "export_samples",
+    "influence_table",
+    "export_influence",
 ]

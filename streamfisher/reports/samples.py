@@ -35,8 +35,8 @@ def samples_text(found: SampleAnalysis, carriers: int = 3, count: int = 10) -> s
         by = "1 sample" if found.is_outlier[index] else f"{found.participation[index]:.1f} samples"
         for place, one in enumerate(found.carriers(index, carriers)):
             head: tuple[str, str, str] = (f"{index + 1}", f"{value:.4g}", by) if place == 0 else ("", "", "")
-            rows.append((*head, f"{one['sample']}", f"{one['share']:.1%}", f"{one['loading']:+.3f}", *_about(one)))
-    lines += _aligned(rows)
+            rows.append((*head, f"{one['sample']}", f"{one['share']:.1%}", f"{one['loading']:+.3f}", *about(one)))
+    lines += aligned(rows)
     for place, damping in enumerate(found.dampings):
         dimension = found.effective_dimensions[place]
         highest = ", ".join(
@@ -47,12 +47,12 @@ def samples_text(found: SampleAnalysis, carriers: int = 3, count: int = 10) -> s
     for metric in _METRICS if found.without is not None else ():
         moved: list[tuple[str, ...]] = [("sample", "without", "change")]
         moved += [
-            (f"{one['sample']}", f"{one[metric]:.4g}", f"{one['change']:+.2%}", *_about(one))
+            (f"{one['sample']}", f"{one[metric]:.4g}", f"{one['change']:+.2%}", *about(one))
             for one in found.most_moving(metric, min(count, 5))
         ]
         whole = found.without.whole[metric] if found.without is not None else 0.0
         lines += ["", f"Moved most by leaving out one sample: {metric.replace('_', ' ')}, {whole:.4g}"]
-        lines += _aligned(moved)
+        lines += aligned(moved)
     lines += ["", *_duplicates(found, count)]
     return "\n".join(line if line.startswith("\n") else printable(line) for line in lines)
 
@@ -71,7 +71,7 @@ def _duplicates(found: SampleAnalysis, count: int) -> list[str]:
     return lines
 
 
-def _about(one: Mapping[str, Any]) -> tuple[str, ...]:
+def about(one: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the last cell of a row: the snippet of a sample, or else its loss."""
     if "text" in one:
         text = printable(one["text"])
@@ -79,7 +79,7 @@ def _about(one: Mapping[str, Any]) -> tuple[str, ...]:
     return (f"loss {one['loss']:.4g}",) if "loss" in one else ()
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return lines of right-aligned cells; what comes after those of the first row is put to the left."""
     columns = len(rows[0])
     widths = [max(len(row[place]) for row in rows) for place in range(columns)]

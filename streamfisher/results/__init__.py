@@ -2,6 +2,7 @@
 
 from streamfisher.results.analyses import Alignment, Comparison, Growth, Overlap, SpectralDensity
 from streamfisher.results.bootstrap import BlockBootstrap, Bootstrap, Interval
+from streamfisher.results.influence import BlockInfluence, Influence
 from streamfisher.results.metrics import (
     SCALAR_METRICS,
     PowerLaw,
@@ -30,6 +31,8 @@ __all__ = [
     "Overlap",
     "SampleAnalysis",
     "LeaveOneOut",
+    "Influence",
+    "BlockInfluence",
     # Metrics of eigenvalues
     "SCALAR_METRICS",
     "effective_rank",

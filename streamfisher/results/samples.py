@@ -42,6 +42,7 @@ class SampleAnalysis:
     trace: float  # of the block
     noise_floor: float  # eigenvalues below it are rounding, and have no eigenvector
     squared_norms: np.ndarray  # (n,) float64 of the gradients, centered where that was asked for, not weighted
+    masses: np.ndarray  # (n,) float64, w_i / Z: F = sum_i masses_i g_i g_i^T
     dampings: np.ndarray  # (m,) float64, in the units of the eigenvalues
     leverages: np.ndarray  # (m, n) float64, 0 to 1
     effective_dimensions: np.ndarray  # (m,) float64, the sums of the leverages
@@ -54,6 +55,12 @@ class SampleAnalysis:
     n_params: int
     centered: bool
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def self_influence(self) -> np.ndarray:
+        """Return `g_i^T (F + lambda I)^-1 g_i`, (m, n): the leverage without the sample's own weight in F."""
+        found: np.ndarray = self.leverages / self.masses
+        return found
 
     @property
     def shares(self) -> np.ndarray:

@@ -114,6 +114,7 @@ def select(
     *,
     normalization: Normalization = "samples",
     n_targets: np.ndarray | None = None,
+    least: int = 2,
 ) -> Selection:
     """Return the valid samples that are selected, with their weights.
 
@@ -124,10 +125,11 @@ def select(
         weights: (N,), one for each sample of the run, not only of those selected; samples of weight 0 drop out.
         normalization: divide by samples or by target tokens.
         n_targets: (N,) target tokens of each sample; needed for 'tokens'.
+        least: how many samples must be left.
 
     Raises:
         ConfigError: `normalization` is unknown.
-        DataError: fewer than 2 samples are left, or the weights do not match, are negative or not finite.
+        DataError: fewer than `least` samples are left, or the weights do not match, are negative or not finite.
     """
     if normalization not in get_args(Normalization):
         raise ConfigError(f"normalization={normalization!r} is unknown; choose samples or tokens.")
@@ -138,9 +140,10 @@ def select(
         everything = _check_weights(weights, n_samples)
         selected = selected[everything[selected] > 0]
         chosen = everything[selected]
-    if len(selected) < 2:
+    if len(selected) < least:
         weighed = "" if weights is None else " with a positive weight"
-        raise DataError(f"{len(selected)} valid samples{weighed} are selected; a spectrum needs at least 2.")
+        needed = "a spectrum needs at least 2" if least == 2 else f"at least {least} is needed"
+        raise DataError(f"{len(selected)} valid samples{weighed} are selected; {needed}.")
     each = np.ones(len(selected)) if chosen is None else chosen
     if normalization == "tokens":
         if n_targets is None:
