@@ -162,12 +162,12 @@ class BlockGrams:
             ConfigError: there is no such block.
             CapacityError: it does not fit the memory.
         """
-        matrix = self.matrix(key, needs=7)
+        matrix = self.matrix(key, needs=8)
         n_params = sum(self.parameters[name] for name in self.blocks[key])
         with one_thread(self.config.use_deterministic):
             solved, vectors = decompose(matrix.K, size=matrix.size)
         spectrum = self._solved(matrix, solved, min(len(matrix.K), n_params))
-        return SampleSpace(spectrum, vectors[:, : len(spectrum.eigenvalues)], matrix.K)
+        return SampleSpace(spectrum, vectors[:, : len(spectrum.eigenvalues)], matrix.K, matrix.raw)
 
     def matrix(self, key: str, *, needs: int) -> BlockMatrix:
         """Return the matrix of a block over the selected samples, centered and weighted as was asked.
@@ -252,6 +252,7 @@ class SampleSpace:
     spectrum: BlockSpectrum  # lambda, (r,), with its noise floor
     vectors: np.ndarray  # U, (n, r) float64, orthonormal columns
     K: np.ndarray  # (n, n) float64: of rows that are restricted, centered and weighted as was asked
+    raw: np.ndarray  # (n, n) float64: of rows that are only restricted
 
 
 def require_memory(needed: int, what: str, config: SpectralConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,21 +79,11 @@ class InfluenceAnalyses(SampleAnalyses):
         if not len(asked):
             raise ConfigError("influence needs a damping; give at least one.")
         self.require_exact("influence", options.get("config"))
-        grams = self.block_grams(structure_of(block or "", block_structure), center, progress=progress, **options)
+        grams = self._uncentered_grams(structure_of(block or "", block_structure), center, progress=progress, **options)
         keys = list(grams.blocks) if block is None else [block]
         if block is not None and block not in grams.blocks:
             raise ConfigError(f"there is no block {block!r}; the blocks are {', '.join(grams.blocks)}.")
-        if isinstance(queries, Analyses | str | Path):
-            of_queries = queries.store if isinstance(queries, Analyses) else RunStore(queries)
-            self._require_same_model(of_queries)
-            valid = of_queries.samples.per_sample("valid") == 1
-            numbers = select(of_queries.n_samples, valid, query_samples, least=1).samples
-            self._require_rows(of_queries, grams, keys)
-        else:
-            if query_samples is not None:
-                raise ConfigError("query_samples chooses among the samples of another run; `queries` has said which.")
-            numbers, grams = _queries_within(grams, self.store.samples.per_sample("valid") == 1, queries)
-            of_queries = self.store
+        numbers, of_queries, grams = self._queried(grams, keys, queries, query_samples)
         n, n_queries = len(grams.selection), len(numbers)
         results = 8 * n_queries * n * (len(asked) + 1) * (len(keys) + 1)
         work = 8 * (grams.n_stored**2 + 4 * n**2 + 3 * n_queries * n)
@@ -113,6 +104,34 @@ class InfluenceAnalyses(SampleAnalyses):
             centered=grams.center,
             metadata={**grams.metadata, "queries": str(of_queries.path), "query_loss": dict(of_queries.manifest.loss)},
         )
+
+    def _uncentered_grams(
+        self, structure: str | Mapping[str, str] | None, center: bool | None, **options: Any
+    ) -> BlockGrams:
+        """Return Grams of whole gradients, also where rows are stored centered and `center` is asked for."""
+        config = options.get("config") or self.config
+        center = config.center_gradients if center is None else center
+        return dataclasses.replace(self.block_grams(structure, False, **options), center=center)
+
+    def _queried(
+        self,
+        grams: BlockGrams,
+        keys: Sequence[str],
+        queries: Analyses | str | Path | SampleChoice,
+        query_samples: SampleChoice,
+    ) -> tuple[np.ndarray, RunStore, BlockGrams]:
+        """Return the numbers of the queries, the run that they are in, and the Grams of the training samples."""
+        if isinstance(queries, Analyses | str | Path):
+            of_queries = queries.store if isinstance(queries, Analyses) else RunStore(queries)
+            self._require_same_model(of_queries)
+            valid = of_queries.samples.per_sample("valid") == 1
+            numbers = select(of_queries.n_samples, valid, query_samples, least=1).samples
+            self._require_rows(of_queries, grams, keys)
+            return numbers, of_queries, grams
+        if query_samples is not None:
+            raise ConfigError("query_samples chooses among the samples of another run; `queries` has said which.")
+        numbers, grams = _queries_within(grams, self.store.samples.per_sample("valid") == 1, queries)
+        return numbers, self.store, grams
 
     def _require_same_model(self, of_queries: RunStore) -> None:
         """Refuse queries whose gradients are of something else.
@@ -151,7 +170,7 @@ class InfluenceAnalyses(SampleAnalyses):
             RunError: gradients of a block were deleted.
         """
         for key in keys:
-            for name in _parameters(self.store, grams, key):
+            for name in parameters_of(self.store, grams, key):
                 for store in (self.store, of_queries):
                     if store.kept.is_deleted(name):
                         raise RunError(
@@ -168,7 +187,7 @@ class InfluenceAnalyses(SampleAnalyses):
         if of_queries is self.store:
             K = add(grams.gram_of(name) for name in grams.blocks[key])
             return _Products(K[numbers], K.diagonal()[numbers].copy())
-        members = _parameters(self.store, grams, key)
+        members = parameters_of(self.store, grams, key)
         found = build_cross_grams(self.store.rows, of_queries.rows, grams.config, {key: members}, progress=progress)[
             key
         ]
@@ -190,7 +209,8 @@ def _queries_within(grams: BlockGrams, valid: np.ndarray, queries: SampleChoice)
     return numbers, grams.subset(rest)
 
 
-def _parameters(store: RunStore, grams: BlockGrams, key: str) -> list[str]:
+def parameters_of(store: RunStore, grams: BlockGrams, key: str) -> list[str]:
+    """Return the parameters of a block, whatever its Grams sum over."""
     return [name for gram in grams.blocks[key] for name in store.gram_members[gram]]
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from streamfisher.analysis.block_grams import stored_gram
+from streamfisher.analysis.direction_analyses import DirectionAnalyses
 from streamfisher.analysis.facts import describe
-from streamfisher.analysis.influence_analyses import InfluenceAnalyses
 from streamfisher.config import SpectralConfig
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.stored_grams import build_stored_grams
@@ -21,7 +21,7 @@ from streamfisher.solving.selection import select
 from streamfisher.store import RunLock, RunStore
 
 
-class StoredRun(InfluenceAnalyses):
+class StoredRun(DirectionAnalyses):
     """A run on disk, opened for looking: everything that needs no model."""
 
     def __init__(self, path: str | Path):

@@ -27,6 +27,7 @@ COMMANDS = {
     "export": "spectra and metrics in other programs' formats",
     "samples": "which samples carry a block's eigenvectors, have leverage, are alike, or move its metrics",
     "influence": "how the samples of a run act on queries: inner products, cosines, damped inverse-Fisher influence",
+    "directions": "the share of the mean gradient, of an update and of queries in the leading eigenspaces",
     "info": "what a run holds and how far it is",
     "verify": "read everything and compare checksums",
 }

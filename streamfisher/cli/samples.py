@@ -6,6 +6,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from streamfisher.analysis.run import StoredRun
 from streamfisher.cli.arguments import ANALYSIS, add_options
 from streamfisher.cli.options import RunOptions, read_run_options
 from streamfisher.cli.output import AddCommand, print_json
@@ -56,6 +59,23 @@ def add_sample_commands(add: AddCommand) -> None:
     add_options(influence, *ANALYSIS)
     add_selection_options(influence, bootstrap=False)
 
+    directions = add("directions", _directions)
+    directions.add_argument("run", metavar="RUN.zarr", help="the folder of a run")
+    directions.add_argument("--block", default=None, help="this block only (default: each)")
+    directions.add_argument("--top", type=int, default=10, help="leading eigenvectors (default: %(default)s)")
+    directions.add_argument(
+        "--update",
+        default=None,
+        metavar="FILE.safetensors",
+        help="a difference of weights, one tensor a parameter",
+    )
+    directions.add_argument(
+        "--queries", default=None, metavar="QUERIES.zarr|A:B|FILE", help="another run, or samples, as for `influence`"
+    )
+    directions.add_argument("--out", default=None, metavar="FILE", help="shares to a .csv, .parquet or .json")
+    add_options(directions, *ANALYSIS)
+    add_selection_options(directions)
+
 
 def structure_option(arguments: argparse.Namespace, options: RunOptions) -> str | Mapping[str, str] | None:
     """Return the block structure that was asked for; `None` where it was not: whole models need none."""
@@ -74,6 +94,13 @@ def read_dampings(text: str | None) -> list[float] | None:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--damping {text!r} must be numbers with commas, for example 1e-3,1e-2.") from None
+
+
+def read_queries(text: str, run: StoredRun) -> Path | slice | np.ndarray | None:
+    """Return the folder of another run, or samples of this one, that `--queries` names."""
+    if text.rstrip("/").endswith(".zarr") or Path(text).is_dir():
+        return Path(text)
+    return chosen_samples(text, run, "--queries", least=1)
 
 
 def print_files(files: Sequence[Path]) -> None:
@@ -124,9 +151,8 @@ def _influence(arguments: argparse.Namespace) -> int:
     options = read_run_options(arguments, base=run.config)
     if arguments.out:
         check_target(Path(arguments.out), (*_SUFFIXES, ".npz"))
-    another = arguments.queries.rstrip("/").endswith(".zarr") or Path(arguments.queries).is_dir()
     found = run.influence(
-        Path(arguments.queries) if another else chosen_samples(arguments.queries, run, "--queries", least=1),
+        read_queries(arguments.queries, run),
         read_dampings(arguments.damping) or [],
         arguments.block,
         options.centers[0],
@@ -142,6 +168,35 @@ def _influence(arguments: argparse.Namespace) -> int:
         print_json(found.to_dict(arguments.top, arguments.score))
         return 0
     print(influence_text(found, arguments.top, arguments.score))
+    if files:
+        print_files(files)
+    return 0
+
+
+def _directions(arguments: argparse.Namespace) -> int:
+    from streamfisher import open_run
+    from streamfisher.reports.directions import directions_text, export_directions
+
+    run = open_run(arguments.run)
+    options = read_run_options(arguments, base=run.config)
+    if arguments.out:
+        check_target(Path(arguments.out), _SUFFIXES)
+    found = run.directions(
+        arguments.top,
+        arguments.block,
+        options.centers[0],
+        block_structure=structure_option(arguments, options),
+        update=arguments.update,
+        queries=None if arguments.queries is None else read_queries(arguments.queries, run),
+        **selection_options(arguments, run.n_samples, run),
+        config=options.analysis_config(run.config),
+        progress=not arguments.quiet,
+    )
+    files = export_directions(found, arguments.out) if arguments.out else []
+    if arguments.json:
+        print_json(found.to_dict())
+        return 0
+    print(directions_text(found))
     if files:
         print_files(files)
     return 0

@@ -1,6 +1,7 @@
 """What a person reads: tables, pictures, one HTML page, exports."""
 
 from streamfisher.reports.comparison import comparison_picture, comparison_table
+from streamfisher.reports.directions import direction_table, directions_text, export_directions
 from streamfisher.reports.export import FORMATS, eigenvalue_table, metric_table, to_frame
 from streamfisher.reports.figures import picture
 from streamfisher.reports.influence import export_influence, influence_table, influence_text
@@ -17,6 +18,7 @@ __all__ = [
     "comparison_picture",
     "samples_text",
     "influence_text",
+    "directions_text",
     # For other programs
     "FORMATS",
     "to_frame",
@@ -26,4 +28,6 @@ __all__ = [
     "export_samples",
     "influence_table",
     "export_influence",
+    "direction_table",
+    "export_directions",
 ]

@@ -2,6 +2,7 @@
 
 from streamfisher.results.analyses import Alignment, Comparison, Growth, Overlap, SpectralDensity
 from streamfisher.results.bootstrap import BlockBootstrap, Bootstrap, Interval
+from streamfisher.results.directions import BlockDirections, DirectionAnalysis
 from streamfisher.results.influence import BlockInfluence, Influence
 from streamfisher.results.metrics import (
     SCALAR_METRICS,
@@ -33,6 +34,8 @@ __all__ = [
     "LeaveOneOut",
     "Influence",
     "BlockInfluence",
+    "DirectionAnalysis",
+    "BlockDirections",
     # Metrics of eigenvalues
     "SCALAR_METRICS",
     "effective_rank",

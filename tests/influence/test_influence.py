@@ -73,15 +73,17 @@ def test_influence_is_that_of_the_explicit_inverse(runs, center, weighted, dampi
         ({"gram_per": "layer"}, {}),
     ],
 )
-def test_products_of_two_runs_do_not_depend_on_how_either_holds_its_gradients(runs, tmp_path, ours, theirs):
-    plain = runs[0].influence(runs[1], 1e-2, "global").blocks["global"]
+@pytest.mark.parametrize("center", [False, True])
+def test_products_of_two_runs_do_not_depend_on_how_either_holds_its_gradients(runs, tmp_path, ours, theirs, center):
+    plain = runs[0].influence(runs[1], 1e-2, "global", center).blocks["global"]
     found = make_run(tmp_path / "run.zarr", **ours).influence(
-        collect_queries(tmp_path / "queries.zarr", **theirs), 1e-2, "global"
+        collect_queries(tmp_path / "queries.zarr", **theirs), 1e-2, "global", center
     )
     part = found.blocks["global"]
     np.testing.assert_allclose(part.inner, plain.inner, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(part.damped, plain.damped, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(part.query_squared_norms, plain.query_squared_norms, rtol=1e-9)
+    np.testing.assert_allclose(part.squared_norms, plain.squared_norms, rtol=1e-9)
 
 
 @pytest.mark.parametrize("center", [False, True])
