@@ -12,7 +12,7 @@ import numpy as np
 
 from streamfisher.analysis.analyses import Analyses
 from streamfisher.analysis.block_grams import BlockGrams, require_memory
-from streamfisher.analysis.sample_analyses import SampleAnalyses, check_dampings, structure_of
+from streamfisher.analysis.sample_analyses import SampleAnalyses, check_dampings, structure_of, texts_of
 from streamfisher.errors import ConfigError, DataError, RunError, RunMismatchError
 from streamfisher.influence.damped import MeanProducts, damped_products
 from streamfisher.reduction.joined_rows import build_cross_grams
@@ -45,6 +45,7 @@ class InfluenceAnalyses(SampleAnalyses):
         relative: bool = False,
         pseudo_inverse: bool = False,
         query_samples: SampleChoice = None,
+        texts: Sequence[str] | None = None,
         progress: bool = False,
         **options: Any,
     ) -> Influence:
@@ -63,6 +64,7 @@ class InfluenceAnalyses(SampleAnalyses):
             relative: dampings are multiples of each block's mean eigenvalue, its trace over min(N, P).
             pseudo_inverse: let a damping of 0 leave out what lies below the noise floor.
             query_samples: which samples of another run are queries; `None` means all.
+            texts: (N,) what each sample of this run says, to be shown beside its number.
             progress: show bars.
             options: of `block_grams`: samples, weights, normalization, config.
 
@@ -70,6 +72,7 @@ class InfluenceAnalyses(SampleAnalyses):
             RunMismatchError: the queries are of another model, or of other parameters.
             RunError: gradients are projected or were deleted, or a run is not fully collected.
             ConfigError: a damping is negative, or 0 where a block is singular; there is no such block.
+            DataError: no query or fewer than 2 training samples are left, or there is not one text for each sample.
             CapacityError: a matrix does not fit the memory budget.
         """
         if options.get("partial"):
@@ -84,6 +87,7 @@ class InfluenceAnalyses(SampleAnalyses):
         if block is not None and block not in grams.blocks:
             raise ConfigError(f"there is no block {block!r}; the blocks are {', '.join(grams.blocks)}.")
         numbers, of_queries, grams = self._queried(grams, keys, queries, query_samples)
+        said = texts_of(texts, self.n_samples, grams.selection.samples)
         n, n_queries = len(grams.selection), len(numbers)
         results = 8 * n_queries * n * (len(asked) + 1) * (len(keys) + 1)
         work = 8 * (grams.n_stored**2 + 4 * n**2 + 3 * n_queries * n)
@@ -101,6 +105,7 @@ class InfluenceAnalyses(SampleAnalyses):
             relative=relative,
             fields=_fields(self.store, grams.selection.samples),
             query_fields=_fields(of_queries, numbers),
+            texts=said,
             centered=grams.center,
             metadata={**grams.metadata, "queries": str(of_queries.path), "query_loss": dict(of_queries.manifest.loss)},
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from streamfisher.analysis.analyses import Analyses
 from streamfisher.analysis.block_grams import BlockGrams, SampleSpace
-from streamfisher.errors import ConfigError
+from streamfisher.errors import ConfigError, DataError
 from streamfisher.influence.deletion import leave_one_out
 from streamfisher.influence.leverage import effective_dimension, leverage_scores
 from streamfisher.influence.similarity import clusters_of, inverse_norms, similar_pairs
@@ -35,6 +35,7 @@ class SampleAnalyses(Analyses):
         dampings: Sequence[float] | None = None,
         threshold: float = 0.99,
         most_pairs: int = 1000,
+        texts: Sequence[str] | None = None,
         **options: Any,
     ) -> SampleAnalysis:
         """Return what the Gram of a block says of its samples: all exact, without rows and without the model.
@@ -51,20 +52,23 @@ class SampleAnalyses(Analyses):
                 eigenvalue times 1, 0.1, 0.01, ..., as long as that is above the noise floor.
             threshold: of the cosine of near-duplicates, above 0 and at most 1.
             most_pairs: list no more than so many pairs of them.
+            texts: (N,) what each sample of the run says, to be shown beside its number.
             options: of `block_grams`: samples, weights, normalization, partial, config.
 
         Raises:
             RunError: the run holds projections, or columns are drawn.
             ConfigError: there is no such block, or an option is out of range.
+            DataError: there is not one text for each sample of the run.
             CapacityError: the Gram and its eigenvectors do not fit the memory budget.
             StreamfisherError: as `block_grams`.
         """
         _check_samples_options(top, dampings, threshold, most_pairs)
         self.require_exact("what single samples do", options.get("config"))
         grams = self.block_grams(structure_of(block, block_structure), center, **options)
+        said = texts_of(texts, self.n_samples, grams.selection.samples)
         space = grams.sample_space(block)
         with one_thread(grams.config.use_deterministic):
-            return self._samples_of(grams, space, top, dampings, threshold, most_pairs)
+            return self._samples_of(grams, space, top, dampings, threshold, most_pairs, said)
 
     def _samples_of(
         self,
@@ -74,6 +78,7 @@ class SampleAnalyses(Analyses):
         dampings: Sequence[float] | None,
         threshold: float,
         most_pairs: int,
+        texts: tuple[str, ...] | None,
     ) -> SampleAnalysis:
         spectrum, selection, n = space.spectrum, grams.selection, len(grams.selection)
         rank = int(spectrum.above_floor.sum())
@@ -89,7 +94,7 @@ class SampleAnalyses(Analyses):
             block=spectrum.name,
             samples=selection.samples,
             fields={name: values[selection.samples] for name, values in self.store.samples.fields().items()},
-            texts=None,
+            texts=texts,
             eigenvalues=spectrum.eigenvalues[:k],
             loadings=loadings,
             trace=spectrum.trace,
@@ -116,6 +121,19 @@ class SampleAnalyses(Analyses):
 def structure_of(block: str, structure: str | Mapping[str, str] | None) -> str | Mapping[str, str] | None:
     """Return the block structure that a block is of: the whole model is the one block of 'none'."""
     return "none" if structure is None and block == "global" else structure
+
+
+def texts_of(texts: Sequence[str] | None, n_samples: int, numbers: np.ndarray) -> tuple[str, ...] | None:
+    """Return the texts of some samples.
+
+    Raises:
+        DataError: there is not one text for each sample of the run.
+    """
+    if texts is None:
+        return None
+    if len(texts) != n_samples:
+        raise DataError(f"{len(texts)} texts were given and the run has {n_samples} samples; give one for each.")
+    return tuple(str(texts[number]) for number in numbers)
 
 
 def _without(space: SampleSpace, selection: Selection, rank: int, *, center: bool) -> LeaveOneOut:

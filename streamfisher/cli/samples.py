@@ -13,7 +13,7 @@ from streamfisher.cli.arguments import ANALYSIS, add_options
 from streamfisher.cli.options import RunOptions, read_run_options
 from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.cli.selection import add_selection_options, check_target, chosen_samples, selection_options
-from streamfisher.errors import ConfigError
+from streamfisher.errors import ConfigError, DataError
 
 _SUFFIXES = (".csv", ".parquet", ".json")
 _SCORES = ("influence", "inner", "cosine")
@@ -36,6 +36,7 @@ def add_sample_commands(add: AddCommand) -> None:
         "--threshold", type=float, default=0.99, help="cosine from which gradients are alike (default: %(default)s)"
     )
     samples.add_argument("--out", default=None, metavar="FILE", help="all numbers to a .csv, .parquet or .json")
+    _add_texts(samples)
     add_options(samples, *ANALYSIS)
     add_selection_options(samples, bootstrap=False)
 
@@ -56,6 +57,7 @@ def add_sample_commands(add: AddCommand) -> None:
     influence.add_argument(
         "--out", default=None, metavar="FILE", help="both ends to a .csv, .parquet or .json; all scores to an .npz"
     )
+    _add_texts(influence)
     add_options(influence, *ANALYSIS)
     add_selection_options(influence, bootstrap=False)
 
@@ -75,6 +77,26 @@ def add_sample_commands(add: AddCommand) -> None:
     directions.add_argument("--out", default=None, metavar="FILE", help="shares to a .csv, .parquet or .json")
     add_options(directions, *ANALYSIS)
     add_selection_options(directions)
+
+
+def _add_texts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--texts", default=None, metavar="FILE", help="a line of text for each sample of the run, to show with it"
+    )
+
+
+def read_texts(path: str | None) -> list[str] | None:
+    """Return the lines of a text file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise DataError(f"--texts {path} cannot be read: {error}") from error
 
 
 def structure_option(arguments: argparse.Namespace, options: RunOptions) -> str | Mapping[str, str] | None:
@@ -125,6 +147,7 @@ def _samples(arguments: argparse.Namespace) -> int:
         block_structure=structure_option(arguments, options),
         dampings=read_dampings(arguments.damping),
         threshold=arguments.threshold,
+        texts=read_texts(arguments.texts),
         **selection_options(arguments, run.n_samples, run),
         config=options.analysis_config(run.config),
         progress=not arguments.quiet,
@@ -159,6 +182,7 @@ def _influence(arguments: argparse.Namespace) -> int:
         block_structure=structure_option(arguments, options),
         relative=arguments.relative,
         pseudo_inverse=arguments.pseudo_inverse,
+        texts=read_texts(arguments.texts),
         **selection_options(arguments, run.n_samples, run),
         config=options.analysis_config(run.config),
         progress=not arguments.quiet,

@@ -61,8 +61,7 @@ class Influence:
     relative: bool  # they are multiples of each block's mean eigenvalue
     fields: Mapping[str, np.ndarray]  # of the training samples: name -> (n,) float64
     query_fields: Mapping[str, np.ndarray]
-    texts: tuple[str, ...] | None = None  # snippets of the training samples, where the run has them
-    query_texts: tuple[str, ...] | None = None
+    texts: tuple[str, ...] | None = None  # what each training sample says, where that was given
     centered: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
 

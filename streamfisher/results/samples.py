@@ -36,7 +36,7 @@ class SampleAnalysis:
     block: str
     samples: np.ndarray  # (n,) int64, numbers in the run
     fields: Mapping[str, np.ndarray]  # name -> (n,) float64: loss, n_targets, scalars of the data
-    texts: tuple[str, ...] | None  # snippets, where the run has them
+    texts: tuple[str, ...] | None  # what each sample says, where that was given
     eigenvalues: np.ndarray  # (k,) float64, the leading ones, descending
     loadings: np.ndarray  # (n, k) float64, orthonormal columns; the largest of each, by its size, is positive
     trace: float  # of the block

@@ -246,3 +246,21 @@ def test_numbers_are_exported(run, tmp_path, capsys, suffix):
 def test_the_command_refuses_what_it_cannot_use(run, capsys, arguments, message):
     assert cli("samples", run.path, *arguments, "--quiet") == 2
     assert message in capsys.readouterr().err
+
+
+def test_texts_are_shown_beside_their_samples(run, tmp_path, capsys):
+    lines = tmp_path / "texts.txt"
+    lines.write_text("".join(f"the text of {i}\n" for i in range(N)))
+    found = run.samples(top=1, texts=lines.read_text().splitlines(), samples=slice(4, 20))
+    best = found.carriers(0, 1)[0]
+    assert best["text"] == f"the text of {best['sample']}"
+    assert cli("samples", run.path, "--texts", lines, "--out", tmp_path / "s.csv", "--quiet") == 0
+    assert "the text of" in capsys.readouterr().out
+    assert "the text of 7" in (tmp_path / "s.csv").read_text()
+    assert cli("influence", run.path, "--queries", "0:2", "--damping", "1", "--texts", lines, "--quiet") == 0
+    assert "the text of" in capsys.readouterr().out
+    lines.write_text("one line\n")
+    assert cli("samples", run.path, "--texts", lines, "--quiet") == 2
+    assert "1 texts were given and the run has 24 samples" in capsys.readouterr().err
+    assert cli("samples", run.path, "--texts", tmp_path / "nowhere", "--quiet") == 2
+    assert "cannot be read" in capsys.readouterr().err
