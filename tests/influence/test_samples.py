@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 from command_line import cli
-from tiny_runs import PATTERNS, make_run, rows
+from tiny_runs import PATTERNS, forget_last_unit, make_run, rows
 
 import streamfisher as sf
 from streamfisher.config import SpectralConfig
@@ -264,3 +264,37 @@ def test_texts_are_shown_beside_their_samples(run, tmp_path, capsys):
     assert "1 texts were given and the run has 24 samples" in capsys.readouterr().err
     assert cli("samples", run.path, "--texts", tmp_path / "nowhere", "--quiet") == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_is_refused_unless_part_of_it_is_asked_for(tmp_path):
+    run = make_run(tmp_path / "run.zarr")
+    whole = run.samples(samples=slice(0, 16))
+    forget_last_unit(run)
+    with pytest.raises(RunError, match=r"16 of 24 samples|goes on where it stopped"):
+        run.samples()
+    found = run.samples(partial=True)
+    assert found.samples.tolist() == list(range(16))
+    assert found.metadata["partial"]
+    np.testing.assert_allclose(found.without.trace, whole.without.trace, rtol=1e-12)
+    np.testing.assert_allclose(found.eigenvalues, whole.eigenvalues, rtol=1e-9)
+
+
+def test_a_sample_that_was_skipped_is_no_sample_of_the_analysis(tmp_path):
+    from tiny_models import TinyRegression, vectors
+
+    run = sf.collect(
+        TinyRegression(), vectors(12, nan_at=5), tmp_path / "r.zarr", config=SpectralConfig(on_nonfinite="skip")
+    )
+    found = run.samples()
+    assert found.samples.tolist() == [i for i in range(12) if i != 5]
+    assert np.isfinite(found.without.effective_rank).all()
+    scores = run.influence([4, 5, 6], 0.1, "global")
+    assert scores.queries.tolist() == [4, 6]
+    assert np.isfinite(scores.total.damped).all()
+
+
+def test_a_deterministic_run_gives_the_same_bits_twice(tmp_path):
+    run = make_run(tmp_path / "run.zarr", use_deterministic=True)
+    first, again = (sf.open_run(run.path).samples() for _ in range(2))
+    assert first.to_dict() == again.to_dict()
+    np.testing.assert_array_equal(first.without.effective_rank, again.without.effective_rank)
