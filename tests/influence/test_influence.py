@@ -323,3 +323,23 @@ def test_scores_are_exported(runs, tmp_path, capsys, suffix):
 def test_the_command_refuses_what_it_cannot_use(runs, capsys, arguments, message):
     assert cli("influence", runs[0].path, *arguments, "--blocks", "none", "--quiet") == 2
     assert message in capsys.readouterr().err
+
+
+def test_two_runs_of_a_language_model_give_what_one_run_of_both_gives(tmp_path):
+    """Embeddings by token ids, linear layers as factors, norms as rows: each by its own kernel."""
+    from streamfisher.demo import demo_samples, load_demo_model
+
+    text = demo_samples(12, 16)
+    one = sf.collect(load_demo_model(), text, tmp_path / "one.zarr")
+    train, queries = (
+        sf.collect(load_demo_model(), part, tmp_path / f"{name}.zarr", config=SpectralConfig(representation="factors"))
+        for name, part in (("train", text[:8]), ("queries", text[8:]))
+    )
+    assert set(train.manifest.layout["representation"].values()) == {"factors", "dense"}
+    within = one.influence(slice(8, 12), 0.1, relative=True)
+    across = train.influence(queries, 0.1, relative=True)
+    assert list(within.blocks) == list(across.blocks)
+    for key, part in across.blocks.items():
+        size = np.abs(within.blocks[key].damped).max()
+        np.testing.assert_allclose(part.damped, within.blocks[key].damped, rtol=1e-4, atol=1e-4 * size)
+        np.testing.assert_allclose(part.cosine, within.blocks[key].cosine, atol=1e-5)
