@@ -246,7 +246,7 @@ class Analyses:
             config=config,
             progress=progress,
         )
-        spectrum = with_error_bars(self.manifest, self.store, found, found.spectrum(top_k))
+        spectrum = with_error_bars(self.manifest, self.store, found, found.spectrum(top_k, whole=True))
         if bootstrap:
             spectrum = dataclasses.replace(
                 spectrum, bootstrap=resample(found, spectrum, bootstrap, seed=found.config.seed)

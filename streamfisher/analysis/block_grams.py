@@ -19,7 +19,7 @@ from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError, ConfigError
 from streamfisher.results.analyses import SpectralDensity
-from streamfisher.results.spectrum import Spectrum
+from streamfisher.results.spectrum import WHOLE_MODEL, Spectrum
 from streamfisher.runtime.determinism import one_thread
 from streamfisher.runtime.memory import working_memory
 from streamfisher.solving.centering import uncenter
@@ -118,6 +118,10 @@ class BlockGrams:
         """Return the same for one block."""
         return dataclasses.replace(self, assignment=dict.fromkeys(self.blocks[key], key))
 
+    def together(self) -> BlockGrams:
+        """Return the same with all parameters in one block, `whole_model`."""
+        return dataclasses.replace(self, assignment=dict.fromkeys(self.assignment, WHOLE_MODEL))
+
     def subset(self, places: np.ndarray) -> BlockGrams:
         """Return the same for some of the samples; `places` are indices into the selected ones, ascending."""
         chosen = self.selection.subset(places)
@@ -143,8 +147,13 @@ class BlockGrams:
                 DenseOperator(self.gram(key)) if fits else self.operator(names), zeros=zeros, **chosen
             )
 
-    def spectrum(self, top_k: int | None = None) -> Spectrum:
-        """Solve every block, see `Run.spectrum`: in memory where the Grams fit, else by tiles."""
+    def spectrum(self, top_k: int | None = None, *, whole: bool = False) -> Spectrum:
+        """Solve every block, see `Run.spectrum`: in memory where the Grams fit, else by tiles.
+
+        Args:
+            top_k: list the largest only.
+            whole: solve all parameters together too, which is one block more; not where Grams are read by tiles.
+        """
         problem = Eigenproblem(
             self.parameters,
             self.assignment,
@@ -156,6 +165,7 @@ class BlockGrams:
             top_k,
             self.single,
             self.layers,
+            whole,
         )
         if not fits_dense(self.n_stored, len(self.selection), self.config):
             return solve_tiled(self.operator, problem)

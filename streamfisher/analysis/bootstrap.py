@@ -93,8 +93,17 @@ def bootstrap(
         key: _summarise(block, [member[key] for member in members], metrics, level)
         for key, block in spectrum.blocks.items()
     }
-    whole = [union(member, spectrum.global_.top_k) for member in members]
-    return Bootstrap(blocks, _summarise(spectrum.global_, whole, metrics, level), n_resamples, seed, level)
+    unions = [union(member, spectrum.global_.top_k) for member in members]
+    of_union = _summarise(spectrum.global_, unions, metrics, level)
+    together, whole = spectrum.solved_whole, None
+    if together is not None:
+        count = len(together.eigenvalues) if solve else 0
+        drawn = zip(
+            *_resample_block(grams.together(), together.name, count, together.n_params, n_resamples, seed), strict=True
+        )
+        wholes = [_spectrum_of(together, values, trace, norm, solve) for values, trace, norm in drawn]
+        whole = _summarise(together, wholes, metrics, level)
+    return Bootstrap(blocks, of_union, n_resamples, seed, level, whole)
 
 
 def multiplicities(n: int, seed: int, resample: int) -> np.ndarray:

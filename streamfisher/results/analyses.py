@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from streamfisher.results.metrics import SCALAR_METRICS, json_values
-from streamfisher.results.spectrum import Spectrum
+from streamfisher.results.spectrum import WHOLE_MODEL, BlockSpectrum, Spectrum
 
 Scale = Literal["log", "linear"]
 
@@ -23,7 +23,12 @@ class Growth:
     seed: int  # of the order in which samples are taken
 
     def curve(self, metric: str, block: str | None = None) -> np.ndarray:
-        """Return a metric at each size, (len(sizes),) float64, NaN where undefined; of the whole unless `block`."""
+        """Return a metric at each size, (len(sizes),) float64, NaN where undefined.
+
+        Args:
+            metric: its name.
+            block: a key; `None` is the union of the blocks, `whole_model` all parameters together, where it was solved.
+        """
         return _metric_of(self.spectra, metric, block)
 
     def to_dict(self) -> dict[str, Any]:
@@ -143,20 +148,26 @@ class Comparison:
     warnings: tuple[str, ...]  # what keeps the numbers from being compared at face value
 
     def trajectory(self, metric: str, block: str | None = None) -> np.ndarray:
-        """Return a metric in each run, (R,) float64, NaN where undefined; of the whole unless `block` names one."""
+        """Return a metric in each run, (R,) float64, NaN where undefined.
+
+        Args:
+            metric: its name.
+            block: a key; `None` is the union of the blocks, `whole_model` all parameters together.
+        """
         return _metric_of(self.spectra, metric, block)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: for every block and metric one value per run, and intervals where asked for."""
         blocks: dict[str, Any] = {}
-        for key in (*self.shared_blocks, None):
-            members = [spectrum.global_ if key is None else spectrum.blocks[key] for spectrum in self.spectra]
+        several = all(spectrum.solved_whole is not None for spectrum in self.spectra)
+        for key in (*self.shared_blocks, None, *([WHOLE_MODEL] if several else [])):
+            members = [_member(spectrum, key) for spectrum in self.spectra]
             metrics = [member.metrics for member in members]
             entry: dict[str, Any] = {name: json_values([found[name] for found in metrics]) for name in SCALAR_METRICS}
             drawn = [spectrum.bootstrap for spectrum in self.spectra if spectrum.bootstrap is not None]
             if len(drawn) == len(self.spectra):
-                of_block = [found.global_ if key is None else found.blocks[key] for found in drawn]
-                entry["intervals"] = [found.to_dict() for found in of_block]
+                of_block = [found.of(member.name) for found, member in zip(drawn, members, strict=True)]
+                entry["intervals"] = [{} if found is None else found.to_dict() for found in of_block]
             blocks["global" if key is None else key] = entry
         return {
             "runs": list(self.labels),
@@ -167,7 +178,14 @@ class Comparison:
         }
 
 
+def _member(spectrum: Spectrum, key: str | None) -> BlockSpectrum:
+    """Return a block, the union for `None`, or the whole model where no block has its name."""
+    if key == WHOLE_MODEL and key not in spectrum.blocks and spectrum.whole is not None:
+        return spectrum.whole
+    return spectrum.global_ if key is None else spectrum.blocks[key]
+
+
 def _metric_of(spectra: Sequence[Spectrum], metric: str, block: str | None) -> np.ndarray:
-    members = [spectrum.global_ if block is None else spectrum.blocks[block] for spectrum in spectra]
+    members = [_member(spectrum, block) for spectrum in spectra]
     values = [member.metrics[metric] for member in members]
     return np.array([np.nan if value is None or np.isinf(value) else value for value in values], dtype=np.float64)

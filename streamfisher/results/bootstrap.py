@@ -55,6 +55,12 @@ class Bootstrap:
     n_resamples: int
     seed: int
     level: float
+    whole: BlockBootstrap | None = None  # of all parameters together, where the spectrum has that beside blocks
+
+    def of(self, name: str) -> BlockBootstrap | None:
+        """Return the resamples of a block, or of the whole, by the name that its `BlockSpectrum` has."""
+        of_all = {found.name: found for found in (self.global_, self.whole) if found is not None}
+        return self.blocks.get(name, of_all.get(name))
 
     def facts(self) -> dict[str, Any]:
         """Return how the intervals were made."""

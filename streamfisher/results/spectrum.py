@@ -25,6 +25,9 @@ from streamfisher.results.metrics import effective_rank, json_values, shape_metr
 from streamfisher.results.notebook import spectrum_html
 from streamfisher.runtime.durable import replacing
 
+#: Name and key of the matrix of all parameters together; that of the union of blocks is `global`.
+WHOLE_MODEL = "whole_model"
+
 NORMALIZATION = {False: "(1/N) * G^T G", True: "(1/N) * (G - mean)^T (G - mean)"}
 
 #: What forward and backward passes multiply a unit roundoff by: in the size of a row, and in a singular value's place.
@@ -167,6 +170,15 @@ class Spectrum:
     global_: BlockSpectrum  # the union of the blocks' eigenvalues
     metadata: dict[str, Any] = field(default_factory=dict)
     bootstrap: Bootstrap | None = None  # intervals of the metrics, where they were asked for
+    solved_whole: BlockSpectrum | None = None  # all parameters together, where there are several blocks
+
+    @property
+    def whole(self) -> BlockSpectrum | None:
+        """Return the spectrum of all parameters together, not block diagonal: of rank N at most.
+
+        `None` where it was not solved beside the blocks: Grams that are read by tiles, blocks of different samples.
+        """
+        return self.global_ if len(self.blocks) < 2 else self.solved_whole
 
     @property
     def reached(self) -> dict[str, BlockSpectrum]:
@@ -177,23 +189,25 @@ class Spectrum:
         return {key: block for key, block in self.blocks.items() if not block.no_gradient} or dict(self.blocks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return `{'global', 'per_block', 'metadata'}` as plain values, with every eigenvalue.
+        """Return `{'global', 'whole_model', 'per_block', 'metadata'}` as plain values, with every eigenvalue.
 
-        A condition number may be infinite; `to_json` writes `null` for it.
+        `global` is the union of the blocks, the block-diagonal matrix, which may have more than N eigenvalues;
+        `whole_model` the matrix of all parameters together, `None` where it was not solved. A condition number may be
+        infinite; `to_json` writes `null` for it.
         """
-        whole = _with_eigenvalues(self.global_)
-        whole["n_total_eigenvalues"] = whole["n_eigenvalues"]
-        whole["total_params"] = whole["n_params"]
-        largest = whole["largest_eigenvalue"]
-        whole["gd_convergence_scale"] = 1.0 / largest if largest > 0 else math.inf
+        union = _of_all(self.global_)
+        whole = None if self.whole is None else _of_all(self.whole) | {"block_name": WHOLE_MODEL}
         per_block = {name: _with_eigenvalues(block) for name, block in self.reached.items()}
         metadata = self.metadata
         if self.bootstrap is not None:
-            whole["intervals"] = self.bootstrap.global_.to_dict()
+            union["intervals"] = self.bootstrap.global_.to_dict()
+            if whole is not None:
+                found = self.bootstrap.whole or self.bootstrap.global_
+                whole["intervals"] = found.to_dict()
             for name, values in per_block.items():
                 values["intervals"] = self.bootstrap.blocks[name].to_dict()
             metadata = metadata | {"bootstrap": self.bootstrap.facts()}
-        return {"global": whole, "per_block": per_block, "metadata": metadata}
+        return {"global": union, "whole_model": whole, "per_block": per_block, "metadata": metadata}
 
     def to_json(self, path: str | Path) -> Path:
         """Write `to_dict()` as JSON, the same bytes for the same spectrum; return the path."""
@@ -208,6 +222,17 @@ class Spectrum:
             f"Spectrum({len(self.blocks)} blocks, N={whole.n_samples}, P={whole.n_params}, trace={whole.trace:.4g}, "
             f"largest={whole.metrics['largest_eigenvalue']:.4g})"
         )
+
+
+def _of_all(block: BlockSpectrum) -> dict[str, Any]:
+    """Return what `_with_eigenvalues` does, with what only the whole has."""
+    found = _with_eigenvalues(block)
+    largest = found["largest_eigenvalue"]
+    return found | {
+        "n_total_eigenvalues": found["n_eigenvalues"],
+        "total_params": found["n_params"],
+        "gd_convergence_scale": 1.0 / largest if largest > 0 else math.inf,
+    }
 
 
 def _with_eigenvalues(block: BlockSpectrum) -> dict[str, Any]:
