@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from streamfisher.errors import require
-from streamfisher.reports.figures import COLOURS, STYLES, as_text, band
 from streamfisher.results.analyses import Comparison
+from streamfisher.results.line_styles import COLOURS, DASHES
 from streamfisher.results.notebook import UNION, WHOLE, structure_name
+from streamfisher.results.panels import as_text, band, eigenvalue_unit, model_name
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum
 from streamfisher.runtime.printable import printable
 
@@ -92,16 +93,24 @@ def comparison_picture(comparison: Comparison, path: str | Path) -> Path:
             colour = COLOURS[number % len(COLOURS)]
             if spectrum.bootstrap is not None:
                 band(axis, spectrum.bootstrap.blocks[key], block, colour)
-            style = STYLES[number % len(STYLES)]
+            style = DASHES[number % len(DASHES)]
             unfinished = " (partial)" if spectrum.metadata.get("partial") else ""
             axis.loglog(
-                index, block.eigenvalues[above], style, color=colour, linewidth=1.5, label=as_text(label + unfinished)
+                index,
+                block.eigenvalues[above],
+                linestyle=style,
+                color=colour,
+                linewidth=1.5,
+                label=as_text(label + unfinished),
             )
         axis.set_title(as_text(key), fontsize=10)
         axis.grid(which="major", linewidth=0.4, alpha=0.5)
     axes[0, 0].legend(fontsize=7, frameon=False)
-    figure.supxlabel(f"index (blocks: {as_text(structure_name(comparison.spectra[0]))})", fontsize=9)
-    figure.supylabel("eigenvalue", fontsize=9)
+    figure.suptitle(
+        " and ".join(dict.fromkeys(as_text(model_name(spectrum)) for spectrum in comparison.spectra)), fontsize=10
+    )
+    figure.supxlabel(f"index of the eigenvalue (blocks: {as_text(structure_name(comparison.spectra[0]))})", fontsize=9)
+    figure.supylabel(f"eigenvalue, {eigenvalue_unit(comparison.spectra[0])}", fontsize=9)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return Path(path)

@@ -17,6 +17,7 @@ from streamfisher.blocks.structures import layer_key, module_key
 from streamfisher.reports import figures
 from streamfisher.results.notebook import fact_table, metrics_table, run_facts, structure_name, templates
 from streamfisher.results.notebook import title as spectrum_title
+from streamfisher.results.panels import eigenvalue_unit
 from streamfisher.results.spectrum import Spectrum
 from streamfisher.runtime.durable import replacing
 
@@ -83,7 +84,7 @@ def _section(spectrum: Spectrum, number: int) -> dict[str, Any]:
 
 def _density(spectra: Sequence[Spectrum]) -> str:
     named = [(structure_name(s) + (", centered" if s.metadata.get("centered") else ""), s.global_) for s in spectra]
-    return figures.densities(named, "Spectral density")
+    return figures.densities(named, "Spectral density", eigenvalue_unit(spectra[0]))
 
 
 def _growth(grams: BlockGrams) -> dict[str, str] | None:

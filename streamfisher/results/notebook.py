@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
+import numpy as np
 
 from streamfisher.results.bootstrap import Bootstrap
 
@@ -29,14 +30,24 @@ _COLUMNS = {
 
 
 class Block(Protocol):
-    """One row of a table of metrics."""
+    """One row of a table, or one line of a picture."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
     @property
     def n_params(self) -> int: ...  # noqa: D102
     @property
+    def n_samples(self) -> int: ...  # noqa: D102
+    @property
     def metrics(self) -> dict[str, Any]: ...  # noqa: D102
+    @property
+    def eigenvalues(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def above_floor(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def noise_floor(self) -> float: ...  # noqa: D102
+    @property
+    def trace(self) -> float: ...  # noqa: D102
 
 
 class Shown(Protocol):
