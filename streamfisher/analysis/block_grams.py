@@ -22,6 +22,7 @@ from streamfisher.results.analyses import SpectralDensity
 from streamfisher.results.spectrum import WHOLE_MODEL, Spectrum
 from streamfisher.runtime.determinism import one_thread
 from streamfisher.runtime.memory import working_memory
+from streamfisher.runtime.stage_progress import steps
 from streamfisher.solving.centering import uncenter
 from streamfisher.solving.density import spectral_density
 from streamfisher.solving.lanczos import DenseOperator
@@ -50,6 +51,7 @@ class BlockGrams:
     moment_of: Callable[[str], Moment | None] = lambda name: None  # of parameters with P < N, over all valid samples
     single: Collection[str] | None = None  # Grams that hold products in `dtype_gram`; None: all do
     layers: Mapping[str, str] | None = None  # Gram -> layer; None: rounding may come from anywhere
+    progress: bool = False  # show bars while something is solved
 
     @property
     def blocks(self) -> dict[str, list[str]]:
@@ -127,6 +129,21 @@ class BlockGrams:
         chosen = self.selection.subset(places)
         return dataclasses.replace(self, selection=chosen, metadata={**self.metadata, **chosen.facts()})
 
+    def held(self) -> BlockGrams:
+        """Return the same with the selected part of every Gram in memory, read once; itself, where they do not fit.
+
+        For what solves many subsets of these samples.
+        """
+        n = len(self.selection)
+        if 8 * (n**2 * len(self.parameters) + self.n_stored**2) > working_memory(self.config.memory_budget) // 4:
+            return self
+        names = steps(list(self.parameters), "reading Grams", show=self.progress, n_samples=n)
+        grams = {name: self.selection.restrict(self.gram_of(name)) for name in names}
+        chosen = dataclasses.replace(self.selection, samples=np.arange(n))
+        return dataclasses.replace(
+            self, gram_of=grams.__getitem__, selection=chosen, tile_of=None, moment_of=lambda name: None
+        )
+
     def density(self, key: str, **options: Any) -> SpectralDensity:
         """Return the spectral density of one block, see `density.spectral_density`; in memory where its Gram fits.
 
@@ -166,6 +183,7 @@ class BlockGrams:
             self.single,
             self.layers,
             whole,
+            self.progress,
         )
         if not fits_dense(self.n_stored, len(self.selection), self.config):
             return solve_tiled(self.operator, problem)

@@ -36,7 +36,11 @@ def add_selection_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--weights", default=None, metavar="FILE.npy", help="one weight per sample of the run")
     group.add_argument("--normalize-by", default="samples", metavar="samples|tokens", help="default: samples")
     group.add_argument(
-        "--bootstrap", type=int, default=0, metavar="R", help="intervals of all metrics from R resamples, e.g. 1000"
+        "--bootstrap",
+        type=int,
+        default=0,
+        metavar="R",
+        help="intervals of the metrics from R subsets of the samples, e.g. 100",
     )
     group.add_argument("--partial", action="store_true", help="analyse what an unfinished run has; marked as partial")
 

@@ -6,7 +6,9 @@ same to the colour-blind, and carry their numbers.
 
 from __future__ import annotations
 
+import html
 import io
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ from streamfisher.results.panels import (
     draw_eigenvalues,
     drawn_blocks,
     label_lines,
+    shown_indices,
 )
 from streamfisher.results.spectrum import WHOLE_MODEL, BlockSpectrum, Spectrum
 from streamfisher.runtime.durable import replacing
@@ -49,6 +52,7 @@ def svg(draw: Callable[[Any], None], *, width: float, height: float, title: str)
 
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
+        "path.simplify": False,  # the page reads values off the points
         "svg.hashsalt": title,
         "font.family": ["sans-serif"],
         "font.size": 9,
@@ -69,7 +73,30 @@ def svg(draw: Callable[[Any], None], *, width: float, height: float, title: str)
     text = re.sub(r'((?:xlink:)?href="#)', rf"\1{prefix}-", text)
     text = text.replace("url(#", f"url(#{prefix}-")
     escaped = printable(title).replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escaped}" ', 1)
+    plot = _plot(figure, prefix)
+    data = "" if plot is None else f'data-plot="{html.escape(plot)}" '
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escaped}" {data}', 1)
+
+
+def _plot(figure: Any, prefix: str) -> str | None:
+    """Return as JSON where the axes of a figure are and which lines have names, for the script of the page."""
+    axis = figure.axes[0]
+    lines = {line.get_gid(): line for line in axis.get_lines() if line.get_gid()}
+    names = {gid: line.get_label() for gid, line in lines.items() if gid.startswith("curve-") and len(line.get_xdata())}
+    if not names:
+        return None
+    width, height = 72 * figure.get_size_inches()
+    box = axis.get_position()
+    across, down = [box.x0 * width, box.x1 * width], [height - box.y0 * height, height - box.y1 * height]
+    content = {
+        "x": [*across, *map(float, axis.get_xlim()), axis.get_xscale() == "log"],
+        "y": [*down, *map(float, axis.get_ylim()), axis.get_yscale() == "log"],
+        "curves": [
+            [f"{prefix}-{gid}", f"{prefix}-faint-{gid[6:]}", name.replace("\\$", "$").strip()]
+            for gid, name in names.items()
+        ],
+    }
+    return json.dumps(content)
 
 
 def eigenvalue_curves(spectrum: Spectrum, title: str) -> str:
@@ -119,7 +146,9 @@ def cumulative_variance(spectrum: Spectrum, title: str) -> str:
         ) + lines:
             share = np.cumsum(block.eigenvalues) / block.trace
             look = {"color": style.colour, "linestyle": style.dashes, "linewidth": style.width}
-            axis.semilogx(np.arange(1, len(share) + 1), share, label=as_text(name), **look)
+            shown = shown_indices(len(share))
+            gid = f"curve-{len(axis.get_lines())}"
+            axis.semilogx(shown, share[shown - 1], label=as_text(name), gid=gid, **look)
         axis.set_ylim(0, 1.02)
         axis.set_xlabel("number of leading eigenvalues")
         axis.set_ylabel("share of the trace")
@@ -141,11 +170,12 @@ def growth_curves(growth: Growth, metric: str, label: str, title: str, *, log: b
         if whole:
             values = growth.curve(metric, None if not names else WHOLE_MODEL)
             look = {"color": WHOLE_STYLE.colour, "linewidth": WHOLE_STYLE.width, "label": WHOLE}
-            axis.plot(growth.sizes, values, marker="s", markersize=5, **look)
+            axis.plot(growth.sizes, values, marker="s", markersize=5, gid="curve-0", **look)
         for name in names:
             style = styles[name]
             look = {"color": style.colour, "linestyle": style.dashes, "linewidth": style.width, "label": as_text(name)}
-            axis.plot(growth.sizes, growth.curve(metric, name), marker="o", markersize=3, **look)
+            gid = f"curve-{1 + len(axis.get_lines())}"
+            axis.plot(growth.sizes, growth.curve(metric, name), marker="o", markersize=3, gid=gid, **look)
         axis.set_xscale("log", base=2)
         axis.set_xticks(growth.sizes, [str(size) for size in growth.sizes])
         axis.minorticks_off()

@@ -44,16 +44,17 @@ def _intervals(spectrum: Spectrum) -> list[str]:
     """Return a table of the intervals of the metrics that `table` shows."""
     found = spectrum.bootstrap
     assert found is not None  # asked for only where it is there
-    columns = ("trace", "largest_eigenvalue", "spectral_gap", "condition_number", "effective_rank", "stable_rank")
+    columns = ("trace", "largest_eigenvalue", "spectral_gap", "effective_rank", "stable_rank", "participation_ratio")
     rows_of = [(name, found.of(block.name)) for name, block in table_rows(spectrum)]
     rows: list[tuple[str, ...]] = [("block", *(name.replace("_", " ") for name in columns))]
     for row_name, drawn in rows_of:
         intervals = [None if drawn is None else drawn.interval(name) for name in columns]
         rows.append((printable(row_name), *("-" if i is None else f"{i.low:.4g} .. {i.high:.4g}" for i in intervals)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [f"{100 * found.level:g} % intervals from {found.n_resamples} bootstrap resamples of the samples"]
+    subsets = f"{found.n_resamples} subsets that lack {found.n_left_out} samples"
+    lines = [f"{100 * found.level:g} % intervals at this N, from {subsets}"]
     lines += [_line(row, widths) for row in rows]
-    return [*lines, "Ranks come out lower in resamples, which have fewer distinct samples (docs/metrics.md)."]
+    return [*lines, "Delete-d jackknife; what still grows with N is not converged by it (docs/metrics.md, Intervals)."]
 
 
 def _row(name: str, block: Block) -> tuple[str, ...]:

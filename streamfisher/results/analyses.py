@@ -21,6 +21,7 @@ class Growth:
     sizes: tuple[int, ...]  # ascending; the last is all
     spectra: tuple[Spectrum, ...]  # one per size
     seed: int  # of the order in which samples are taken
+    left_out: tuple[int, ...] = ()  # sizes that would have taken longer than was allowed
 
     def curve(self, metric: str, block: str | None = None) -> np.ndarray:
         """Return a metric at each size, (len(sizes),) float64, NaN where undefined.
@@ -32,7 +33,7 @@ class Growth:
         return _metric_of(self.spectra, metric, block)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return `{sizes, seed, blocks: {name: {metric: [value at each size]}}}` as plain JSON values."""
+        """Return `{sizes, left_out, seed, curves: {name: {metric: [value at each size]}}}` as plain JSON values."""
         names: list[str | None] = [None, *self.spectra[0].blocks]
         curves = {
             "global" if name is None else name: {
@@ -41,7 +42,7 @@ class Growth:
             }
             for name in names
         }
-        return {"sizes": list(self.sizes), "seed": self.seed, "curves": curves}
+        return {"sizes": list(self.sizes), "left_out": list(self.left_out), "seed": self.seed, "curves": curves}
 
 
 @dataclass(frozen=True)

@@ -196,15 +196,16 @@ def _rendered(template: str, **values: Any) -> str:
 
 def _row(spectrum: Shown, name: str, block: Block) -> dict[str, Any]:
     drawn = None if spectrum.bootstrap is None else spectrum.bootstrap.of(block.name)
-    cells: list[tuple[str, tuple[str, str] | None]] = []
+    cells: list[tuple[str, str, Any, tuple[str, str] | None]] = []
     metrics = block.metrics
-    for metric in _COLUMNS:
+    for metric, label in _COLUMNS.items():
         value = metrics[metric]
         text = "–" if value is None else f"{value:.4g}"
         if metric == "numerical_rank" and value is not None:
             text = f"{value}/{metrics['n_eigenvalues']}"
         interval = drawn.interval(metric) if drawn is not None else None
-        cells.append((text, None if interval is None else (f"{interval.low:.3g}", f"{interval.high:.3g}")))
+        between = None if interval is None else (f"{interval.low:.3g}", f"{interval.high:.3g}")
+        cells.append((label, text, "" if value is None else repr(value), between))
     return {
         "name": name,
         "n_params": f"{block.n_params:,}",

@@ -15,6 +15,7 @@ from streamfisher.runtime.printable import printable
 #: The whole model lies wide and grey under the blocks.
 WHOLE_STYLE = LineStyle("#a0a0a0", "-", 3.2)
 _LEGEND = 16  # more entries than that say nothing
+_POINTS = 600  # of a curve, evenly along a logarithmic axis
 
 
 def as_text(name: object) -> str:
@@ -67,11 +68,11 @@ def draw_eigenvalues(axis: Any, spectrum: Shown, *, bottom: float | None = None)
     blocks = drawn_blocks(spectrum)
     styles = {WHOLE: WHOLE_STYLE} if WHOLE in blocks else line_styles(blocks)
     if len(blocks) > 1 and spectrum.whole is not None:
-        _curve(axis, spectrum.whole, WHOLE_STYLE, WHOLE)
-    for name, block in blocks.items():
+        _curve(axis, spectrum.whole, WHOLE_STYLE, WHOLE, 0)
+    for number, (name, block) in enumerate(blocks.items(), 1):
         if spectrum.bootstrap is not None and (drawn := spectrum.bootstrap.of(block.name)) is not None:
             band(axis, drawn, block, styles[name].colour)
-        _curve(axis, block, styles[name], name)
+        _curve(axis, block, styles[name], name, number)
     least = smallest(spectrum)
     bottom = least / 3 if bottom is None and least is not None else bottom
     if bottom is not None:
@@ -98,14 +99,25 @@ def draw_eigenvalues(axis: Any, spectrum: Shown, *, bottom: float | None = None)
         _numbers(axis, blocks, styles)
 
 
-def _curve(axis: Any, block: Block, style: LineStyle, label: str) -> None:
-    values = block.eigenvalues
-    index = np.arange(1, len(values) + 1)
-    above, below = block.above_floor, (~block.above_floor) & (values > 0)
+def _curve(axis: Any, block: Block, style: LineStyle, label: str, number: int) -> None:
+    """Draw one block; the page finds its lines as `curve-NUMBER` and, below the floor, `faint-NUMBER`."""
+    index = shown_indices(len(block.eigenvalues))
+    values = block.eigenvalues[index - 1]
+    above = block.above_floor[index - 1]
+    below = ~above & (values > 0)
     look = {"color": style.colour, "linestyle": style.dashes}
-    axis.loglog(index[above], values[above], linewidth=style.width, label=as_text(label), **look)
+    gid = f"curve-{number}"
+    axis.loglog(index[above], values[above], linewidth=style.width, label=as_text(label), gid=gid, **look)
     if below.any():
-        axis.loglog(index[below], values[below], linewidth=style.width / 2, alpha=0.25, **look)
+        gid = f"faint-{number}"
+        axis.loglog(index[below], values[below], linewidth=style.width / 2, alpha=0.25, gid=gid, **look)
+
+
+def shown_indices(count: int) -> np.ndarray:
+    """Return which indices of a curve of `count` points are drawn, from 1: all, or as many as an eye can tell apart."""
+    if count <= _POINTS:
+        return np.arange(1, count + 1)
+    return np.unique(np.round(np.geomspace(1, count, _POINTS)).astype(np.int64))
 
 
 def _floors(axis: Any, blocks: Sequence[Block], bottom: float | None) -> None:

@@ -18,6 +18,7 @@ from streamfisher.config import SpectralConfig, dtype_name
 from streamfisher.results.noise import RawScale
 from streamfisher.results.spectrum import NORMALIZATION, WHOLE_MODEL, BlockSpectrum, Spectrum
 from streamfisher.runtime.determinism import one_thread
+from streamfisher.runtime.stage_progress import steps
 from streamfisher.solving import centering
 from streamfisher.solving.blocksolver import block_spectrum
 from streamfisher.solving.combine import MEAN_DOMINANCE_LIMIT, block_diagonal_error, combine
@@ -50,6 +51,7 @@ class Eigenproblem:
     single: Collection[str] | None = None  # parameters whose Grams are products in `dtype_gram`; None: all of them
     layers: Mapping[str, str] | None = None  # parameter -> layer: how far rounding reaches; None: everywhere
     whole: bool = False  # solve the matrix of all parameters together too, beside the blocks
+    progress: bool = False  # show a bar while blocks are solved
 
     @property
     def product(self) -> torch.dtype:
@@ -169,7 +171,8 @@ def solve_blocks(
         return K
 
     groups = group_blocks(problem.assignment)
-    for key, names in groups.items():
+    n = 0 if selection is None else len(selection)
+    for key, names in steps(groups.items(), "eigenvalues of blocks", show=problem.progress, n_samples=n):
         K = add(read(name) for name in names)
         size = 0.0
         if problem.center:
