@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from streamfisher.results.metrics import SCALAR_METRICS, json_values
+from streamfisher.results.notebook import result_html
 from streamfisher.results.spectrum import WHOLE_MODEL, BlockSpectrum, Spectrum
 
 Scale = Literal["log", "linear"]
@@ -43,6 +44,13 @@ class Growth:
             for name in names
         }
         return {"sizes": list(self.sizes), "left_out": list(self.left_out), "seed": self.seed, "curves": curves}
+
+    def _repr_html_(self) -> str:
+        key = WHOLE_MODEL if all(spectrum.solved_whole is not None for spectrum in self.spectra) else None
+        shown = ("trace", "largest_eigenvalue", "effective_rank", "stable_rank")
+        curves = [[float(value) for value in self.curve(metric, key)] for metric in shown]
+        rows = list(zip(self.sizes, *curves, strict=True))
+        return result_html(f"Growth of the {'whole model' if key else 'union of blocks'}", ("samples", *shown), rows)
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,12 @@ class SpectralDensity:
             name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()
         } | {"integral": self.integral}
 
+    def _repr_html_(self) -> str:
+        decades = zip(self.edges[:-1], self.edges[1:], self.counts, self.count_errors, strict=True)
+        rows = [[float(value) for value in row] for row in decades]
+        title = f"Spectral density of {self.block}: {self.n_eigenvalues} eigenvalues, {self.n_vectors} vectors"
+        return result_html(title, ("from", "to", "eigenvalues", "standard error"), rows)
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -98,6 +112,10 @@ class Alignment:
             "centered": self.centered,
             "n_samples": self.n_samples,
         }
+
+    def _repr_html_(self) -> str:
+        rows = [[name, *map(float, row)] for name, row in zip(self.blocks, self.matrix, strict=True)]
+        return result_html(f"Alignment of blocks, {self.n_samples} samples", ("", *self.blocks), rows)
 
 
 @dataclass(frozen=True)
@@ -136,6 +154,11 @@ class Overlap:
             "cosines": [float(value) for value in self.cosines],
             "angles_in_degrees": [float(value) for value in self.angles],
         }
+
+    def _repr_html_(self) -> str:
+        rows = [[k, float(c), float(a)] for k, (c, a) in enumerate(zip(self.cosines, self.angles, strict=True), 1)]
+        title = f"Overlap of {self.block} in {' and '.join(self.runs)}: {self.mean_squared_cosine:.4g}"
+        return result_html(title, ("angle", "cosine", "degrees"), rows)
 
 
 @dataclass(frozen=True)
@@ -177,6 +200,15 @@ class Comparison:
             "warnings": list(self.warnings),
             "metadata": [spectrum.metadata for spectrum in self.spectra],
         }
+
+    def _repr_html_(self) -> str:
+        shown = ("trace", "largest_eigenvalue", "effective_rank", "stable_rank")
+        rows = []
+        for key in (*self.shared_blocks, None):
+            for label, spectrum in zip(self.labels, self.spectra, strict=True):
+                metrics = _member(spectrum, key).metrics
+                rows.append([key or "union of blocks", label, *(metrics[name] for name in shown)])
+        return result_html(f"{len(self.labels)} runs", ("block", "run", *shown), rows)
 
 
 def _member(spectrum: Spectrum, key: str | None) -> BlockSpectrum:

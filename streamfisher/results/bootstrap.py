@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from streamfisher.results.notebook import result_html
+
 #: Metrics without an interval: N and the noise floor decide them, and no resample of fewer samples says how surely.
 WITHOUT_INTERVAL = ("numerical_rank", "condition_number")
 #: Metrics that may be of either sign; all others are positive, and their logarithms vary alike at every size.
@@ -82,6 +84,15 @@ class Bootstrap:
         """Return what is known of a block, or of all together, by the name that its `BlockSpectrum` has."""
         of_all = {found.name: found for found in (self.global_, self.whole) if found is not None}
         return self.blocks.get(name, of_all.get(name))
+
+    def _repr_html_(self) -> str:
+        shown = ("trace", "largest_eigenvalue", "spectral_gap", "effective_rank", "stable_rank")
+        of_all = [("union of blocks", self.global_), *([] if self.whole is None else [("whole model", self.whole)])]
+        rows = []
+        for name, found in (*self.blocks.items(), *of_all):
+            intervals = [found.interval(metric) if metric in found.values else None for metric in shown]
+            rows.append([name, *(None if i is None else f"{i.low:.4g} to {i.high:.4g}" for i in intervals)])
+        return result_html(f"{self.level:.0%} intervals from {self.n_resamples} subsets", ("block", *shown), rows)
 
     def facts(self) -> dict[str, Any]:
         """Return how the intervals were made."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
 import numpy as np
 
-from streamfisher.results.bootstrap import Bootstrap
-
 #: What rows of the block-diagonal matrix and of the full one are called.
 UNION, WHOLE = "union of blocks", "whole model"
 
+_ROWS = 40
 _COLUMNS = {
     "trace": "trace",
     "largest_eigenvalue": "largest",
@@ -50,6 +49,12 @@ class Block(Protocol):
     def trace(self) -> float: ...  # noqa: D102
 
 
+class ShownIntervals(Protocol):
+    """What is shown of intervals."""
+
+    def of(self, name: str) -> Any: ...  # noqa: D102
+
+
 class Shown(Protocol):
     """What is shown of a spectrum."""
 
@@ -64,7 +69,7 @@ class Shown(Protocol):
     @property
     def metadata(self) -> Mapping[str, Any]: ...  # noqa: D102
     @property
-    def bootstrap(self) -> Bootstrap | None: ...  # noqa: D102
+    def bootstrap(self) -> ShownIntervals | None: ...  # noqa: D102
 
 
 class ShownRun(Protocol):
@@ -151,6 +156,16 @@ def spectrum_html(spectrum: Shown) -> str:
     error = spectrum.metadata.get("block_diagonal_error")
     error = f"{error:.3g}" if error is not None and len(spectrum.blocks) > 1 else None
     return _rendered("spectrum.html", title=title(spectrum), table=metrics_table(spectrum), error=error)
+
+
+def result_html(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """What a notebook shows of any other result: a title and a table, numbers with four digits, 40 rows at most."""
+    cells = [[_shown(value) for value in row] for row in rows[:_ROWS]]
+    return _rendered("result.html", title=title, columns=columns, rows=cells, more=max(len(rows) - _ROWS, 0))
+
+
+def _shown(value: object) -> str:
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def run_html(run: ShownRun) -> str:

@@ -13,16 +13,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from streamfisher.errors import require
 from streamfisher.results.bootstrap import Bootstrap
+from streamfisher.results.frames import FrameKind, dataset, frame
+from streamfisher.results.metric_attributes import MetricAttributes
 from streamfisher.results.metrics import effective_rank, json_values, shape_metrics
-from streamfisher.results.notebook import spectrum_html
+from streamfisher.results.notebook import result_html, spectrum_html
+from streamfisher.results.panels import draw_eigenvalues
 from streamfisher.runtime.durable import replacing
 
 #: Name and key of the matrix of all parameters together; that of the union of blocks is `global`.
@@ -36,7 +40,7 @@ _AMPLIFICATION = 32.0
 
 
 @dataclass(frozen=True)
-class BlockSpectrum:
+class BlockSpectrum(MetricAttributes):
     """Eigenvalues of one block of the Fisher, F_b = (1/N) G_b^T G_b, or of all blocks together."""
 
     name: str
@@ -151,6 +155,16 @@ class BlockSpectrum:
             **({"reason": reason} if reason else {}),
         }
 
+    def _repr_html_(self) -> str:
+        shown = {name: value for name, value in self.metrics.items() if not isinstance(value, list)}
+        return result_html(f"Block {self.name}", ("metric", "value"), list(shown.items()))
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockSpectrum({self.name!r}, {len(self.eigenvalues)} eigenvalues, N={self.n_samples}, P={self.n_params}, "
+            f"trace={self.trace:.4g})"
+        )
+
     @property
     def _smallest(self) -> float | None:
         significant = self.eigenvalues[self.above_floor]
@@ -179,6 +193,85 @@ class Spectrum:
         `None` where it was not solved beside the blocks: Grams that are read by tiles, blocks of different samples.
         """
         return self.global_ if len(self.blocks) < 2 else self.solved_whole
+
+    def __getitem__(self, key: str) -> BlockSpectrum:
+        """Return a block by its key, `global` for the union of blocks, or `whole_model`.
+
+        Raises:
+            KeyError: there is no such block; the message names those that are.
+        """
+        if key in self.blocks:
+            return self.blocks[key]
+        if key == "global":
+            return self.global_
+        if key == WHOLE_MODEL and self.whole is not None:
+            return self.whole
+        raise KeyError(f"there is no block {key!r}; the blocks are {', '.join(self.blocks)}")
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the keys of the blocks."""
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        """Return how many blocks there are."""
+        return len(self.blocks)
+
+    def __bool__(self) -> bool:
+        """Return `True`: a spectrum without blocks is a result too."""
+        return True
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether `spectrum[key]` is there."""
+        return key in self.blocks or key == "global" or (key == WHOLE_MODEL and self.whole is not None)
+
+    def keys(self) -> list[str]:
+        """Return the keys of the blocks."""
+        return list(self.blocks)
+
+    def values(self) -> list[BlockSpectrum]:
+        """Return the blocks."""
+        return list(self.blocks.values())
+
+    def items(self) -> list[tuple[str, BlockSpectrum]]:
+        """Return keys and blocks."""
+        return list(self.blocks.items())
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return [*self.blocks, *(key for key in ("global", WHOLE_MODEL) if key in self and key not in self.blocks)]
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the eigenvalues of every block and of the whole model; return the matplotlib Axes.
+
+        Args:
+            ax: the Axes to draw on; `None` means those of a new figure.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        require("matplotlib", "plots", "draw the spectrum")
+        if ax is None:
+            from matplotlib import pyplot
+
+            ax = pyplot.subplots(figsize=(6.4, 5.0), layout="constrained")[1]
+        draw_eigenvalues(ax, self)
+        return ax
+
+    def to_frame(self, kind: FrameKind = "metrics") -> Any:
+        """Return a pandas DataFrame: `metrics` with a row per block, or `eigenvalues` with a row for each.
+
+        Raises:
+            ConfigError: the kind is unknown.
+            MissingExtraError: pandas is not installed.
+        """
+        return frame(self, kind)
+
+    def to_xarray(self) -> Any:
+        """Return an xarray Dataset: eigenvalues by `block` and `index`, which counts from 1, and metrics by `block`.
+
+        Raises:
+            MissingExtraError: xarray is not installed.
+        """
+        return dataset(self)
 
     @property
     def reached(self) -> dict[str, BlockSpectrum]:
