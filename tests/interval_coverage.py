@@ -33,8 +33,8 @@ def coverage(eigenvalues, n, repeats, resamples, seed=0):
     for metric in WITH_INTERVAL:
         truth = np.mean([value[metric] for value in values])
         intervals = [one.interval(metric) for one in found]
-        inside = [i is not None and i.low <= truth <= i.high for i in intervals]
-        shares[metric] = float(np.mean(inside))
+        if None not in intervals:
+            shares[metric] = float(np.mean([i.low <= truth <= i.high for i in intervals]))
     truth = float(eigenvalues.sum())
     shares["true trace"] = float(
         np.mean([one.interval("trace").low <= truth <= one.interval("trace").high for one in found])

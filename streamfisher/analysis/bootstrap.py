@@ -235,7 +235,7 @@ def _summarise(
         for name in metrics
     }
     observed = {name: observed[name] for name in metrics}
-    return BlockBootstrap(block.name, values, observed, low, high, level, inflation)
+    return BlockBootstrap(block.name, values, observed, low, high, level, inflation, n)
 
 
 def _bands(values: np.ndarray, found: np.ndarray, level: float, inflation: float) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from streamfisher.results.notebook import result_html
 WITHOUT_INTERVAL = ("numerical_rank", "condition_number")
 #: Metrics that may be of either sign; all others are positive, and their logarithms vary alike at every size.
 _SIGNED = ("power_law_exponent",)
+_SHARE = "cumulative_variance_"
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,18 @@ class BlockBootstrap:
     eigenvalue_high: np.ndarray  # (r,)
     level: float
     inflation: float = 1.0  # standard error at N over the standard deviation over subsets
+    n_samples: int = 0
 
     def interval(self, metric: str) -> Interval | None:
         """Return the interval of a metric.
 
-        `None` for ranks and condition numbers, and where the metric is not defined, in the data or in two subsets.
+        `None` for ranks, condition numbers and the share of more eigenvalues than half of the samples, and where the
+        metric is not defined, in the data or in two subsets.
         """
         found, value = self.values[metric], self.observed[metric]
         found = found[np.isfinite(found)]
+        if metric.startswith(_SHARE) and 2 * int(metric.removeprefix(_SHARE)) > self.n_samples:
+            return None  # nearly all of the trace, at every N: a share of what N samples have, not of the source
         if metric in WITHOUT_INTERVAL or value is None or not np.isfinite(value) or len(found) < 2:
             return None
         bias = self.inflation**2 * (float(found.mean()) - value)
@@ -59,7 +64,7 @@ class BlockBootstrap:
             return None
         spread = float(np.log(found).std(ddof=1))
         high = value * math.exp(min(width * spread, 700.0))
-        high = min(high, 1.0) if metric.startswith("cumulative_variance") else high
+        high = min(high, 1.0) if metric.startswith(_SHARE) else high
         return Interval(value * math.exp(-width * spread), high, self.inflation * spread * value, bias)
 
     def to_dict(self) -> dict[str, Any]:
