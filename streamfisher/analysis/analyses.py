@@ -70,7 +70,7 @@ class Analyses:
             normalization: divide by 'samples', or by 'tokens': the number of target tokens of the samples.
             partial: accept an unfinished run and take the samples that are there; the result says so.
             config: solver and Gram options; `None` means those the run was made with.
-            progress: show a bar while Grams are built.
+            progress: show bars while Grams are built and blocks are solved.
 
         Raises:
             ConfigError: the structure or the normalization is unknown.
@@ -117,6 +117,7 @@ class Analyses:
             if center or isinstance(source, PartialGrams)
             else source.mean_products,
             moment_of=self._moments(source, config, int(valid.sum())),
+            progress=progress,
         )
 
     def _moments(
@@ -211,6 +212,7 @@ class Analyses:
         normalization: Normalization = "samples",
         partial: bool = False,
         bootstrap: int = 0,
+        bootstrap_seconds: float | None = None,
         exact: bool = False,
         config: SpectralConfig | None = None,
         progress: bool = False,
@@ -225,7 +227,8 @@ class Analyses:
             weights: of the samples.
             normalization: by 'samples' or 'tokens'.
             partial: accept an unfinished run.
-            bootstrap: how many resamples to draw for intervals of all metrics, see `uncertainty`; 0 means none.
+            bootstrap: how many subsets to solve for intervals of the metrics, see `analysis.bootstrap`; 0 means none.
+            bootstrap_seconds: draw fewer subsets where they would take longer, and none where 8 would.
             exact: refuse where eigenvalues would be estimates.
             config: solver and Gram options.
             progress: show a bar while Grams are built.
@@ -246,10 +249,11 @@ class Analyses:
             config=config,
             progress=progress,
         )
-        spectrum = with_error_bars(self.manifest, self.store, found, found.spectrum(top_k))
+        spectrum = with_error_bars(self.manifest, self.store, found, found.spectrum(top_k, whole=True))
         if bootstrap:
             spectrum = dataclasses.replace(
-                spectrum, bootstrap=resample(found, spectrum, bootstrap, seed=found.config.seed)
+                spectrum,
+                bootstrap=resample(found, spectrum, bootstrap, seed=found.config.seed, seconds=bootstrap_seconds),
             )
         return spectrum
 

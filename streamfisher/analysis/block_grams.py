@@ -20,9 +20,10 @@ from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError, ConfigError
 from streamfisher.results.analyses import SpectralDensity
 from streamfisher.results.metrics import frobenius
-from streamfisher.results.spectrum import BlockSpectrum, Spectrum
+from streamfisher.results.spectrum import WHOLE_MODEL, BlockSpectrum, Spectrum
 from streamfisher.runtime.determinism import one_thread
 from streamfisher.runtime.memory import working_memory
+from streamfisher.runtime.stage_progress import steps
 from streamfisher.solving.blocksolver import empty_block, solved_block
 from streamfisher.solving.centering import uncenter
 from streamfisher.solving.density import spectral_density
@@ -53,6 +54,7 @@ class BlockGrams:
     moment_of: Callable[[str], Moment | None] = lambda name: None  # of parameters with P < N, over all valid samples
     single: Collection[str] | None = None  # Grams that hold products in `dtype_gram`; None: all do
     layers: Mapping[str, str] | None = None  # Gram -> layer; None: rounding may come from anywhere
+    progress: bool = False  # show bars while something is solved
 
     @property
     def blocks(self) -> dict[str, list[str]]:
@@ -121,10 +123,29 @@ class BlockGrams:
         """Return the same for one block."""
         return dataclasses.replace(self, assignment=dict.fromkeys(self.blocks[key], key))
 
+    def together(self) -> BlockGrams:
+        """Return the same with all parameters in one block, `whole_model`."""
+        return dataclasses.replace(self, assignment=dict.fromkeys(self.assignment, WHOLE_MODEL))
+
     def subset(self, places: np.ndarray) -> BlockGrams:
         """Return the same for some of the samples; `places` are indices into the selected ones, ascending."""
         chosen = self.selection.subset(places)
         return dataclasses.replace(self, selection=chosen, metadata={**self.metadata, **chosen.facts()})
+
+    def held(self) -> BlockGrams:
+        """Return the same with the selected part of every Gram in memory, read once; itself, where they do not fit.
+
+        For what solves many subsets of these samples.
+        """
+        n = len(self.selection)
+        if 8 * (n**2 * len(self.parameters) + self.n_stored**2) > working_memory(self.config.memory_budget) // 4:
+            return self
+        names = steps(list(self.parameters), "reading Grams", show=self.progress, n_samples=n)
+        grams = {name: self.selection.restrict(self.gram_of(name)) for name in names}
+        chosen = dataclasses.replace(self.selection, samples=np.arange(n))
+        return dataclasses.replace(
+            self, gram_of=grams.__getitem__, selection=chosen, tile_of=None, moment_of=lambda name: None
+        )
 
     def density(self, key: str, **options: Any) -> SpectralDensity:
         """Return the spectral density of one block, see `density.spectral_density`; in memory where its Gram fits.
@@ -146,9 +167,14 @@ class BlockGrams:
                 DenseOperator(self.gram(key)) if fits else self.operator(names), zeros=zeros, **chosen
             )
 
-    def spectrum(self, top_k: int | None = None) -> Spectrum:
-        """Solve every block, see `Run.spectrum`: in memory where the Grams fit, else by tiles."""
-        problem = self._problem(top_k)
+    def spectrum(self, top_k: int | None = None, *, whole: bool = False) -> Spectrum:
+        """Solve every block, see `Run.spectrum`: in memory where the Grams fit, else by tiles.
+
+        Args:
+            top_k: list the largest only.
+            whole: solve all parameters together too, which is one block more; not where Grams are read by tiles.
+        """
+        problem = self._problem(top_k, whole=whole)
         if not fits_dense(self.n_stored, len(self.selection), self.config):
             return solve_tiled(self.operator, problem)
         return solve_blocks(
@@ -219,7 +245,7 @@ class BlockGrams:
             raw=problem.raw_scale(self.blocks[key], matrix.traces),
         )
 
-    def _problem(self, top_k: int | None) -> Eigenproblem:
+    def _problem(self, top_k: int | None, *, whole: bool = False) -> Eigenproblem:
         return Eigenproblem(
             self.parameters,
             self.assignment,
@@ -231,6 +257,8 @@ class BlockGrams:
             top_k,
             self.single,
             self.layers,
+            whole,
+            self.progress,
         )
 
 

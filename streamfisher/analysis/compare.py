@@ -45,7 +45,7 @@ def compare(
         top: k, dimension of the eigenspaces whose overlap is computed; 0 means none. A block with fewer eigenvalues
             above its noise floor gives as many as both runs have.
         labels: one per run; `None` means the names of their folders.
-        bootstrap: resamples for intervals of the metrics.
+        bootstrap: subsets of the samples for intervals of the metrics.
         options: of `Run.block_grams`: samples, weights, normalization, partial.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,15 +10,29 @@ import numpy as np
 from streamfisher.analysis.block_grams import BlockGrams
 from streamfisher.errors import ConfigError
 from streamfisher.results.analyses import Growth
+from streamfisher.results.spectrum import Spectrum
+from streamfisher.runtime.stage_progress import steps
+
+#: An eigensolve of twice the size takes eight times as long.
+_DOUBLED = 8.0
 
 
-def grow(grams: BlockGrams, sizes: Sequence[int] | None = None, *, seed: int = 42) -> Growth:
+def grow(
+    grams: BlockGrams,
+    sizes: Sequence[int] | None = None,
+    *,
+    seed: int = 42,
+    seconds: float | None = None,
+    known: Spectrum | None = None,
+) -> Growth:
     """Solve nested subsets: the first samples of one seeded random order, each subset within the next.
 
     Args:
         grams: of all samples.
         sizes: of the subsets; `None` means N, N/2, N/4, ... down to 8.
         seed: of the order.
+        seconds: from the smallest on, leave out what is expected to take longer in all; `None` solves every size.
+        known: the spectrum of all samples, where it is at hand.
 
     Raises:
         ConfigError: a size is under 2 or over the number of samples.
@@ -29,5 +44,23 @@ def grow(grams: BlockGrams, sizes: Sequence[int] | None = None, *, seed: int = 4
     sizes = sorted(set(sizes))
     if not sizes or sizes[0] < 2 or sizes[-1] > n:
         raise ConfigError(f"growth sizes {sizes} must lie between 2 and the {n} samples that are selected.")
+    start = time.monotonic()
+    spectra = {n: known} if known is not None and sizes[-1] == n else {}
+    missing = [size for size in sizes if size not in spectra]
     order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
-    return Growth(tuple(sizes), tuple(grams.subset(np.sort(order[:size])).spectrum() for size in sizes), seed)
+    if missing:
+        first = np.sort(order[: missing[-1]])
+        within = grams.subset(first).held()
+        place = {sample: number for number, sample in enumerate(first.tolist())}
+        last, took = 0, 0.0
+        for size in steps(missing, "growth curves", show=grams.progress, n_samples=missing[-1]):
+            expected = took * _DOUBLED ** np.log2(size / last) if last else 0.0
+            begun = time.monotonic()
+            if seconds is not None and begun - start + expected > seconds:
+                break
+            chosen = np.sort([place[sample] for sample in order[:size].tolist()])
+            spectra[size] = within.subset(chosen).spectrum(whole=True)
+            last, took = size, time.monotonic() - begun
+    solved = tuple(sorted(spectra))
+    left_out = tuple(size for size in sizes if size not in spectra)
+    return Growth(solved, tuple(spectra[size] for size in solved), seed, left_out)

@@ -156,6 +156,7 @@ def spectrum_of_grams(
         metadata={**facts, "n_samples": n_samples, "block_structure": config.block_structure},
         single=[parameter.name for parameter in built if parameter.single],
         layers=assign_blocks(parameters, "layer"),
+        whole=True,
     )
     return solve_blocks(by_name.__getitem__, problem)
 

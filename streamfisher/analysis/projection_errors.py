@@ -46,10 +46,13 @@ def with_error_bars(manifest: Manifest, store: RunStore, grams: BlockGrams, spec
     }
     everything = [name for names in members.values() for name in names]
     of_whole = error_bars(spectrum.global_, everything, variances, traces)
-    whole = dataclasses.replace(spectrum.global_, error_bars=of_whole)
+    union = dataclasses.replace(spectrum.global_, error_bars=of_whole)
+    whole = spectrum.solved_whole
+    if whole is not None:
+        whole = dataclasses.replace(whole, error_bars=error_bars(whole, everything, variances, traces))
     projection = spectrum.metadata["projection"] | {"relative_std": of_whole["trace"]}
     metadata = spectrum.metadata | {"projection": projection}
-    return dataclasses.replace(spectrum, blocks=blocks, global_=whole, metadata=metadata)
+    return dataclasses.replace(spectrum, blocks=blocks, global_=union, metadata=metadata, solved_whole=whole)
 
 
 def error_bars(

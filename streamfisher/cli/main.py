@@ -37,6 +37,9 @@ from streamfisher.runtime.paths import expanded
 from streamfisher.runtime.printable import printable, printable_message
 from streamfisher.runtime.signals import die_with_launcher, stopping_at_once
 
+#: Of more samples a report solves layers and the whole only, unless more is asked for.
+_MANY_SAMPLES = 2048
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code.
@@ -134,6 +137,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", default=None, help=".html, .png, .svg or .pdf (default: report.html and spectrum.png in the run)"
     )
 
+    report.add_argument(
+        "--seconds",
+        type=float,
+        default=30.0,
+        help="that intervals may take, and growth curves; what is left out for it is said (default: %(default)g)",
+    )
+
     add_plan_command(lambda name, function: _command(commands, name, function))
     add_commands(lambda name, function: _command(commands, name, function))
     add_sample_commands(lambda name, function: _command(commands, name, function))
@@ -213,6 +223,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from streamfisher import open_run
     from streamfisher.reports.figures import picture
     from streamfisher.reports.page import html_report
+    from streamfisher.reports.verdict import verdict_text
 
     run = open_run(arguments.run)
     options = read_run_options(arguments, base=run.config)
@@ -221,12 +232,22 @@ def _report(arguments: argparse.Namespace) -> int:
         check_target(target, (".html", ".png", ".svg", ".pdf"))
     chosen = selection_options(arguments, run.n_samples, run)
     if arguments.structures is None and targets[-1].suffix.lower() == ".html":
-        options = dataclasses.replace(options, structures=("layer", "module", "none"))
+        small = run.n_samples <= _MANY_SAMPLES
+        options = dataclasses.replace(options, structures=("layer", "module", "none") if small else ("layer",))
+        if not small:
+            print("Many samples: layers and the whole model. --blocks layer,module,none shows more, slowly.")
+    if arguments.bootstrap:
+        share = arguments.seconds / (len(options.structures) * len(options.centers))
+        chosen["bootstrap_seconds"] = share
     spectra = spectra_of(run, options, arguments, chosen)
+    if arguments.bootstrap and not all(spectrum.bootstrap for spectrum in spectra):
+        print(f"No intervals: 8 subsets of the samples take more than their share of --seconds {arguments.seconds:g}.")
     for target in targets:
         if target.suffix.lower() == ".html":
-            chosen.pop("bootstrap")
-            print(f"The report is in {html_report(run, spectra, target, **chosen)}")
+            chosen = {name: value for name, value in chosen.items() if not name.startswith("bootstrap")}
+            progress = not arguments.quiet
+            report = html_report(run, spectra, target, seconds=arguments.seconds, progress=progress, **chosen)
+            print(f"{verdict_text(report.verdict)}\nThe report is in {report.path}")
         else:
             print(f"The picture is in {picture(spectra, target)}")
     return 0

@@ -53,7 +53,9 @@ def analyse(
     import importlib.util
 
     from streamfisher.reports.figures import picture
+    from streamfisher.reports.page import html_report
     from streamfisher.reports.text import table
+    from streamfisher.reports.verdict import verdict_text
     from streamfisher.results.metrics import json_values
     from streamfisher.results.spectrum import write_spectra
 
@@ -71,8 +73,10 @@ def analyse(
             run.store.markers.mark_result(target)
     if write and importlib.util.find_spec("matplotlib"):
         print(f"Picture: {picture(spectra, run.path / 'spectrum.png')}", file=say)
+        report = html_report(run, spectra, run.path / "report.html", progress=not arguments.quiet)
+        print(f"Report: {report.path}\n{verdict_text(report.verdict)}", file=say)
     elif write:
-        print("No picture: install it with pip install 'streamfisher[plots]'.", file=say)
+        print("No picture and no report: install it with pip install 'streamfisher[plots]'.", file=say)
     return 0
 
 

@@ -37,7 +37,11 @@ def add_selection_options(parser: argparse.ArgumentParser, *, bootstrap: bool = 
     group.add_argument("--normalize-by", default="samples", metavar="samples|tokens", help="default: samples")
     if bootstrap:
         group.add_argument(
-            "--bootstrap", type=int, default=0, metavar="R", help="intervals of all metrics from R resamples, e.g. 1000"
+            "--bootstrap",
+            type=int,
+            default=0,
+            metavar="R",
+            help="intervals of the metrics from R subsets of the samples, e.g. 100",
         )
     group.add_argument("--partial", action="store_true", help="analyse what an unfinished run has; marked as partial")
 

@@ -33,6 +33,7 @@ class Option:
     group: Group | None  # its heading in `--help`; None: in Python and in files only
     metavar: str  # what stands for a value in `--help`; empty: the name in capitals
     unset: str  # what the default means, where the value does not say it
+    unit: str = ""  # of its values, where the text does not say it
 
     @property
     def description(self) -> str:
@@ -52,9 +53,10 @@ def option(
     group: Group | None = None,
     metavar: str = "",
     unset: str = "",
+    unit: str = "",
 ) -> T:
     """Return a dataclass field that is an option; its parameters are the attributes of `Option`."""
-    about = Option(default, kind, help, name, group, metavar, unset)
+    about = Option(default, kind, help, name, group, metavar, unset, unit)
     return dataclasses.field(default=default, metadata={"option": about})
 
 
@@ -65,9 +67,18 @@ def options_of(cls: type[Any]) -> dict[str, Option]:
 
 def documented(cls: type[T]) -> type[T]:
     """List the options of a dataclass in its docstring."""
-    lines = [f"    {name}: {item.description}" for name, item in options_of(cls).items()]
+    lines = [f"    {name}: {_full(item)}" for name, item in options_of(cls).items()]
     cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:", *lines])
     return cls
+
+
+def _full(item: Option) -> str:
+    """What an option is for, with its unit where that is bytes, and its default, whatever it is."""
+    text = item.description
+    if item.unit:
+        text = text.replace(item.help, f"{item.help}; in {item.unit}")
+    default = "no" if item.default is False else "none" if item.default in ("", (), None) else str(item.default)
+    return text if "(default:" in text else f"{text} (default: {default})"
 
 
 @dataclass(frozen=True, kw_only=True)

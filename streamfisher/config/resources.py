@@ -41,6 +41,7 @@ class ResourceOptions(Section):
         group="reduction",
         metavar="SIZE",
         unset="half of what is free",
+        unit="bytes, or text with a unit",
     )
     device_memory_budget: int | str | None = option(
         None,
@@ -49,6 +50,7 @@ class ResourceOptions(Section):
         group="reduction",
         metavar="SIZE",
         unset="nine tenths of what is free",
+        unit="bytes, or text with a unit",
     )
     disk_budget: int | str | None = option(
         None,
@@ -57,4 +59,5 @@ class ResourceOptions(Section):
         group="store",
         metavar="SIZE",
         unset="what is free, with a margin",
+        unit="bytes, or text with a unit",
     )

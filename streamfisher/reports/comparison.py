@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from streamfisher.errors import require
-from streamfisher.reports.figures import COLOURS, STYLES, as_text, band
 from streamfisher.results.analyses import Comparison
-from streamfisher.results.notebook import structure_name
+from streamfisher.results.line_styles import COLOURS, DASHES
+from streamfisher.results.notebook import UNION, WHOLE, structure_name
+from streamfisher.results.panels import as_text, band, eigenvalue_unit, model_name
+from streamfisher.results.spectrum import BlockSpectrum, Spectrum
 from streamfisher.runtime.printable import printable
+
+BlockOf = Callable[[Spectrum], BlockSpectrum | None]
 
 _METRICS = ("trace", "largest_eigenvalue", "spectral_gap", "condition_number", "effective_rank", "stable_rank")
 
@@ -18,21 +24,27 @@ _METRICS = ("trace", "largest_eigenvalue", "spectral_gap", "condition_number", "
 def comparison_table(comparison: Comparison) -> str:
     """Return metrics of every shared block with one line per run, overlaps, and what to beware of."""
     rows: list[tuple[str, ...]] = [("block", "run", *(name.replace("_", " ") for name in _METRICS))]
-    for key in (*comparison.shared_blocks, None):
-        if key is None and comparison.shared_blocks == ("global",):
-            continue
+    of_all: list[tuple[str, BlockOf]] = []
+    if comparison.shared_blocks != ("global",):
+        of_all = [(UNION, lambda spectrum: spectrum.global_), (WHOLE, lambda spectrum: spectrum.whole)]
+    of_blocks: list[tuple[str, BlockOf]] = [
+        (WHOLE if key == "global" else key, partial(_block, key=key)) for key in comparison.shared_blocks
+    ]
+    for name, block_of in (*of_blocks, *of_all):
         for label, spectrum in zip(comparison.labels, comparison.spectra, strict=True):
-            block = spectrum.global_ if key is None else spectrum.blocks[key]
+            block = block_of(spectrum)
+            if block is None:
+                continue
             values = block.metrics
             cells = ["-" if values[name] is None else f"{values[name]:.4g}" for name in _METRICS]
-            if spectrum.bootstrap is not None:
-                drawn = spectrum.bootstrap.global_ if key is None else spectrum.bootstrap.blocks[key]
+            drawn = None if spectrum.bootstrap is None else spectrum.bootstrap.of(block.name)
+            if drawn is not None:
                 intervals = [drawn.interval(name) for name in _METRICS]
                 cells = [
                     cell if i is None else f"{cell} ({i.low:.4g} .. {i.high:.4g})"
                     for cell, i in zip(cells, intervals, strict=True)
                 ]
-            rows.append(("global" if key is None else key, label, *cells))
+            rows.append((name, label, *cells))
     lines = _aligned(rows)
     if comparison.overlaps:
         lines += ["", "Overlap of leading eigenspaces (mean squared cosine of the principal angles; 1: the same space)"]
@@ -47,6 +59,10 @@ def comparison_table(comparison: Comparison) -> str:
         lines += _aligned(table)
     lines += [f"Note: {text}." for text in comparison.warnings]
     return "\n".join(map(printable, lines))
+
+
+def _block(spectrum: Spectrum, key: str) -> BlockSpectrum:
+    return spectrum.blocks[key]
 
 
 def comparison_picture(comparison: Comparison, path: str | Path) -> Path:
@@ -77,16 +93,24 @@ def comparison_picture(comparison: Comparison, path: str | Path) -> Path:
             colour = COLOURS[number % len(COLOURS)]
             if spectrum.bootstrap is not None:
                 band(axis, spectrum.bootstrap.blocks[key], block, colour)
-            style = STYLES[number % len(STYLES)]
-            partial = " (partial)" if spectrum.metadata.get("partial") else ""
+            style = DASHES[number % len(DASHES)]
+            unfinished = " (partial)" if spectrum.metadata.get("partial") else ""
             axis.loglog(
-                index, block.eigenvalues[above], style, color=colour, linewidth=1.5, label=as_text(label + partial)
+                index,
+                block.eigenvalues[above],
+                linestyle=style,
+                color=colour,
+                linewidth=1.5,
+                label=as_text(label + unfinished),
             )
         axis.set_title(as_text(key), fontsize=10)
         axis.grid(which="major", linewidth=0.4, alpha=0.5)
     axes[0, 0].legend(fontsize=7, frameon=False)
-    figure.supxlabel(f"index (blocks: {as_text(structure_name(comparison.spectra[0]))})", fontsize=9)
-    figure.supylabel("eigenvalue", fontsize=9)
+    figure.suptitle(
+        " and ".join(dict.fromkeys(as_text(model_name(spectrum)) for spectrum in comparison.spectra)), fontsize=10
+    )
+    figure.supxlabel(f"index of the eigenvalue (blocks: {as_text(structure_name(comparison.spectra[0]))})", fontsize=9)
+    figure.supylabel(f"eigenvalue, {eigenvalue_unit(comparison.spectra[0])}", fontsize=9)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return Path(path)

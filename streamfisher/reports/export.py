@@ -16,7 +16,7 @@ import numpy as np
 
 from streamfisher.errors import ConfigError, require
 from streamfisher.results.metrics import SCALAR_METRICS, json_values
-from streamfisher.results.notebook import structure_name
+from streamfisher.results.notebook import UNION, WHOLE, structure_name
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum, write_spectra
 
 Format = Literal["csv", "json", "npz", "parquet", "safetensors"]
@@ -28,17 +28,19 @@ _FIT = ("power_law_stderr", "power_law_first", "power_law_last")
 
 
 def eigenvalue_table(spectra: Sequence[Spectrum]) -> Table:
-    """Return a row per eigenvalue of every block and of the whole: `index` counts from 1, descending."""
+    """Return a row per eigenvalue of each block, their union and the whole model: `index` counts from 1, descending."""
     table: Table = {
-        name: [] for name in ("structure", "centered", "block", "index", "eigenvalue", "above_floor", "relative_error")
+        name: []
+        for name in ("structure", "centered", "block", "of", "index", "eigenvalue", "above_floor", "relative_error")
     }
     for spectrum in spectra:
-        for block in _blocks(spectrum):
+        for what, block in _blocks(spectrum):
             count = len(block.eigenvalues)
             errors = block.relative_errors
             table["structure"] += [structure_name(spectrum)] * count
             table["centered"] += [bool(spectrum.metadata.get("centered"))] * count
             table["block"] += [block.name] * count
+            table["of"] += [what] * count
             table["index"] += range(1, count + 1)
             table["eigenvalue"] += block.eigenvalues.tolist()
             table["above_floor"] += block.above_floor.tolist()
@@ -47,17 +49,18 @@ def eigenvalue_table(spectra: Sequence[Spectrum]) -> Table:
 
 
 def metric_table(spectra: Sequence[Spectrum]) -> Table:
-    """Return a row per block and one for the whole, with every metric and, where there are any, its interval."""
+    """Return a row per block, one for their union and one for the whole model, with all metrics and intervals."""
     drawn = any(spectrum.bootstrap is not None for spectrum in spectra)
     rows = []
     for spectrum in spectra:
-        for block in _blocks(spectrum):
+        for what, block in _blocks(spectrum):
             metrics = block.metrics
             row: dict[str, Any] = {
                 "structure": structure_name(spectrum),
                 "centered": bool(spectrum.metadata.get("centered")),
                 "partial": bool(spectrum.metadata.get("partial")),
                 "block": block.name,
+                "of": what,
                 **{name: metrics[name] for name in (*_FACTS, *SCALAR_METRICS, *_FIT)},
             }
             if drawn:
@@ -162,9 +165,14 @@ def write_tables(tables: Mapping[str, Table], path: str | Path) -> list[Path]:
     return files
 
 
-def _blocks(spectrum: Spectrum) -> list[BlockSpectrum]:
+def _blocks(spectrum: Spectrum) -> list[tuple[str, BlockSpectrum]]:
+    """Return the blocks, their union under the key `global`, and the whole model, each with the word for what it is."""
     blocks = list(spectrum.reached.values())
-    return blocks if [block.name for block in blocks] == ["global"] else [*blocks, spectrum.global_]
+    if [block.name for block in blocks] == ["global"]:
+        return [(WHOLE, blocks[0])]
+    rows = [("block", block) for block in blocks]
+    rows.append((UNION if len(spectrum.blocks) > 1 else WHOLE, spectrum.global_))
+    return rows if spectrum.solved_whole is None else [*rows, (WHOLE, spectrum.solved_whole)]
 
 
 def _interval_columns(spectrum: Spectrum, block: BlockSpectrum) -> dict[str, float | None]:
@@ -172,8 +180,8 @@ def _interval_columns(spectrum: Spectrum, block: BlockSpectrum) -> dict[str, flo
     for name in SCALAR_METRICS:
         found = None
         if spectrum.bootstrap is not None:
-            drawn = spectrum.bootstrap.blocks.get(block.name, spectrum.bootstrap.global_)
-            found = drawn.interval(name)
+            drawn = spectrum.bootstrap.of(block.name)
+            found = None if drawn is None else drawn.interval(name)
         columns[f"{name}_low"] = None if found is None else found.low
         columns[f"{name}_high"] = None if found is None else found.high
     return columns
@@ -183,7 +191,7 @@ def _arrays(spectra: Sequence[Spectrum]) -> dict[str, np.ndarray]:
     arrays = {}
     for spectrum in spectra:
         prefix = structure_name(spectrum) + (".centered" if spectrum.metadata.get("centered") else "")
-        for block in _blocks(spectrum):
+        for _, block in _blocks(spectrum):
             arrays[f"{prefix}/{block.name}/eigenvalues"] = block.eigenvalues
             arrays[f"{prefix}/{block.name}/above_floor"] = block.above_floor
     return arrays
@@ -194,8 +202,12 @@ def _without_eigenvalues(content: dict[str, Any]) -> dict[str, Any]:
         name: {key: value for key, value in block.items() if key != "eigenvalues"}
         for name, block in content["per_block"].items()
     }
-    whole = {key: value for key, value in content["global"].items() if key != "eigenvalues"}
-    return {**content, "global": whole, "per_block": per_block}
+    of_all = {
+        name: block and {key: value for key, value in block.items() if key != "eigenvalues"}
+        for name in ("global", "whole_model")
+        for block in [content[name]]
+    }
+    return {**content, **of_all, "per_block": per_block}
 
 
 def _write_csv(table: Table, path: Path) -> None:

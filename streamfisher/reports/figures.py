@@ -1,12 +1,14 @@
-"""Figures of spectra as inline SVG: readable in print, and by the colour-blind.
+"""Figures of spectra, as files and as inline SVG: readable in print, and by the colour-blind.
 
-Lines differ in colour (Okabe and Ito) and in dashes; heat maps use cividis, which is monotone in lightness and looks
-the same to the colour-blind, and carry their numbers.
+Lines are told apart as `results.line_styles` says; heat maps use cividis, which is monotone in lightness and looks the
+same to the colour-blind, and carry their numbers.
 """
 
 from __future__ import annotations
 
+import html
 import io
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,23 +18,20 @@ import numpy as np
 
 from streamfisher.errors import require
 from streamfisher.results.analyses import Growth
-from streamfisher.results.bootstrap import BlockBootstrap
-from streamfisher.results.notebook import partial_prefix, structure_name
-from streamfisher.results.spectrum import BlockSpectrum, Spectrum
+from streamfisher.results.line_styles import COLOURS, DASHES, line_styles
+from streamfisher.results.notebook import WHOLE
+from streamfisher.results.panels import (
+    WHOLE_STYLE,
+    as_text,
+    bottom_of,
+    draw_eigenvalues,
+    drawn_blocks,
+    label_lines,
+    shown_indices,
+)
+from streamfisher.results.spectrum import WHOLE_MODEL, BlockSpectrum, Spectrum
 from streamfisher.runtime.durable import replacing
 from streamfisher.runtime.printable import printable
-
-#: Okabe and Ito's colours, told apart by the colour-blind; line styles tell apart what repeats.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", ":", "-.")
-
-_LEGEND = 16  # more entries than that say nothing
-
-
-def as_text(name: object) -> str:
-    """Return a name as a figure shows it: dollars begin no formula, nothing is hidden, no letter is missing in XML."""
-    text = printable(name).replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text  # a legend leaves such labels out
 
 
 def svg(draw: Callable[[Any], None], *, width: float, height: float, title: str) -> str:
@@ -53,6 +52,7 @@ def svg(draw: Callable[[Any], None], *, width: float, height: float, title: str)
 
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
+        "path.simplify": False,  # the page reads values off the points
         "svg.hashsalt": title,
         "font.family": ["sans-serif"],
         "font.size": 9,
@@ -73,30 +73,42 @@ def svg(draw: Callable[[Any], None], *, width: float, height: float, title: str)
     text = re.sub(r'((?:xlink:)?href="#)', rf"\1{prefix}-", text)
     text = text.replace("url(#", f"url(#{prefix}-")
     escaped = printable(title).replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escaped}" ', 1)
+    plot = _plot(figure, prefix)
+    data = "" if plot is None else f'data-plot="{html.escape(plot)}" '
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escaped}" {data}', 1)
+
+
+def _plot(figure: Any, prefix: str) -> str | None:
+    """Return as JSON where the axes of a figure are and which lines have names, for the script of the page."""
+    axis = figure.axes[0]
+    lines = {line.get_gid(): line for line in axis.get_lines() if line.get_gid()}
+    names = {gid: line.get_label() for gid, line in lines.items() if gid.startswith("curve-") and len(line.get_xdata())}
+    if not names:
+        return None
+    width, height = 72 * figure.get_size_inches()
+    box = axis.get_position()
+    across, down = [box.x0 * width, box.x1 * width], [height - box.y0 * height, height - box.y1 * height]
+    content = {
+        "x": [*across, *map(float, axis.get_xlim()), axis.get_xscale() == "log"],
+        "y": [*down, *map(float, axis.get_ylim()), axis.get_yscale() == "log"],
+        "curves": [
+            [f"{prefix}-{gid}", f"{prefix}-faint-{gid[6:]}", name.replace("\\$", "$").strip()]
+            for gid, name in names.items()
+        ],
+    }
+    return json.dumps(content)
 
 
 def eigenvalue_curves(spectrum: Spectrum, title: str) -> str:
-    """Draw eigenvalues against their index, log-log, with noise floors (dotted) and bootstrap intervals (bands)."""
+    """Draw eigenvalues against their index, as `picture` does."""
 
     def draw(figure: Any) -> None:
-        axis = figure.subplots()
-        panel(axis, spectrum)
-        axis.set_title("")
-        axis.set_ylabel("eigenvalue")
-        known = [block for block in spectrum.blocks.values() if block.above_floor.any()]
-        for number, block in enumerate(spectrum.blocks.values()):
-            if block.above_floor.any():
-                axis.axhline(block.noise_floor, color=COLOURS[number % len(COLOURS)], linestyle=":", linewidth=0.8)
-        if known:
-            floors = [block.noise_floor for block in known]
-            least = min(float(block.eigenvalues[block.above_floor].min()) for block in known)
-            axis.set_ylim(bottom=max(min(floors) / 3, least / 30))
+        draw_eigenvalues(figure.subplots(), spectrum)
 
-    return svg(draw, width=5.4, height=3.9, title=title)
+    return svg(draw, width=5.9, height=4.7, title=title)
 
 
-def densities(spectra: Sequence[tuple[str, BlockSpectrum]], title: str) -> str:
+def densities(spectra: Sequence[tuple[str, BlockSpectrum]], title: str, unit: str) -> str:
     """Draw the spectral density: the share of eigenvalues per decade, above the noise floor."""
 
     def draw(figure: Any) -> None:
@@ -111,53 +123,59 @@ def densities(spectra: Sequence[tuple[str, BlockSpectrum]], title: str) -> str:
         for number, ((name, _), values) in enumerate(zip(spectra, logs, strict=True)):
             if values.size:
                 density = np.histogram(values, edges)[0] / values.size / np.diff(edges)
-                style = {"color": COLOURS[number % len(COLOURS)], "linestyle": STYLES[number % len(STYLES)]}
+                style = {"color": COLOURS[number % len(COLOURS)], "linestyle": DASHES[number % len(DASHES)]}
                 axis.stairs(density, edges, label=as_text(name), linewidth=1.5, **style)
-        axis.set_xlabel("log10 of the eigenvalue")
+        axis.set_xlabel(f"log10 of the eigenvalue, {unit}")
         axis.set_ylabel("share per decade")
         axis.legend(fontsize=7, frameon=False)
 
-    return svg(draw, width=5.4, height=3.2, title=title)
+    return svg(draw, width=5.9, height=3.4, title=title)
 
 
 def cumulative_variance(spectrum: Spectrum, title: str) -> str:
-    """Draw the share of the trace in the k leading eigenvalues of each block."""
+    """Draw the share of the trace in the k leading eigenvalues of each block, and of the whole model."""
 
     def draw(figure: Any) -> None:
         axis = figure.subplots()
-        blocks = [*spectrum.blocks.values()]
-        blocks += [spectrum.global_] if len(blocks) > 1 else []
-        for number, block in enumerate(blocks):
-            if block.trace > 0:
-                share = np.cumsum(block.eigenvalues) / block.trace
-                whole = block is spectrum.global_
-                colour = "#000000" if whole else COLOURS[number % len(COLOURS)]
-                style = "-" if whole else STYLES[number // len(COLOURS) % len(STYLES)]
-                index = np.arange(1, len(share) + 1)
-                axis.semilogx(
-                    index, share, style, color=colour, linewidth=2.2 if whole else 1.3, label=as_text(block.name)
-                )
+        blocks = {name: block for name, block in drawn_blocks(spectrum).items() if block.trace > 0}
+        styles = {WHOLE: WHOLE_STYLE} if WHOLE in blocks else line_styles(blocks)
+        whole = spectrum.whole if len(spectrum.blocks) > 1 else None
+        lines = [(block, styles[name], name) for name, block in blocks.items()]
+        for block, style, name in (
+            [(whole, WHOLE_STYLE, WHOLE)] if whole is not None and whole.trace > 0 else []
+        ) + lines:
+            share = np.cumsum(block.eigenvalues) / block.trace
+            look = {"color": style.colour, "linestyle": style.dashes, "linewidth": style.width}
+            shown = shown_indices(len(share))
+            gid = f"curve-{len(axis.get_lines())}"
+            axis.semilogx(shown, share[shown - 1], label=as_text(name), gid=gid, **look)
         axis.set_ylim(0, 1.02)
         axis.set_xlabel("number of leading eigenvalues")
         axis.set_ylabel("share of the trace")
         axis.grid(which="major", linewidth=0.4, alpha=0.5)
-        if len(blocks) <= _LEGEND:
-            axis.legend(fontsize=7, frameon=False, ncols=2 if len(blocks) > 6 else 1)
+        if len(blocks) > 1:
+            label_lines(axis, styles, whole=whole is not None)
 
-    return svg(draw, width=5.4, height=3.9, title=title)
+    return svg(draw, width=5.9, height=4.7, title=title)
 
 
 def growth_curves(growth: Growth, metric: str, label: str, title: str, *, log: bool = False) -> str:
-    """Draw a metric of every block against the number of samples, of nested subsets."""
+    """Draw a metric of every block, and of the whole model, against the number of samples, of nested subsets."""
 
     def draw(figure: Any) -> None:
         axis = figure.subplots()
-        names = list(growth.spectra[0].blocks)
-        for number, name in enumerate(names):
-            style = STYLES[number // len(COLOURS) % len(STYLES)]
-            colour = COLOURS[number % len(COLOURS)]
-            values = growth.curve(metric, name)
-            axis.plot(growth.sizes, values, style, color=colour, marker="o", markersize=3, label=as_text(name))
+        names = [name for name in growth.spectra[-1].reached if name != "global"]
+        styles = line_styles(names)
+        whole = growth.spectra[-1].whole is not None
+        if whole:
+            values = growth.curve(metric, None if not names else WHOLE_MODEL)
+            look = {"color": WHOLE_STYLE.colour, "linewidth": WHOLE_STYLE.width, "label": WHOLE}
+            axis.plot(growth.sizes, values, marker="s", markersize=5, gid="curve-0", **look)
+        for name in names:
+            style = styles[name]
+            look = {"color": style.colour, "linestyle": style.dashes, "linewidth": style.width, "label": as_text(name)}
+            gid = f"curve-{1 + len(axis.get_lines())}"
+            axis.plot(growth.sizes, growth.curve(metric, name), marker="o", markersize=3, gid=gid, **look)
         axis.set_xscale("log", base=2)
         axis.set_xticks(growth.sizes, [str(size) for size in growth.sizes])
         axis.minorticks_off()
@@ -168,10 +186,9 @@ def growth_curves(growth: Growth, metric: str, label: str, title: str, *, log: b
         axis.set_xlabel("samples")
         axis.set_ylabel(label)
         axis.grid(which="major", linewidth=0.4, alpha=0.5)
-        if len(names) <= _LEGEND:
-            axis.legend(fontsize=7, frameon=False, ncols=2 if len(names) > 6 else 1)
+        label_lines(axis, styles, whole=whole)
 
-    return svg(draw, width=5.4, height=3.6, title=title)
+    return svg(draw, width=5.9, height=4.3, title=title)
 
 
 def heat_map(
@@ -212,7 +229,7 @@ def heat_map(
 def picture(spectra: Sequence[Spectrum], path: str | Path) -> Path:
     """Draw the eigenvalues of every block against their index, log-log, one panel per spectrum; return the path.
 
-    Eigenvalues below a block's noise floor are drawn faint: they are rounding.
+    See `results.panels.draw_eigenvalues`, which draws each panel.
 
     Args:
         spectra: one panel each.
@@ -222,33 +239,26 @@ def picture(spectra: Sequence[Spectrum], path: str | Path) -> Path:
         MissingExtraError: matplotlib is not installed.
     """
     require("matplotlib", "plots", "draw the spectrum")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     grid = _grid(spectra)
     rows, columns = 1 + max(row for row, _ in grid), 1 + max(column for _, column in grid)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.8 * columns, 3.8 * rows), squeeze=False, sharey=True, layout="constrained"
-    )
+    figure = Figure(figsize=(5.2 * columns, 4.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axis in axes.flat:
         axis.set_visible(False)
+    bottom = bottom_of(spectra)
     for place, spectrum in zip(grid, spectra, strict=True):
         axes[place].set_visible(True)
-        panel(axes[place], spectrum)
-    least = [v[m].min() for s in spectra for v, m in _eigenvalues(s) if m.any()]
-    if least:
-        axes[0, 0].set_ylim(bottom=min(least) / 3)  # what is only rounding is not worth the room
-    for axis in axes[:, 0]:
-        axis.set_ylabel("eigenvalue")
+        draw_eigenvalues(axes[place], spectrum, bottom=bottom)
+        if place[1]:
+            axes[place].set_ylabel("")
     path = Path(path)
     if not path.suffix:
         path = path.with_suffix(".png")
     kind = path.suffix.removeprefix(".").lower()
     with replacing(path) as partial:
         figure.savefig(partial, format=kind, dpi=130, metadata={"Software": None} if kind == "png" else None)
-    pyplot.close(figure)
     return path
 
 
@@ -259,38 +269,3 @@ def _grid(spectra: Sequence[Spectrum]) -> list[tuple[int, int]]:
         return [(number // 3, number % 3) for number in range(len(spectra))]
     rows, columns = sorted({center for center, _ in keys}), list(dict.fromkeys(name for _, name in keys))
     return [(rows.index(center), columns.index(name)) for center, name in keys]
-
-
-def _eigenvalues(spectrum: Spectrum) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [(block.eigenvalues, block.above_floor) for block in spectrum.blocks.values()]
-
-
-def panel(axis: Any, spectrum: Spectrum) -> None:
-    """Draw the eigenvalues of every block on one matplotlib axis, with intervals where there are any."""
-    facts = spectrum.metadata
-    for number, (name, block) in enumerate(spectrum.blocks.items()):
-        values = block.eigenvalues
-        index = np.arange(1, len(values) + 1)
-        colour = COLOURS[number % len(COLOURS)]
-        style = STYLES[number // len(COLOURS) % len(STYLES)]
-        above, below = block.above_floor, (~block.above_floor) & (values > 0)
-        if spectrum.bootstrap is not None:
-            band(axis, spectrum.bootstrap.blocks[name], block, colour)
-        axis.loglog(index[above], values[above], color=colour, linestyle=style, linewidth=1.6, label=as_text(name))
-        if below.any():
-            axis.loglog(index[below], values[below], color=colour, linestyle=style, linewidth=0.8, alpha=0.25)
-    kind = "gradient covariance" if facts.get("centered") else "empirical Fisher"
-    partial = partial_prefix(spectrum).replace(": ", "\n")
-    axis.set_title(f"{partial}{kind}, blocks: {as_text(structure_name(spectrum))}", fontsize=10)
-    axis.set_xlabel("index")
-    axis.grid(which="major", linewidth=0.4, alpha=0.5)
-    if 1 < len(spectrum.blocks) <= 16:
-        axis.legend(fontsize=7, ncols=2 if len(spectrum.blocks) > 6 else 1, frameon=False, loc="lower left")
-
-
-def band(axis: Any, drawn: BlockBootstrap, block: BlockSpectrum, colour: str) -> None:
-    """Shade the intervals of a block's eigenvalues, as far as resamples have so many above the noise floor."""
-    inside = block.above_floor & (drawn.eigenvalue_low > block.noise_floor)
-    index = np.arange(1, len(inside) + 1)[inside]
-    low, high = drawn.eigenvalue_low[inside], drawn.eigenvalue_high[inside]
-    axis.fill_between(index, low, high, color=colour, alpha=0.2, linewidth=0)

@@ -1,136 +1,201 @@
-"""One self-contained HTML page about a run: spectra, what they say, and what they are of."""
+"""One self-contained HTML page about a run: a verdict in words, maps, curves, tables, and what they are of."""
 
 from __future__ import annotations
 
-import dataclasses
+import base64
+import hashlib
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from streamfisher.analysis.alignment import align
 from streamfisher.analysis.block_grams import BlockGrams
 from streamfisher.analysis.growth import grow
 from streamfisher.analysis.run import StoredRun
-from streamfisher.blocks.structures import layer_key, module_key
 from streamfisher.reports import figures
+from streamfisher.reports.layer_maps import layer_maps
+from streamfisher.reports.verdict import Finding, verdict
+from streamfisher.results.analyses import Growth
 from streamfisher.results.notebook import fact_table, metrics_table, run_facts, structure_name, templates
 from streamfisher.results.notebook import title as spectrum_title
+from streamfisher.results.panels import eigenvalue_unit
 from streamfisher.results.spectrum import Spectrum
 from streamfisher.runtime.durable import replacing
 
 #: Alignment of more blocks than that is not drawn.
 _MOST_ALIGNED = 64
+#: Seconds that growth curves may take, and intervals, unless it is said otherwise.
+BUDGET_SECONDS = 30.0
 
 
-def html_report(run: StoredRun, spectra: Sequence[Spectrum], path: str | Path, **options: Any) -> Path:
-    """Write the page, whole or not at all, and return its path.
+@dataclass(frozen=True)
+class Section:
+    """One part of the page, with its line in the contents."""
+
+    title: str
+    content: str  # HTML; what is not ours in it was escaped by the template that made it
+
+    @property
+    def id(self) -> str:
+        """Return what links name it by."""
+        return "section-" + re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page that was written."""
+
+    path: Path
+    verdict: tuple[Finding, ...]  # as at the top of the page
+
+
+def html_report(
+    run: StoredRun,
+    spectra: Sequence[Spectrum],
+    path: str | Path,
+    *,
+    seconds: float = BUDGET_SECONDS,
+    progress: bool = False,
+    **options: Any,
+) -> Report:
+    """Write the page, whole or not at all.
 
     Args:
-        run: whose Grams the heat maps and the alignment are made from.
-        spectra: of the run, each with its own section.
+        run: whose Grams the maps, the growth curves and the alignment are made from.
+        spectra: of the run, each with its own curves and table; the verdict is of the first.
         path: of the page.
-        options: of `Run.block_grams` (samples, weights, normalization, partial): for heat maps and alignment.
+        seconds: that growth curves may take; the page says which sizes were left out for it.
+        progress: show bars.
+        options: of `Run.block_grams` (samples, weights, normalization, partial): for maps, growth and alignment.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     path = Path(path)
-    center = bool(spectra[0].metadata.get("centered"))
-    grams = run.block_grams("layer", center, **options)
-    whole, facts = spectra[0].global_, spectra[0].metadata
-    page = (
-        templates("streamfisher.reports")
-        .get_template("page.html")
-        .render(
-            run=run.path.name,
-            model=str(run.manifest.model["class"]).rsplit(".", 1)[-1],
-            n_samples=f"{whole.n_samples:,}",
-            n_params=f"{whole.n_params:,}",
-            unit=facts.get("sample_unit", "sample"),
-            partial=f"{facts['samples_collected']} of {facts['n_samples_stored']}" if facts.get("partial") else None,
-            sections=[_section(spectrum, number) for number, spectrum in enumerate(spectra)],
-            density=_density(spectra),
-            growth=_growth(grams),
-            maps=_heat_maps(grams),
-            alignment=_alignment(grams),
-            facts=_facts(run, spectra[0]),
-        )
+    facts = spectra[0].metadata
+    grams = run.block_grams("layer", bool(facts.get("centered")), progress=progress, **options)
+    growth = grow(grams, seed=grams.config.seed, seconds=seconds, known=_of_layers(spectra, grams))
+    findings = tuple(verdict(spectra[0], growth))
+    script = (resources.files("streamfisher.reports") / "templates" / "page.js").read_text(encoding="utf-8")
+    whole = spectra[0].whole or spectra[0].global_
+    page = _rendered(
+        "page.html",
+        run=run.path.name,
+        model=str(run.manifest.model["class"]).rsplit(".", 1)[-1],
+        n_samples=f"{whole.n_samples:,}",
+        n_params=f"{whole.n_params:,}",
+        unit=facts.get("sample_unit", "sample"),
+        partial=f"{facts['samples_collected']} of {facts['n_samples_stored']}" if facts.get("partial") else None,
+        verdict=findings,
+        sections=sections(run, spectra, grams, growth, seconds),
+        script=script,
+        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
-    return path
+    return Report(path, findings)
 
 
-def _section(spectrum: Spectrum, number: int) -> dict[str, Any]:
-    """What the page says of one spectrum."""
-    name = structure_name(spectrum)
+def sections(
+    run: StoredRun, spectra: Sequence[Spectrum], grams: BlockGrams, growth: Growth, seconds: float
+) -> list[Section]:
+    """Return the parts of the page in their order."""
+    found = [Section("Layers and modules", _maps(grams))]
+    found += [Section(f"{_name(spectrum)}: curves", _curves(spectrum, n)) for n, spectrum in enumerate(spectra)]
+    found += [Section("Was N enough?", _growth(growth, seconds)), Section("Spectral density", _density(spectra))]
+    if 1 < len(grams.blocks) <= _MOST_ALIGNED:
+        found.append(Section("Block alignment", _alignment(grams)))
+    found += [Section(f"{_name(spectrum)}: metrics", _table(spectrum)) for spectrum in spectra]
+    return [*found, Section("Facts", _facts(run, spectra[0]))]
+
+
+def _of_layers(spectra: Sequence[Spectrum], grams: BlockGrams) -> Spectrum | None:
+    """Return the spectrum that was solved of these very Grams, all of it; `None` where there is none."""
+    for spectrum in spectra:
+        facts = spectrum.metadata
+        same = facts.get("block_structure") == "layer" and bool(facts.get("centered")) == grams.center
+        if same and list(spectrum.blocks) == list(grams.blocks) and not spectrum.global_.truncated:
+            return spectrum
+    return None
+
+
+def _rendered(template: str, **values: Any) -> str:
+    return templates("streamfisher.reports").get_template(template).render(values)
+
+
+def _figures(*drawn: tuple[str, str], texts: Sequence[str] = ()) -> str:
+    return _rendered("figures.html", figures=drawn, texts=texts)
+
+
+def _name(spectrum: Spectrum) -> str:
     kind = "Gradient covariance" if spectrum.metadata.get("centered") else "Empirical Fisher"
-    error = spectrum.metadata.get("block_diagonal_error")
-    return {
-        "name": name,
-        "kind": kind,
-        "partial": bool(spectrum.metadata.get("partial")),
-        "title": spectrum_title(spectrum),
-        "table": metrics_table(spectrum),
-        "intervals": spectrum.bootstrap is not None,
-        "error": f"{error:.3g}" if error is not None and len(spectrum.blocks) > 1 else None,
-        "curves": figures.eigenvalue_curves(spectrum, f"{kind} eigenvalues, blocks {name} {number}"),
-        "shares": figures.cumulative_variance(spectrum, f"{kind} cumulative variance, blocks {name} {number}"),
-    }
+    name = structure_name(spectrum)
+    of = "of the whole model" if name == "none" else "by own blocks" if name == "own" else f"by {name}"
+    return f"{kind} {of}{' (partial run)' if spectrum.metadata.get('partial') else ''}"
+
+
+def _maps(grams: BlockGrams) -> str:
+    maps, notes = layer_maps(grams)
+    return _rendered("heat.html", maps=maps, notes=notes)
+
+
+def _curves(spectrum: Spectrum, number: int) -> str:
+    caption = "Eigenvalues by rank. Faint: below the block's noise floor."
+    if spectrum.bootstrap is not None:
+        caption += " Bands: intervals, as far as every subset of the samples has so many eigenvalues."
+    return _figures(
+        (figures.eigenvalue_curves(spectrum, f"{_name(spectrum)}: eigenvalues {number}"), caption),
+        (
+            figures.cumulative_variance(spectrum, f"{_name(spectrum)}: cumulative variance {number}"),
+            "Share of the trace in the leading eigenvalues.",
+        ),
+    )
+
+
+def _growth(growth: Growth, seconds: float) -> str:
+    texts = []
+    if growth.left_out:
+        sizes = ", ".join(f"{size:,}" for size in growth.left_out)
+        texts.append(f"Left out, as they would have taken more than {seconds:g} s in all: {sizes} samples.")
+    if len(growth.sizes) < 2:
+        return _figures(texts=[*texts, "There are too few samples, or sizes, for a curve."])
+    title = "Growth of the largest eigenvalue"
+    rank = figures.growth_curves(growth, "effective_rank", "effective rank", "Growth of the effective rank")
+    largest = figures.growth_curves(growth, "largest_eigenvalue", "largest eigenvalue", title, log=True)
+    return _figures(
+        (rank, "Effective rank of nested random subsets. What still rises at N is not converged."),
+        (largest, "Largest eigenvalue of the same subsets."),
+        texts=texts,
+    )
 
 
 def _density(spectra: Sequence[Spectrum]) -> str:
     named = [(structure_name(s) + (", centered" if s.metadata.get("centered") else ""), s.global_) for s in spectra]
-    return figures.densities(named, "Spectral density")
+    drawing = figures.densities(named, "Spectral density", eigenvalue_unit(spectra[0]))
+    return _figures(
+        (drawing, "Share of the eigenvalues above the noise floor per decade, of the union of each block structure.")
+    )
 
 
-def _growth(grams: BlockGrams) -> dict[str, str] | None:
-    """Effective rank and largest eigenvalue against the number of samples: whether N was enough."""
-    growth = grow(grams, seed=grams.config.seed)
-    if len(growth.sizes) < 2:
-        return None
-    title = "Growth of the largest eigenvalue"
-    return {
-        "rank": figures.growth_curves(growth, "effective_rank", "effective rank", "Growth of the effective rank"),
-        "largest": figures.growth_curves(growth, "largest_eigenvalue", "largest eigenvalue", title, log=True),
-    }
-
-
-def _heat_maps(grams: BlockGrams) -> dict[str, str]:
-    """Trace and effective rank of every (layer, module kind)."""
-    stacks = {name: grams.assignment[name] for name in grams.parameters}  # layer keys, prefixed where needed
-    cells = {name: f"{stacks[name]}/{_kind(name)}" for name in grams.parameters}
-    spectrum = dataclasses.replace(grams, assignment=cells).spectrum()
-    rows = list(dict.fromkeys(stacks.values()))
-    columns = ["embedding", "normalization", "attention", "mlp", "output", "other"]
-    columns = [kind for kind in columns if any(cell.endswith("/" + kind) for cell in cells.values())]
-    maps = {}
-    for metric, label, log in (("trace", "trace", True), ("effective_rank", "effective rank", False)):
-        matrix = np.full((len(rows), len(columns)), np.nan)
-        for cell, block in spectrum.blocks.items():
-            layer, kind = cell.rsplit("/", 1)
-            matrix[rows.index(layer), columns.index(kind)] = block.metrics[metric]
-        maps[label] = figures.heat_map(matrix, rows, columns, f"Layer by module: {label}", label=label, log=log)
-    return maps
-
-
-def _kind(name: str) -> str:
-    kind = module_key(name)
-    return kind if layer_key(name) != "embedding" else "embedding"
-
-
-def _alignment(grams: BlockGrams) -> dict[str, str] | None:
-    if not 1 < len(grams.blocks) <= _MOST_ALIGNED:
-        return None
+def _alignment(grams: BlockGrams) -> str:
     aligned = align(grams)
-    return {
-        "drawing": figures.heat_map(
-            aligned.matrix, aligned.blocks, aligned.blocks, "Block alignment", label="alignment"
-        ),
-        "kind": "of centered gradients (linear CKA)" if aligned.centered else "of gradients",
-    }
+    kind = "of centered gradients (linear CKA)" if aligned.centered else "of gradients"
+    drawing = figures.heat_map(aligned.matrix, aligned.blocks, aligned.blocks, "Block alignment", label="alignment")
+    return _figures((drawing, f"Normalised inner products of the blocks' Grams, {kind}: 0 where two never covary."))
+
+
+def _table(spectrum: Spectrum) -> str:
+    error = spectrum.metadata.get("block_diagonal_error")
+    return _rendered(
+        "tables.html",
+        title=spectrum_title(spectrum),
+        table=metrics_table(spectrum),
+        intervals=None if spectrum.bootstrap is None else f"{spectrum.bootstrap.level:.0%}",
+        error=f"{error:.3g}" if error is not None and len(spectrum.blocks) > 1 else None,
+    )
 
 
 def _facts(run: StoredRun, spectrum: Spectrum) -> str:
@@ -147,7 +212,10 @@ def _facts(run: StoredRun, spectrum: Spectrum) -> str:
         facts["weights"] = ", ".join(f"{name}: {value:.4g}" for name, value in meta["weights"].items())
     if spectrum.bootstrap is not None:
         drawn = spectrum.bootstrap
-        facts["intervals"] = f"{drawn.level:.0%} percentile, {drawn.n_resamples} resamples, seed {drawn.seed}"
+        facts["intervals"] = (
+            f"{drawn.level:.0%}, delete-d jackknife: {drawn.n_resamples} subsets without {drawn.n_left_out} samples, "
+            f"seed {drawn.seed}"
+        )
     versions = meta.get("analysed_with") or {}
     facts["analysed with"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     return fact_table(facts)

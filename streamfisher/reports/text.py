@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamfisher.results.notebook import title
-from streamfisher.results.spectrum import BlockSpectrum, Spectrum
+from streamfisher.results.notebook import Block, table_rows, title, union_note
+from streamfisher.results.spectrum import Spectrum
 from streamfisher.runtime.printable import printable
 
 _COLUMNS = ("block", "parameters", "trace", "largest", "gap", "condition", "eff. rank", "rank")
@@ -13,12 +13,13 @@ _COLUMNS = ("block", "parameters", "trace", "largest", "gap", "condition", "eff.
 
 def table(spectrum: Spectrum) -> str:
     """Return the metrics of every block and of the whole as aligned text, with the facts that qualify them."""
-    rows = [_row(block) for block in spectrum.reached.values()]
-    if len(rows) > 1:
-        rows.append(_row(spectrum.global_))
+    rows = [_row(name, block) for name, block in table_rows(spectrum)]
     widths = [max(len(row[i]) for row in [_COLUMNS, *rows]) for i in range(len(_COLUMNS))]
     lines = [title(spectrum), _line(_COLUMNS, widths), "  ".join("-" * width for width in widths)]
     lines += [_line(row, widths) for row in rows]
+    note = union_note(spectrum)
+    if note is not None:
+        lines.append(f"{note}.")
     error = spectrum.metadata.get("block_diagonal_error")
     if error is not None and len(spectrum.blocks) > 1:
         lines.append(f"Relative error of the block-diagonal approximation (Frobenius): {error:.3g}")
@@ -43,24 +44,25 @@ def _intervals(spectrum: Spectrum) -> list[str]:
     """Return a table of the intervals of the metrics that `table` shows."""
     found = spectrum.bootstrap
     assert found is not None  # asked for only where it is there
-    columns = ("trace", "largest_eigenvalue", "spectral_gap", "condition_number", "effective_rank", "stable_rank")
-    blocks = [*found.blocks.values(), *([found.global_] if len(found.blocks) > 1 else [])]
+    columns = ("trace", "largest_eigenvalue", "spectral_gap", "effective_rank", "stable_rank", "participation_ratio")
+    rows_of = [(name, found.of(block.name)) for name, block in table_rows(spectrum)]
     rows: list[tuple[str, ...]] = [("block", *(name.replace("_", " ") for name in columns))]
-    for block in blocks:
-        intervals = [block.interval(name) for name in columns]
-        rows.append((printable(block.name), *("-" if i is None else f"{i.low:.4g} .. {i.high:.4g}" for i in intervals)))
+    for row_name, drawn in rows_of:
+        intervals = [None if drawn is None else drawn.interval(name) for name in columns]
+        rows.append((printable(row_name), *("-" if i is None else f"{i.low:.4g} .. {i.high:.4g}" for i in intervals)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [f"{100 * found.level:g} % intervals from {found.n_resamples} bootstrap resamples of the samples"]
+    subsets = f"{found.n_resamples} subsets that lack {found.n_left_out} samples"
+    lines = [f"{100 * found.level:g} % intervals at this N, from {subsets}"]
     lines += [_line(row, widths) for row in rows]
-    return [*lines, "Ranks come out lower in resamples, which have fewer distinct samples (docs/metrics.md)."]
+    return [*lines, "Delete-d jackknife; what still grows with N is not converged by it (docs/metrics.md, Intervals)."]
 
 
-def _row(block: BlockSpectrum) -> tuple[str, ...]:
+def _row(name: str, block: Block) -> tuple[str, ...]:
     metrics = block.metrics
     return (
-        printable(block.name),
+        printable(name),
         f"{block.n_params:,}",
-        _number(block.trace),
+        _number(metrics["trace"]),
         _number(metrics["largest_eigenvalue"]),
         _number(metrics["spectral_gap"]),
         _number(metrics["condition_number"]),

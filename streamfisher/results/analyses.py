@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from streamfisher.results.metrics import SCALAR_METRICS, json_values
-from streamfisher.results.spectrum import Spectrum
+from streamfisher.results.notebook import result_html
+from streamfisher.results.spectrum import WHOLE_MODEL, BlockSpectrum, Spectrum
 
 Scale = Literal["log", "linear"]
 
@@ -21,13 +22,19 @@ class Growth:
     sizes: tuple[int, ...]  # ascending; the last is all
     spectra: tuple[Spectrum, ...]  # one per size
     seed: int  # of the order in which samples are taken
+    left_out: tuple[int, ...] = ()  # sizes that would have taken longer than was allowed
 
     def curve(self, metric: str, block: str | None = None) -> np.ndarray:
-        """Return a metric at each size, (len(sizes),) float64, NaN where undefined; of the whole unless `block`."""
+        """Return a metric at each size, (len(sizes),) float64, NaN where undefined.
+
+        Args:
+            metric: its name.
+            block: a key; `None` is the union of the blocks, `whole_model` all parameters together, where it was solved.
+        """
         return _metric_of(self.spectra, metric, block)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return `{sizes, seed, blocks: {name: {metric: [value at each size]}}}` as plain JSON values."""
+        """Return `{sizes, left_out, seed, curves: {name: {metric: [value at each size]}}}` as plain JSON values."""
         names: list[str | None] = [None, *self.spectra[0].blocks]
         curves = {
             "global" if name is None else name: {
@@ -36,7 +43,14 @@ class Growth:
             }
             for name in names
         }
-        return {"sizes": list(self.sizes), "seed": self.seed, "curves": curves}
+        return {"sizes": list(self.sizes), "left_out": list(self.left_out), "seed": self.seed, "curves": curves}
+
+    def _repr_html_(self) -> str:
+        key = WHOLE_MODEL if all(spectrum.solved_whole is not None for spectrum in self.spectra) else None
+        shown = ("trace", "largest_eigenvalue", "effective_rank", "stable_rank")
+        curves = [[float(value) for value in self.curve(metric, key)] for metric in shown]
+        rows = list(zip(self.sizes, *curves, strict=True))
+        return result_html(f"Growth of the {'whole model' if key else 'union of blocks'}", ("samples", *shown), rows)
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,12 @@ class SpectralDensity:
             name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()
         } | {"integral": self.integral}
 
+    def _repr_html_(self) -> str:
+        decades = zip(self.edges[:-1], self.edges[1:], self.counts, self.count_errors, strict=True)
+        rows = [[float(value) for value in row] for row in decades]
+        title = f"Spectral density of {self.block}: {self.n_eigenvalues} eigenvalues, {self.n_vectors} vectors"
+        return result_html(title, ("from", "to", "eigenvalues", "standard error"), rows)
+
 
 @dataclass(frozen=True)
 class Alignment:
@@ -92,6 +112,10 @@ class Alignment:
             "centered": self.centered,
             "n_samples": self.n_samples,
         }
+
+    def _repr_html_(self) -> str:
+        rows = [[name, *map(float, row)] for name, row in zip(self.blocks, self.matrix, strict=True)]
+        return result_html(f"Alignment of blocks, {self.n_samples} samples", ("", *self.blocks), rows)
 
 
 @dataclass(frozen=True)
@@ -131,6 +155,11 @@ class Overlap:
             "angles_in_degrees": [float(value) for value in self.angles],
         }
 
+    def _repr_html_(self) -> str:
+        rows = [[k, float(c), float(a)] for k, (c, a) in enumerate(zip(self.cosines, self.angles, strict=True), 1)]
+        title = f"Overlap of {self.block} in {' and '.join(self.runs)}: {self.mean_squared_cosine:.4g}"
+        return result_html(title, ("angle", "cosine", "degrees"), rows)
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -143,20 +172,26 @@ class Comparison:
     warnings: tuple[str, ...]  # what keeps the numbers from being compared at face value
 
     def trajectory(self, metric: str, block: str | None = None) -> np.ndarray:
-        """Return a metric in each run, (R,) float64, NaN where undefined; of the whole unless `block` names one."""
+        """Return a metric in each run, (R,) float64, NaN where undefined.
+
+        Args:
+            metric: its name.
+            block: a key; `None` is the union of the blocks, `whole_model` all parameters together.
+        """
         return _metric_of(self.spectra, metric, block)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values: for every block and metric one value per run, and intervals where asked for."""
         blocks: dict[str, Any] = {}
-        for key in (*self.shared_blocks, None):
-            members = [spectrum.global_ if key is None else spectrum.blocks[key] for spectrum in self.spectra]
+        several = all(spectrum.solved_whole is not None for spectrum in self.spectra)
+        for key in (*self.shared_blocks, None, *([WHOLE_MODEL] if several else [])):
+            members = [_member(spectrum, key) for spectrum in self.spectra]
             metrics = [member.metrics for member in members]
             entry: dict[str, Any] = {name: json_values([found[name] for found in metrics]) for name in SCALAR_METRICS}
             drawn = [spectrum.bootstrap for spectrum in self.spectra if spectrum.bootstrap is not None]
             if len(drawn) == len(self.spectra):
-                of_block = [found.global_ if key is None else found.blocks[key] for found in drawn]
-                entry["intervals"] = [found.to_dict() for found in of_block]
+                of_block = [found.of(member.name) for found, member in zip(drawn, members, strict=True)]
+                entry["intervals"] = [{} if found is None else found.to_dict() for found in of_block]
             blocks["global" if key is None else key] = entry
         return {
             "runs": list(self.labels),
@@ -166,8 +201,24 @@ class Comparison:
             "metadata": [spectrum.metadata for spectrum in self.spectra],
         }
 
+    def _repr_html_(self) -> str:
+        shown = ("trace", "largest_eigenvalue", "effective_rank", "stable_rank")
+        rows = []
+        for key in (*self.shared_blocks, None):
+            for label, spectrum in zip(self.labels, self.spectra, strict=True):
+                metrics = _member(spectrum, key).metrics
+                rows.append([key or "union of blocks", label, *(metrics[name] for name in shown)])
+        return result_html(f"{len(self.labels)} runs", ("block", "run", *shown), rows)
+
+
+def _member(spectrum: Spectrum, key: str | None) -> BlockSpectrum:
+    """Return a block, the union for `None`, or the whole model where no block has its name."""
+    if key == WHOLE_MODEL and key not in spectrum.blocks and spectrum.whole is not None:
+        return spectrum.whole
+    return spectrum.global_ if key is None else spectrum.blocks[key]
+
 
 def _metric_of(spectra: Sequence[Spectrum], metric: str, block: str | None) -> np.ndarray:
-    members = [spectrum.global_ if block is None else spectrum.blocks[block] for spectrum in spectra]
+    members = [_member(spectrum, block) for spectrum in spectra]
     values = [member.metrics[metric] for member in members]
     return np.array([np.nan if value is None or np.isinf(value) else value for value in values], dtype=np.float64)

@@ -103,7 +103,7 @@ def power_law(values: np.ndarray, first: int | None = None, last: int | None = N
 
     With residuals `e`, `x = log k` and n points, the standard error is
     `sqrt(sum e^2 / (n - 2) / sum (x - mean x)^2)`. It measures how straight the curve is, not what other samples would
-    give; the bootstrap does that.
+    give; intervals do that.
 
     Args:
         values: (r,) eigenvalues above the noise floor, descending.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jinja2
+import numpy as np
 
-from streamfisher.results.bootstrap import Bootstrap
+#: What rows of the block-diagonal matrix and of the full one are called.
+UNION, WHOLE = "union of blocks", "whole model"
 
+_ROWS = 40
 _COLUMNS = {
     "trace": "trace",
     "largest_eigenvalue": "largest",
@@ -26,14 +29,30 @@ _COLUMNS = {
 
 
 class Block(Protocol):
-    """One row of a table of metrics."""
+    """One row of a table, or one line of a picture."""
 
     @property
     def name(self) -> str: ...  # noqa: D102
     @property
     def n_params(self) -> int: ...  # noqa: D102
     @property
+    def n_samples(self) -> int: ...  # noqa: D102
+    @property
     def metrics(self) -> dict[str, Any]: ...  # noqa: D102
+    @property
+    def eigenvalues(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def above_floor(self) -> np.ndarray: ...  # noqa: D102
+    @property
+    def noise_floor(self) -> float: ...  # noqa: D102
+    @property
+    def trace(self) -> float: ...  # noqa: D102
+
+
+class ShownIntervals(Protocol):
+    """What is shown of intervals."""
+
+    def of(self, name: str) -> Any: ...  # noqa: D102
 
 
 class Shown(Protocol):
@@ -46,9 +65,11 @@ class Shown(Protocol):
     @property
     def global_(self) -> Block: ...  # noqa: D102
     @property
+    def whole(self) -> Block | None: ...  # noqa: D102
+    @property
     def metadata(self) -> Mapping[str, Any]: ...  # noqa: D102
     @property
-    def bootstrap(self) -> Bootstrap | None: ...  # noqa: D102
+    def bootstrap(self) -> ShownIntervals | None: ...  # noqa: D102
 
 
 class ShownRun(Protocol):
@@ -79,6 +100,30 @@ def structure_name(spectrum: Shown) -> str:
     return "own" if isinstance(structure, dict) else str(structure)
 
 
+def table_rows(spectrum: Shown) -> list[tuple[str, Block]]:
+    """Return what a table has a row of, with its name: the blocks, their union, and the whole model.
+
+    The union is the block-diagonal matrix: of more than N eigenvalues, and no rank of N samples. A block that is all
+    there is has no row of its own beside the whole.
+    """
+    rows = [(block.name, block) for block in spectrum.reached.values()]
+    if len(spectrum.blocks) < 2:
+        return [(WHOLE if name == "global" else name, block) for name, block in rows]
+    rows.append((UNION, spectrum.global_))
+    return rows if spectrum.whole is None else [*rows, (WHOLE, spectrum.whole)]
+
+
+def union_note(spectrum: Shown) -> str | None:
+    """What to know of the last rows of a table; `None` where there are no blocks to unite."""
+    if len(spectrum.blocks) < 2:
+        return None
+    n = spectrum.global_.metrics["n_samples"]
+    note = f"{UNION}: the block-diagonal matrix, which may have a rank above N = {n}; "
+    if spectrum.whole is None:
+        return note + f"{WHOLE}: not solved here, --blocks none does"
+    return note + f"{WHOLE}: all parameters in one matrix"
+
+
 def partial_prefix(spectrum: Shown) -> str:
     """What a title begins with where not all samples were collected."""
     facts = spectrum.metadata
@@ -101,10 +146,9 @@ def templates(package: str) -> jinja2.Environment:
 
 def metrics_table(spectrum: Shown) -> str:
     """The metrics of every block and of the whole as an HTML table, with intervals where there are any."""
-    blocks = list(spectrum.reached.values())
-    blocks += [spectrum.global_] if len(blocks) > 1 else []
     columns = ["block", "parameters", *_COLUMNS.values()]
-    return _rendered("metrics.html", columns=columns, rows=[_row(spectrum, block) for block in blocks])
+    rows = [_row(spectrum, name, block) for name, block in table_rows(spectrum)]
+    return _rendered("metrics.html", columns=columns, rows=rows, note=union_note(spectrum))
 
 
 def spectrum_html(spectrum: Shown) -> str:
@@ -112,6 +156,16 @@ def spectrum_html(spectrum: Shown) -> str:
     error = spectrum.metadata.get("block_diagonal_error")
     error = f"{error:.3g}" if error is not None and len(spectrum.blocks) > 1 else None
     return _rendered("spectrum.html", title=title(spectrum), table=metrics_table(spectrum), error=error)
+
+
+def result_html(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """What a notebook shows of any other result: a title and a table, numbers with four digits, 40 rows at most."""
+    cells = [[_shown(value) for value in row] for row in rows[:_ROWS]]
+    return _rendered("result.html", title=title, columns=columns, rows=cells, more=max(len(rows) - _ROWS, 0))
+
+
+def _shown(value: object) -> str:
+    return "–" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def run_html(run: ShownRun) -> str:
@@ -155,21 +209,22 @@ def _rendered(template: str, **values: Any) -> str:
     return templates("streamfisher.results").get_template(template).render(values)
 
 
-def _row(spectrum: Shown, block: Block) -> dict[str, Any]:
-    drawn = None
-    if spectrum.bootstrap is not None:
-        drawn = spectrum.bootstrap.blocks.get(block.name, spectrum.bootstrap.global_)
-    cells: list[tuple[str, tuple[str, str] | None]] = []
-    for name in _COLUMNS:
-        value = block.metrics[name]
+def _row(spectrum: Shown, name: str, block: Block) -> dict[str, Any]:
+    drawn = None if spectrum.bootstrap is None else spectrum.bootstrap.of(block.name)
+    cells: list[tuple[str, str, Any, tuple[str, str] | None]] = []
+    metrics = block.metrics
+    for metric, label in _COLUMNS.items():
+        value = metrics[metric]
         text = "–" if value is None else f"{value:.4g}"
-        if name == "numerical_rank" and value is not None:
-            text = f"{value}/{block.metrics['n_eigenvalues']}"
-        interval = drawn.interval(name) if drawn is not None else None
-        cells.append((text, None if interval is None else (f"{interval.low:.3g}", f"{interval.high:.3g}")))
+        if metric == "numerical_rank" and value is not None:
+            text = f"{value}/{metrics['n_eigenvalues']}"
+        interval = drawn.interval(metric) if drawn is not None else None
+        between = None if interval is None else (f"{interval.low:.3g}", f"{interval.high:.3g}")
+        cells.append((label, text, "" if value is None else repr(value), between))
     return {
-        "name": block.name,
+        "name": name,
         "n_params": f"{block.n_params:,}",
         "cells": cells,
-        "whole": block is spectrum.global_,
+        "whole": name == WHOLE,
+        "union": name == UNION,
     }

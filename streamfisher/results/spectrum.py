@@ -13,17 +13,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from streamfisher.errors import require
 from streamfisher.results.bootstrap import Bootstrap
+from streamfisher.results.frames import FrameKind, dataset, frame
+from streamfisher.results.metric_attributes import MetricAttributes
 from streamfisher.results.metrics import effective_rank, json_values, shape_metrics
-from streamfisher.results.notebook import spectrum_html
+from streamfisher.results.notebook import result_html, spectrum_html
+from streamfisher.results.panels import draw_eigenvalues
 from streamfisher.runtime.durable import replacing
+
+#: Name and key of the matrix of all parameters together; that of the union of blocks is `global`.
+WHOLE_MODEL = "whole_model"
 
 NORMALIZATION = {False: "(1/N) * G^T G", True: "(1/N) * (G - mean)^T (G - mean)"}
 
@@ -33,7 +40,7 @@ _AMPLIFICATION = 32.0
 
 
 @dataclass(frozen=True)
-class BlockSpectrum:
+class BlockSpectrum(MetricAttributes):
     """Eigenvalues of one block of the Fisher, F_b = (1/N) G_b^T G_b, or of all blocks together."""
 
     name: str
@@ -148,6 +155,16 @@ class BlockSpectrum:
             **({"reason": reason} if reason else {}),
         }
 
+    def _repr_html_(self) -> str:
+        shown = {name: value for name, value in self.metrics.items() if not isinstance(value, list)}
+        return result_html(f"Block {self.name}", ("metric", "value"), list(shown.items()))
+
+    def __repr__(self) -> str:
+        return (
+            f"BlockSpectrum({self.name!r}, {len(self.eigenvalues)} eigenvalues, N={self.n_samples}, P={self.n_params}, "
+            f"trace={self.trace:.4g})"
+        )
+
     @property
     def _smallest(self) -> float | None:
         significant = self.eigenvalues[self.above_floor]
@@ -167,6 +184,94 @@ class Spectrum:
     global_: BlockSpectrum  # the union of the blocks' eigenvalues
     metadata: dict[str, Any] = field(default_factory=dict)
     bootstrap: Bootstrap | None = None  # intervals of the metrics, where they were asked for
+    solved_whole: BlockSpectrum | None = None  # all parameters together, where there are several blocks
+
+    @property
+    def whole(self) -> BlockSpectrum | None:
+        """Return the spectrum of all parameters together, not block diagonal: of rank N at most.
+
+        `None` where it was not solved beside the blocks: Grams that are read by tiles, blocks of different samples.
+        """
+        return self.global_ if len(self.blocks) < 2 else self.solved_whole
+
+    def __getitem__(self, key: str) -> BlockSpectrum:
+        """Return a block by its key, `global` for the union of blocks, or `whole_model`.
+
+        Raises:
+            KeyError: there is no such block; the message names those that are.
+        """
+        if key in self.blocks:
+            return self.blocks[key]
+        if key == "global":
+            return self.global_
+        if key == WHOLE_MODEL and self.whole is not None:
+            return self.whole
+        raise KeyError(f"there is no block {key!r}; the blocks are {', '.join(self.blocks)}")
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the keys of the blocks."""
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        """Return how many blocks there are."""
+        return len(self.blocks)
+
+    def __bool__(self) -> bool:
+        """Return `True`: a spectrum without blocks is a result too."""
+        return True
+
+    def __contains__(self, key: object) -> bool:
+        """Return whether `spectrum[key]` is there."""
+        return key in self.blocks or key == "global" or (key == WHOLE_MODEL and self.whole is not None)
+
+    def keys(self) -> list[str]:
+        """Return the keys of the blocks."""
+        return list(self.blocks)
+
+    def values(self) -> list[BlockSpectrum]:
+        """Return the blocks."""
+        return list(self.blocks.values())
+
+    def items(self) -> list[tuple[str, BlockSpectrum]]:
+        """Return keys and blocks."""
+        return list(self.blocks.items())
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return [*self.blocks, *(key for key in ("global", WHOLE_MODEL) if key in self and key not in self.blocks)]
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draw the eigenvalues of every block and of the whole model; return the matplotlib Axes.
+
+        Args:
+            ax: the Axes to draw on; `None` means those of a new figure.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+        """
+        require("matplotlib", "plots", "draw the spectrum")
+        if ax is None:
+            from matplotlib import pyplot
+
+            ax = pyplot.subplots(figsize=(6.4, 5.0), layout="constrained")[1]
+        draw_eigenvalues(ax, self)
+        return ax
+
+    def to_frame(self, kind: FrameKind = "metrics") -> Any:
+        """Return a pandas DataFrame: `metrics` with a row per block, or `eigenvalues` with a row for each.
+
+        Raises:
+            ConfigError: the kind is unknown.
+            MissingExtraError: pandas is not installed.
+        """
+        return frame(self, kind)
+
+    def to_xarray(self) -> Any:
+        """Return an xarray Dataset: eigenvalues by `block` and `index`, which counts from 1, and metrics by `block`.
+
+        Raises:
+            MissingExtraError: xarray is not installed.
+        """
+        return dataset(self)
 
     @property
     def reached(self) -> dict[str, BlockSpectrum]:
@@ -177,23 +282,25 @@ class Spectrum:
         return {key: block for key, block in self.blocks.items() if not block.no_gradient} or dict(self.blocks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return `{'global', 'per_block', 'metadata'}` as plain values, with every eigenvalue.
+        """Return `{'global', 'whole_model', 'per_block', 'metadata'}` as plain values, with every eigenvalue.
 
-        A condition number may be infinite; `to_json` writes `null` for it.
+        `global` is the union of the blocks, the block-diagonal matrix, which may have more than N eigenvalues;
+        `whole_model` the matrix of all parameters together, `None` where it was not solved. A condition number may be
+        infinite; `to_json` writes `null` for it.
         """
-        whole = _with_eigenvalues(self.global_)
-        whole["n_total_eigenvalues"] = whole["n_eigenvalues"]
-        whole["total_params"] = whole["n_params"]
-        largest = whole["largest_eigenvalue"]
-        whole["gd_convergence_scale"] = 1.0 / largest if largest > 0 else math.inf
+        union = _of_all(self.global_)
+        whole = None if self.whole is None else _of_all(self.whole) | {"block_name": WHOLE_MODEL}
         per_block = {name: _with_eigenvalues(block) for name, block in self.reached.items()}
         metadata = self.metadata
         if self.bootstrap is not None:
-            whole["intervals"] = self.bootstrap.global_.to_dict()
+            union["intervals"] = self.bootstrap.global_.to_dict()
+            if whole is not None:
+                found = self.bootstrap.whole or self.bootstrap.global_
+                whole["intervals"] = found.to_dict()
             for name, values in per_block.items():
                 values["intervals"] = self.bootstrap.blocks[name].to_dict()
             metadata = metadata | {"bootstrap": self.bootstrap.facts()}
-        return {"global": whole, "per_block": per_block, "metadata": metadata}
+        return {"global": union, "whole_model": whole, "per_block": per_block, "metadata": metadata}
 
     def to_json(self, path: str | Path) -> Path:
         """Write `to_dict()` as JSON, the same bytes for the same spectrum; return the path."""
@@ -208,6 +315,17 @@ class Spectrum:
             f"Spectrum({len(self.blocks)} blocks, N={whole.n_samples}, P={whole.n_params}, trace={whole.trace:.4g}, "
             f"largest={whole.metrics['largest_eigenvalue']:.4g})"
         )
+
+
+def _of_all(block: BlockSpectrum) -> dict[str, Any]:
+    """Return what `_with_eigenvalues` does, with what only the whole has."""
+    found = _with_eigenvalues(block)
+    largest = found["largest_eigenvalue"]
+    return found | {
+        "n_total_eigenvalues": found["n_eigenvalues"],
+        "total_params": found["n_params"],
+        "gd_convergence_scale": 1.0 / largest if largest > 0 else math.inf,
+    }
 
 
 def _with_eigenvalues(block: BlockSpectrum) -> dict[str, Any]:

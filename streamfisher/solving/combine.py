@@ -65,6 +65,7 @@ def combine(
     computed: torch.dtype,
     facts: dict[str, Any],
     top_k: int,
+    whole: BlockSpectrum | None = None,
 ) -> Spectrum:
     """Return the spectrum of solved blocks, with the floor that the backward pass puts under each of them.
 
@@ -75,6 +76,7 @@ def combine(
         computed: dtype of the backward pass.
         facts: metadata of the result.
         top_k: how many eigenvalues the metrics of the whole list.
+        whole: all parameters together, where that was solved.
     """
     blocks = {
         key: dataclasses.replace(block, row_scale=max(reach[key] - block.trace, block.row_scale)).with_floor(
@@ -82,7 +84,13 @@ def combine(
         )
         for key, block in blocks.items()
     }
-    return Spectrum(blocks, union(blocks, top_k), facts)
+    if whole is not None:
+        row_scale = max(whole_trace - whole.trace, whole.row_scale)
+        floor = backward_noise(computed, whole_trace, whole_trace)
+        whole = dataclasses.replace(whole, row_scale=row_scale).with_floor(floor, "rounding of the backward pass")
+        if all(block.no_gradient for block in blocks.values()):
+            whole = dataclasses.replace(whole, no_gradient=True, reason=next(iter(blocks.values())).reason)
+    return Spectrum(blocks, union(blocks, top_k), facts, solved_whole=whole)
 
 
 def block_diagonal_error(blocks_squared: float, whole_squared: float) -> float | None:

@@ -16,8 +16,9 @@ import torch
 from streamfisher.blocks.structures import group_blocks
 from streamfisher.config import SpectralConfig, dtype_name
 from streamfisher.results.noise import RawScale
-from streamfisher.results.spectrum import NORMALIZATION, BlockSpectrum, Spectrum
+from streamfisher.results.spectrum import NORMALIZATION, WHOLE_MODEL, BlockSpectrum, Spectrum
 from streamfisher.runtime.determinism import one_thread
+from streamfisher.runtime.stage_progress import steps
 from streamfisher.solving import centering
 from streamfisher.solving.blocksolver import block_spectrum
 from streamfisher.solving.combine import MEAN_DOMINANCE_LIMIT, block_diagonal_error, combine
@@ -49,6 +50,8 @@ class Eigenproblem:
     top_k: int | None = None  # list only the largest eigenvalues of each block
     single: Collection[str] | None = None  # parameters whose Grams are products in `dtype_gram`; None: all of them
     layers: Mapping[str, str] | None = None  # parameter -> layer: how far rounding reaches; None: everywhere
+    whole: bool = False  # solve the matrix of all parameters together too, beside the blocks
+    progress: bool = False  # show a bar while blocks are solved
 
     @property
     def product(self) -> torch.dtype:
@@ -86,6 +89,7 @@ class Eigenproblem:
         squared: float,
         whole_squared: float,
         dominance: float,
+        whole: BlockSpectrum | None = None,
     ) -> Spectrum:
         """Put solved blocks together, and say what they are of.
 
@@ -95,6 +99,7 @@ class Eigenproblem:
             squared: |K_b|_F^2, added over the blocks.
             whole_squared: |K|_F^2 of the sum of all Grams.
             dominance: the largest N |mean|^2 / trace of a block that was centered; 0 for none.
+            whole: all parameters together, where that was solved.
         """
         if self.product == torch.float32 and dominance > MEAN_DOMINANCE_LIMIT:
             warnings.warn(
@@ -117,12 +122,12 @@ class Eigenproblem:
             **({"parameters_without_gradient": unreached} if unreached else {}),
             "analysed_with": versions(),
         }
-        whole, zero = sum(traces.values()), set(unreached)
+        total, zero = sum(traces.values()), set(unreached)
         for key, names in group_blocks(self.assignment).items():
             if set(names) <= zero:
                 blocks[key] = dataclasses.replace(blocks[key], no_gradient=True, reason=blocks[key].reason or _NONE)
         computed, top_k = self.precision.computed, self.config.top_k_eigenvalues
-        return combine(blocks, self._reach(traces), whole, computed, facts, top_k)
+        return combine(blocks, self._reach(traces), total, computed, facts, top_k, whole)
 
 
 def with_same_bits(solve: Callable[..., Spectrum]) -> Callable[..., Spectrum]:
@@ -158,19 +163,22 @@ def solve_blocks(
     blocks: dict[str, BlockSpectrum] = {}
     whole: np.ndarray | None = None
     traces: dict[str, float] = {}
-    squared, dominance = 0.0, 0.0
+    squared, dominance, whole_size = 0.0, 0.0, 0.0
 
     def read(name: str) -> np.ndarray:
         K = gram_of(name)
         traces[name] = problem.raw_trace(K.diagonal())
         return K
 
-    for key, names in group_blocks(problem.assignment).items():
+    groups = group_blocks(problem.assignment)
+    n = 0 if selection is None else len(selection)
+    for key, names in steps(groups.items(), "eigenvalues of blocks", show=problem.progress, n_samples=n):
         K = add(read(name) for name in names)
         size = 0.0
         if problem.center:
             raw_trace = float(np.trace(K))
             size = raw_trace if selection is None else selection.scaled_trace(K)
+            whole_size += size
             K = centered(K)
             centered_trace = float(np.trace(K))
             if centered_trace > 0:
@@ -193,7 +201,23 @@ def solve_blocks(
         )
     assert whole is not None  # a run has at least one parameter
     whole_squared = float(np.vdot(whole, whole))
-    return problem.combined(blocks, traces, squared=squared, whole_squared=whole_squared, dominance=dominance)
+    together = None
+    if problem.whole and len(groups) > 1:
+        del K
+        together = block_spectrum(
+            WHOLE_MODEL,
+            whole,
+            sum(problem.parameters[name] for name in traces),
+            problem.config,
+            product=problem.product,
+            roundoff=problem.precision.roundoff,
+            raw=problem.raw_scale(list(traces), traces),
+            top_k=problem.top_k,
+            size=whole_size,
+        )
+    return problem.combined(
+        blocks, traces, squared=squared, whole_squared=whole_squared, dominance=dominance, whole=together
+    )
 
 
 def add(matrices: Iterable[np.ndarray]) -> np.ndarray:

@@ -10,6 +10,7 @@ from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError
 from streamfisher.results.spectrum import BlockSpectrum, Spectrum
 from streamfisher.runtime.memory import working_memory
+from streamfisher.runtime.stage_progress import steps
 from streamfisher.solving import eigen
 from streamfisher.solving.blocksolver import empty_block, listed, solved_block
 from streamfisher.solving.solve import Eigenproblem, with_same_bits
@@ -66,7 +67,7 @@ def solve_tiled(operator_of: Callable[[Sequence[str]], TiledGram], problem: Eige
     traces = dict.fromkeys(problem.assignment, 0.0)
     squared, dominance = 0.0, 0.0
     groups = group_blocks(problem.assignment)
-    for key, names in groups.items():
+    for key, names in steps(groups.items(), "eigenvalues of blocks", show=problem.progress, n_samples=n):
         n_params = sum(parameters[name] for name in names)
         top = listed(min(n, n_params), top_k, config)
         if top < 1:

@@ -1,46 +1,32 @@
-"""The bootstrap and growth curves against resamples and subsets made by hand."""
+"""Intervals and growth curves: against subsets made by hand, and intervals by their coverage of known spectra."""
 
 import dataclasses
 import json
 
 import numpy as np
 import pytest
-import torch
 from command_line import cli
+from interval_coverage import SPECTRA, WITH_INTERVAL, coverage, grams_of
 from tiny_runs import PATTERNS, make_run, rows
 
 from streamfisher import SpectralConfig
-from streamfisher.analysis import BlockGrams
-from streamfisher.analysis.bootstrap import bootstrap, multiplicities
+from streamfisher.analysis.bootstrap import bootstrap, left_out, subset
 from streamfisher.errors import ConfigError
 from streamfisher.results import SCALAR_METRICS
-from streamfisher.solving import RowPrecision, select
-
-
-def grams_of(G, center=False, weights=None, **options):
-    return BlockGrams(
-        gram_of=lambda name: G @ G.T,
-        parameters={"w": G.shape[1]},
-        assignment={"w": "global"},
-        selection=select(len(G), np.ones(len(G), bool), weights=weights, n_targets=np.arange(len(G)) + 1, **options),
-        center=center,
-        config=SpectralConfig(n_workers=1),
-        precision=RowPrecision(torch.float64, 2.0**-53),
-        metadata={},
-    )
+from streamfisher.results.bootstrap import quantile
 
 
 @pytest.mark.parametrize("center", [False, True])
 @pytest.mark.parametrize("normalization", ["samples", "tokens"])
 @pytest.mark.parametrize("width", [6, 90], ids=["fewer parameters than samples", "more"])
-def test_every_resample_is_the_fisher_of_the_drawn_rows(center, normalization, width):
+def test_every_subset_is_the_fisher_of_its_rows(center, normalization, width):
     G = np.random.default_rng(0).standard_normal((20, width)) + 0.2
     weights = np.linspace(0.5, 2, 20)
     grams = grams_of(G, center, weights, normalization=normalization)
     found = bootstrap(grams, grams.spectrum(), 5, seed=3).global_.values
     for r in range(5):
-        drawn = np.repeat(np.arange(20), multiplicities(20, 3, r))
-        assert len(drawn) == 20
+        drawn = subset(20, 3, r)
+        assert len(set(drawn)) == 18 == 20 - left_out(20)
         sample, w = G[drawn], weights[drawn]
         sample = sample - (w @ sample) / w.sum() if center else sample
         Z = w.sum() if normalization == "samples" else w @ (drawn + 1)
@@ -66,19 +52,32 @@ def test_workers_change_no_bit_and_seeds_do():
     assert first.global_.to_dict() != other.global_.to_dict()
 
 
-def test_intervals_cover_the_true_trace_and_largest_eigenvalue():
-    generator = np.random.default_rng(4)
-    scales = np.array([3.0, 1.0, 0.5])
-    inside = {"trace": 0, "largest_eigenvalue": 0}
-    truth = {"trace": (scales**2).sum(), "largest_eigenvalue": 9.0}
-    for repeat in range(60):
-        grams = grams_of(generator.standard_normal((80, 3)) * scales)
-        found = bootstrap(grams, grams.spectrum(), 100, seed=repeat, level=0.9).global_
-        for metric, value in truth.items():
-            interval = found.interval(metric)
-            inside[metric] += interval.low <= value <= interval.high
-    for metric, count in inside.items():
-        assert 45 <= count <= 60, f"{metric}: {count} of 60 at a level of 0.9"
+@pytest.mark.parametrize("name", SPECTRA)
+def test_intervals_of_95_percent_cover_at_least_90(name):
+    shares = coverage(SPECTRA[name], n=64, repeats=100, resamples=30)
+    short = {metric: share for metric, share in shares.items() if share < 0.9}
+    assert not short, f"{name}: {short}"
+    assert len(shares) == len(WITH_INTERVAL), "all but the share of 100 of 64 eigenvalues, and the true trace"
+
+
+def test_an_interval_has_the_value_that_it_is_of():
+    grams = grams_of(np.random.default_rng(0).standard_normal((40, 100)) / np.arange(1, 101))
+    found = bootstrap(grams, grams.spectrum(), 50).global_
+    assert found.interval("cumulative_variance_100") is None, "40 samples have no 100 eigenvalues"
+    for metric in sorted({*WITH_INTERVAL} - {"cumulative_variance_100"}):
+        interval = found.interval(metric)
+        assert interval.low < found.observed[metric] <= interval.high, metric
+        assert interval.low == pytest.approx(interval.low) and interval.standard_error > 0
+    assert found.interval("numerical_rank") is None and found.interval("condition_number") is None
+    values = grams.spectrum().global_.eigenvalues
+    known = found.eigenvalue_low > 0
+    assert known[:35].all() and not known[35:].any(), "a subset has 35 eigenvalues"
+    assert (found.eigenvalue_low[known] < values[known]).all() and (values[known] < found.eigenvalue_high[known]).all()
+
+
+@pytest.mark.parametrize(("freedom", "expected"), [(5, 2.571), (10, 2.228), (30, 2.042), (10**6, 1.960)])
+def test_quantiles_are_those_of_student(freedom, expected):
+    assert quantile(0.95, freedom) == pytest.approx(expected, rel=5e-3)
 
 
 def test_metrics_without_a_solve_are_the_same():
@@ -117,7 +116,7 @@ def test_a_run_has_intervals_for_every_block_and_the_union(tmp_path, capsys):
     assert found["metadata"]["bootstrap"]["n_resamples"] == 30
     json.dumps(found, allow_nan=False)
     assert cli("spectrum", run.path, "--bootstrap", 20, "--quiet") == 0
-    assert "95 % intervals from 20 bootstrap resamples" in capsys.readouterr().out
+    assert "95 % intervals at this N, from 20 subsets that lack 3 samples" in capsys.readouterr().out
     assert cli("report", run.path, "--bootstrap", 20, "--quiet", "--out", tmp_path / "picture.png") == 0
 
 

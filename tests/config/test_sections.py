@@ -146,7 +146,8 @@ def test_every_field_is_documented(cls):
     options = options_of(cls)
     assert options.keys() == {field.name for field in dataclasses.fields(cls)}
     for name, item in options.items():
-        assert f"\n    {name}: {item.description}" in cls.__doc__
+        line = next(line for line in cls.__doc__.splitlines() if line.startswith(f"    {name}: "))
+        assert item.help in line and item.unit in line and (item.unset or "(default: ") in line
         for choice in item.kind.choices:
             named = str(choice).removeprefix("torch.")
             assert choice is None or named in item.description, f"{name}: {named}"

@@ -36,7 +36,10 @@ def test_csv_has_every_eigenvalue_and_metric_exactly(run, files):
     found = [r for r in rows if (r["structure"], r["centered"], r["block"]) == ("parameter", "True", "first.weight")]
     assert [float(row["eigenvalue"]) for row in found] == expected(run).eigenvalues.tolist()
     metrics = list(csv.DictReader((files / "s.csv").open()))
-    assert len(metrics) == 2 * (len(run.parameters) + 1) + 2
+    assert len(metrics) == 2 * (len(run.parameters) + 2) + 2
+    last = [(r["block"], r["of"]) for r in metrics if r["structure"] == "parameter" and r["centered"] == "False"][-2:]
+    assert last == [("global", "union of blocks"), ("whole_model", "whole model")]
+    assert [r["of"] for r in metrics if r["structure"] == "none"] == ["whole model"] * 2
     row = next(r for r in metrics if r["block"] == "first.weight" and r["centered"] == "True")
     assert float(row["effective_rank"]) == expected(run).metrics["effective_rank"]
 
@@ -71,7 +74,8 @@ def test_frames_and_intervals(run):
     frame = to_frame(spectrum).set_index("block")
     assert frame.loc["first.weight", "trace"] == spectrum.blocks["first.weight"].trace
     assert (frame["trace_low"] < frame["trace_high"]).all()
-    assert len(to_frame([spectrum], "eigenvalues")) == sum(len(b.eigenvalues) for b in spectrum.blocks.values()) * 2
+    of_blocks = sum(len(block.eigenvalues) for block in spectrum.blocks.values())
+    assert len(to_frame([spectrum], "eigenvalues")) == 2 * of_blocks + len(spectrum.whole.eigenvalues)
 
 
 def test_unknown_formats_and_targets_are_refused(run, tmp_path, capsys):

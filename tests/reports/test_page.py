@@ -1,5 +1,9 @@
 """The page about a run: complete, self-contained, and without an error in a real browser."""
 
+import base64
+import hashlib
+import html
+import json
 import os
 import re
 import shutil
@@ -40,14 +44,40 @@ def test_the_page_says_what_it_must(page, demo_run):
     assert f"{demo_run.spectrum('none').global_.trace:.4g}" in text
     assert demo_run.manifest.model["fingerprint"] in text
     assert "lm_head.weight" in text, "what was excluded is named"
-    assert "20 resamples" in text
-    assert text.count("<svg") == 3 * 2 + 1 + 2 + 2 + 1
+    assert "20 subsets without 2 samples" in text
+    assert text.count("<svg") == 3 * 2 + 1 + 2 + 1
+    assert text.count('class="heat"') == 2
+    order = [text.index(word) for word in ('class="verdict"', "<nav", 'class="heat"', "data-plot", 'class="metrics"')]
+    assert order == sorted(order), "words, contents, maps, curves, tables"
+
+
+def test_the_verdict_is_at_the_top_and_is_printed(demo_run, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert cli("report", demo_run.path, "--blocks", "layer", "--out", out, "--quiet") == 0
+    printed = capsys.readouterr().out
+    questions = ["What dominates?", "Is there a gap?", "How many directions?", "Is it block-diagonal?", "Is N enough?"]
+    page = html.unescape(out.read_text())
+    for question in questions:
+        answer = next(line.split("? ", 1)[1] for line in printed.splitlines() if question in line)
+        assert f">{question}</dt><dd>{answer}</dd>" in page
+    assert f"The report is in {out}" in printed
+
+
+def test_growth_that_would_take_too_long_is_left_out_and_said(demo_run, tmp_path):
+    spectrum = demo_run.spectrum("layer")
+    text = html_report(demo_run, [spectrum], tmp_path / "page.html", seconds=0.0).path.read_text()
+    assert "would have taken more than 0 s in all: 8 samples" in text
+    assert "Is N enough?" not in text and "What dominates?" in text
 
 
 def test_nothing_is_loaded_from_outside(page):
     text = page.read_text()
-    assert "<script" not in text
-    links = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)\)|@import\s*(\S+)""", text)
+    script = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
+    assert len(script) == text.count("<script") == 1
+    digest = base64.b64encode(hashlib.sha256(script[0].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in text, "the browser runs this script and no other"
+    assert not re.search(r"fetch|XMLHttp|import\(|eval|innerHTML", script[0])
+    links = re.findall(r"""(?:\bsrc|href)\s*=\s*["']([^"']*)|url\(([^)]*)\)|@import\s*(\S+)""", text)
     for link in (part for group in links for part in group if part):
         assert link.startswith(("#", "data:")), link
 
@@ -90,15 +120,48 @@ def test_a_browser_shows_it_without_an_error(page, tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH (Debian: apt-get install chromium)")
 def test_the_browser_would_say_so_if_something_came_from_outside(page, tmp_path):
     spoiled = tmp_path / "spoiled.html"
-    spoiled.write_text(page.read_text().replace("<h2>Facts", '<img src="https://example.org/x.png"><h2>Facts'))
+    spoiled.write_text(page.read_text().replace("<nav", '<img src="https://example.org/x.png"><nav'))
     assert any("Content Security Policy" in line for line in browse(spoiled, tmp_path / "spoiled.png"))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not on PATH (Debian: apt-get install chromium)")
+def test_tables_sort_and_curves_answer(page, demo_run, tmp_path):
+    """With a second script, which only a page without the policy runs, that clicks and looks."""
+    clicks = """<script>
+    const table = document.querySelector("table.metrics");
+    const names = () => [...table.tBodies[0].rows].map(row => row.cells[0].textContent);
+    const column = [...table.tHead.rows[0].cells].findIndex(head => head.textContent === "trace");
+    const before = names();
+    table.tHead.rows[0].cells[column].firstChild.click();
+    const traces = [...table.tBodies[0].rows].map(row => +row.cells[column].dataset.value);
+    const sorted = traces.every((value, i) => !i || value <= traces[i - 1]);
+    const svg = document.querySelector("svg[data-plot]"), plot = JSON.parse(svg.dataset.plot);
+    const button = svg.nextElementSibling.children[1];
+    const line = document.getElementById(plot.curves[1][0]);
+    const box = line.getBoundingClientRect();
+    const point = new PointerEvent("pointermove", {clientX: box.left + 1, clientY: box.top + 1});
+    svg.dispatchEvent(point);
+    const tip = svg.closest("figure").querySelector(".tip").textContent;
+    button.click();
+    document.title = JSON.stringify([before.length, sorted, button.textContent, line.style.display, tip]);
+    </script>"""
+    free = tmp_path / "free.html"
+    free.write_text(re.sub(r"<meta http-equiv[^>]*>", "", page.read_text()).replace("</body>", clicks + "</body>"))
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom"]
+    command += ["--window-size=1150,2000", f"--user-data-dir={tmp_path / 'profile'}", free.absolute().as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    rows, in_order, name, display, tip = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", dom)[1]))
+    assert (rows, in_order, name, display) == (5 + 2, True, "layer_0", "none")
+    found = re.fullmatch(r"layer_0, (\d+): (\S+)", tip)
+    value = demo_run.spectrum("layer").blocks["layer_0"].eigenvalues[int(found[1]) - 1]
+    assert float(found[2]) == pytest.approx(value, rel=0.01)
 
 
 def test_an_unfinished_run_is_marked_on_the_page(tmp_path):
     run = make_run(tmp_path / "run.zarr")
     forget_last_unit(run)
     spectrum = run.spectrum("none", partial=True)
-    text = html_report(run, [spectrum], tmp_path / "page.html", partial=True).read_text()
+    text = html_report(run, [spectrum], tmp_path / "page.html", partial=True).path.read_text()
     assert "Partial run: 16 of 24 samples are collected" in text
 
 
@@ -111,11 +174,11 @@ def test_notebooks_show_runs_and_spectra(demo_run):
 def test_names_are_escaped(tmp_path):
     run = make_run(tmp_path / "run.zarr")
     spectrum = run.spectrum({"first.*": "<script>alert(1)</script>", "*": "a&b"})
-    assert "<script>" not in html_report(run, [spectrum], tmp_path / "page.html").read_text()
+    text = html_report(run, [spectrum], tmp_path / "page.html").path.read_text()
+    assert "<script>alert" not in text and "&lt;script&gt;alert" in text
 
 
 def test_names_are_shown_in_figures_and_make_no_formulas():
-    import html
     from xml.etree import ElementTree
 
     import numpy as np

@@ -1,11 +1,14 @@
 """From Grams to metrics: definitions, centering, the union, and the error of the block-diagonal approximation."""
 
+import functools
 import json
 
 import numpy as np
 import pytest
 import torch
+from tiny_runs import make_run
 
+import streamfisher as sf
 from streamfisher import SpectralConfig
 from streamfisher.reports import table
 from streamfisher.results import noise_floor
@@ -13,6 +16,11 @@ from streamfisher.results import spectrum as spectra
 from streamfisher.solving import Eigenproblem, RowPrecision, solve_blocks, uncenter
 
 PRECISION = RowPrecision(torch.float64, 2.0**-53)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("spectrum") / "run.zarr")
 
 
 @pytest.fixture
@@ -175,12 +183,50 @@ def test_rounding_of_stored_rows_raises_the_floor():
     assert noise_floor(**options, roundoff=2.0**-24).value < 1e-10
 
 
+@pytest.mark.parametrize("center", [False, True])
+def test_the_whole_model_is_the_full_matrix_whatever_the_blocks(run, center):
+    none = run.spectrum("none", center)
+    for structure in ("layer", "module", "parameter"):
+        spectrum = run.spectrum(structure, center)
+        whole = spectrum.whole
+        np.testing.assert_allclose(
+            whole.eigenvalues, none.global_.eigenvalues, rtol=1e-9, atol=1e-12 * whole.eigenvalues[0]
+        )
+        assert whole.metrics["numerical_rank"] == none.global_.metrics["numerical_rank"] <= run.n_samples
+        assert whole.noise_floor == pytest.approx(none.global_.noise_floor, rel=1e-9)
+        assert whole.trace == pytest.approx(spectrum.global_.trace, rel=1e-12)
+        found = spectrum.to_dict()
+        assert found["whole_model"]["eigenvalues"] == whole.eigenvalues.tolist()
+        assert found["global"]["eigenvalues"] == spectrum.global_.eigenvalues.tolist()
+    assert none.whole is none.global_ and none.to_dict()["whole_model"]["block_name"] == "whole_model"
+
+
+def test_tables_say_which_row_is_the_union_and_which_the_whole(run):
+    rows = table(run.spectrum("parameter")).splitlines()
+    ends = {row.split("  ")[0]: row.split()[-1] for row in rows}
+    n = run.n_samples
+    assert int(ends["union of blocks"].split("/")[0]) > n >= int(ends["whole model"].split("/")[0])
+    assert not any(row.startswith("global") for row in rows)
+    assert any("block-diagonal matrix, which may have a rank above N" in row for row in rows)
+    alone = table(run.spectrum("none"))
+    assert "whole model" in alone and "union" not in alone and "global" not in alone
+
+
+def test_blocks_of_different_samples_have_no_whole():
+    generator = torch.Generator().manual_seed(0)
+    draw = functools.partial(torch.randn, 4, generator=generator)
+    gradients = [{"a.w": draw()}, {"a.w": draw(), "b.w": draw()}, {"b.w": draw()}]
+    config = sf.SpectralConfig(block_structure="parameter")
+    found = sf.FisherSpectral(config).compute_fisher_spectrum(None, None, precomputed_gradients=gradients)
+    assert found["whole_model"] is None and found["global"]["n_eigenvalues"] == 4
+
+
 def test_json_is_strict_and_the_same_every_time(rows, tmp_path):
     first = solve(rows, {name: name for name in rows}).to_json(tmp_path / "a.json").read_bytes()
     second = solve(rows, {name: name for name in rows}).to_json(tmp_path / "b.json").read_bytes()
     assert first == second
     content = json.loads(first)
-    assert set(content) == {"global", "per_block", "metadata"}
+    assert set(content) == {"global", "whole_model", "per_block", "metadata"}
     assert content["global"]["n_total_eigenvalues"] == 25
     assert content["global"]["total_params"] == 50
     np.testing.assert_allclose(content["global"]["gd_convergence_scale"], 1 / content["global"]["largest_eigenvalue"])
