@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from streamfisher.blocks.structures import STRUCTURES
@@ -90,7 +89,7 @@ class RunOptions:
         "a Hugging Face folder or id, or 'bytes'",
         name="tokenizer",
         group="data",
-        unset="the model's own",
+        unset="the model's own; UTF-8 bytes where it has none and its vocabulary is of 256 to 512 tokens",
     )
     trust_remote_code: bool = option(False, FLAG, "run code of a checkpoint", group="model and devices")
     device_map: str | None = option(
@@ -142,19 +141,33 @@ class RunOptions:
         unset="threads here",
     )
 
-    def tokenizer(self) -> Any:
-        """Return text -> token ids: the model's own tokenizer for Hugging Face models, bytes for callables."""
-        from streamfisher.data.loading import tokenize_bytes
-        from streamfisher.models.loading import load_tokenizer
+    def tokenizer(self, model: Any = None, returned: Any = None) -> Any:
+        """Return what text of the data is encoded by, see `load_samples`; it is looked for when there is text.
+
+        Args:
+            model: where MODEL is a callable, what it gave: its own tokenizer counts where none is asked for.
+            returned: the tokenizer that the callable gave beside it.
+        """
+        from streamfisher.data.tokenizing import BYTES, LaterTokenizer, as_tokenizer
+        from streamfisher.models.tokenizers import load_tokenizer, own_tokenizer
+
+        if self.tokenizer_spec == "bytes":
+            return BYTES
+        if self.tokenizer_spec is None and returned is not None:
+            return as_tokenizer(returned)
+        trust = self.trust_remote_code
+        if self.tokenizer_spec is None and model is not None:
+            return LaterTokenizer(lambda: own_tokenizer(model, trust_remote_code=trust))
+        spec, what = (self.tokenizer_spec, "--tokenizer") if self.tokenizer_spec else (self.model, "MODEL")
+        return LaterTokenizer(lambda: as_tokenizer(load_tokenizer(spec, trust_remote_code=trust, what=what)))
+
+    @property
+    def model_brings_tokenizer(self) -> bool:
+        """Whether the data cannot be read before a callable has made the model, whose tokenizer they may need."""
         from streamfisher.runtime.callables import is_callable_spec
 
-        spec = self.tokenizer_spec or ("bytes" if is_callable_spec(self.model) else self.model)
-        if spec == "bytes":
-            return tokenize_bytes
-        if self.data.endswith((".npy", ".npz")) or is_callable_spec(self.data):
-            return None  # already tokens
-        tokenizer = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)
-        return partial(_token_ids, tokenizer)
+        read = self.data and not is_callable_spec(self.data) and not self.data.endswith((".npy", ".npz"))
+        return bool(read) and self.tokenizer_spec is None and is_callable_spec(self.model)
 
     def description(self) -> dict[str, Any]:
         """Return what was asked for besides the config, for the manifest."""
@@ -180,10 +193,6 @@ class RunOptions:
 RUN_OPTIONS = options_of(RunOptions)
 #: Every option there is, by its field: those of a command, then those of the config.
 OPTIONS = RUN_OPTIONS | options_of(SpectralConfig)
-
-
-def _token_ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
 
 
 def read_run_options(arguments: argparse.Namespace, base: SpectralConfig | None = None) -> RunOptions:

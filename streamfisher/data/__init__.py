@@ -14,6 +14,7 @@ from streamfisher.data.batches import (
 from streamfisher.data.loading import load_samples
 from streamfisher.data.samples import Samples, TokenSamples
 from streamfisher.data.sources import SampleSource
+from streamfisher.data.tokenizing import LaterTokenizer, Tokenizer, as_tokenizer, tokenizer_of
 
 __all__ = [
     # Samples
@@ -21,6 +22,11 @@ __all__ = [
     "TokenSamples",
     "SampleSource",
     "load_samples",
+    # How text became token ids
+    "Tokenizer",
+    "LaterTokenizer",
+    "as_tokenizer",
+    "tokenizer_of",
     # Units and batches
     "Unit",
     "BatchRef",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +13,19 @@ import torch
 from torch import Tensor
 
 from streamfisher.data.sources import as_source
+from streamfisher.data.tokenizing import TextEncoder, TextSamples, Tokenize
 from streamfisher.errors import DataError
 from streamfisher.runtime.callables import call, is_callable_spec
 from streamfisher.runtime.paths import expanded
-
-Tokenize = Callable[[str], list[int]]
 
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".text", ".tex", ".html", ".c", ".h", ".cpp", ".js", ".ts", ".java"}
 DEFAULT_LENGTH = 128
 
 
-def tokenize_bytes(text: str) -> list[int]:
-    """Return the UTF-8 bytes of a text: the vocabulary of 256 that needs no tokenizer."""
-    return list(text.encode("utf-8"))
-
-
 def load_samples(
     spec: str,
     *,
-    tokenize: Tokenize | None = None,
+    tokenize: Tokenize = None,
     field: str = "text",
     max_length: int | None = None,
     n_samples: int | None = None,
@@ -47,7 +41,8 @@ def load_samples(
 
     Args:
         spec: as above.
-        tokenize: text to token ids; `None` takes bytes.
+        tokenize: a function from text to token ids, or a tokenizer of transformers; `None` takes UTF-8 bytes, which
+            `collect` refuses for a model of another vocabulary.
         field: of JSON lines.
         max_length: tokens per sequence; `None` means 128 where text must be cut.
         n_samples: take no more than so many of what a callable yields; `None` means all.
@@ -56,19 +51,19 @@ def load_samples(
         DataError: nothing is there, it is empty, or of a kind that is not known.
     """
     path = expanded(spec)
-    tokenize = tokenize or tokenize_bytes
+    encode = TextEncoder(tokenize)
     length = max_length or DEFAULT_LENGTH
     if not path.exists() and is_callable_spec(spec):
         return _called(spec, n_samples)
     if not path.exists():
         raise DataError(f"DATA {spec}: there is no such file or folder, and it is not of the form module:callable.")
     if path.is_dir():
-        return _nonempty(list(_folder(path, tokenize, length)), spec)
+        return _nonempty(list(_folder(path, encode, length)), spec, encode)
     if path.suffix == ".jsonl":
-        return _nonempty(list(_json_lines(path, tokenize, field, max_length)), spec)
+        return _nonempty(list(_json_lines(path, encode, field, max_length)), spec, encode)
     if path.suffix in (".npy", ".npz"):
         return _arrays(path, length)
-    return _nonempty(list(_sequences(tokenize(_read_text(path)), length)), spec)
+    return _nonempty(list(_sequences(encode(_read_text(path)), length)), spec, encode)
 
 
 def _called(spec: str, n_samples: int | None) -> Any:
@@ -78,12 +73,12 @@ def _called(spec: str, n_samples: int | None) -> Any:
     return source if isinstance(source, Mapping) else as_source(source, n_samples)
 
 
-def _folder(folder: Path, tokenize: Tokenize, length: int) -> Iterator[dict[str, Tensor]]:
+def _folder(folder: Path, encode: TextEncoder, length: int) -> Iterator[dict[str, Tensor]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in _TEXT_SUFFIXES)
     if not files:
         raise DataError(f"DATA {folder}: the folder holds no text files ({', '.join(sorted(_TEXT_SUFFIXES))}).")
     for path in files:
-        yield from _sequences(tokenize(_read_text(path)), length)
+        yield from _sequences(encode(_read_text(path)), length)
 
 
 def _sequences(tokens: list[int], length: int) -> Iterator[dict[str, Tensor]]:
@@ -94,7 +89,7 @@ def _sequences(tokens: list[int], length: int) -> Iterator[dict[str, Tensor]]:
             yield {"input_ids": piece}
 
 
-def _json_lines(path: Path, tokenize: Tokenize, field: str, max_length: int | None) -> Iterator[dict[str, Tensor]]:
+def _json_lines(path: Path, encode: TextEncoder, field: str, max_length: int | None) -> Iterator[dict[str, Tensor]]:
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -113,7 +108,7 @@ def _json_lines(path: Path, tokenize: Tokenize, field: str, max_length: int | No
             if not isinstance(value, str) and not (isinstance(value, list) and all(type(id) is int for id in value)):
                 raise DataError(f"DATA {path}, line {number}: {field!r} is neither text nor token ids; use --field.")
             if isinstance(value, str):  # half a surrogate pair is no text, as bytes that are no UTF-8 are none
-                value = tokenize(value.encode("utf-8", errors="replace").decode())
+                value = encode(value.encode("utf-8", errors="replace").decode())
             try:
                 ids = torch.tensor(value, dtype=torch.int64)
             except (RuntimeError, OverflowError, ValueError) as error:
@@ -152,7 +147,9 @@ def _read_text(path: Path) -> str:
         raise DataError(f"DATA {path} cannot be read: {error}") from error
 
 
-def _nonempty(samples: list[dict[str, Tensor]], spec: str) -> list[dict[str, Tensor]]:
+def _nonempty(
+    samples: list[dict[str, Tensor]], spec: str, encode: TextEncoder | None = None
+) -> list[dict[str, Tensor]]:
     if not samples:
         raise DataError(f"DATA {spec} is empty: no sequence of at least 2 tokens was found.")
-    return samples
+    return samples if encode is None or encode.tokenizer is None else TextSamples(samples, encode.tokenizer)

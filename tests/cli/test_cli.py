@@ -43,7 +43,7 @@ def no_model(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the model was asked for")
 
-    for name in ("load_model", "load_tokenizer", "call"):
+    for name in ("load_model", "load_with_tokenizer", "call"):
         monkeypatch.setattr(f"streamfisher.models.loading.{name}", refuse)
 
 
