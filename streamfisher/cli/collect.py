@@ -78,7 +78,7 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     if state.is_main_process:
         say_tokenizer(source)
     if new and state.is_main_process and not arguments.quiet:
-        announce_plan(options, source)
+        announce_plan(options, source, verbose=arguments.verbose)
     loaded_whole = options.fsdp or options.device_map is not None or (not new and runs_in_waves(options.out, config))
     if model is None and not loaded_whole and skeleton_is_needed(options.model, config):
         model, weights = load_skeleton(

@@ -111,11 +111,12 @@ def _machine(arguments: argparse.Namespace, config: SpectralConfig, folder: Path
     return config, machine
 
 
-def announce_plan(options: RunOptions, source: Any) -> None:
-    """Print the plan of a run that is about to start, or why there is none."""
+def announce_plan(options: RunOptions, source: Any, *, verbose: bool = False) -> None:
+    """Print the plan of a run that is about to start in a few lines, or whole, or why there is none."""
     here = argparse.Namespace(flops=None, solve_flops=None, disk=None, devices=0, device_memory=None)
     try:
-        text = plan_of(options, here, _existing(Path(options.out)), source).table()
+        plan = plan_of(options, here, _existing(Path(options.out)), source)
+        text = plan.table() if verbose or not plan.chosen.fits else plan.summary()
     except StreamfisherError as error:
         text = f"No plan can be made: {error}"
     print(f"{text}\n", file=sys.stderr)

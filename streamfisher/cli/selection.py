@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import operator
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def where(run: StoredRun, condition: re.Match[str]) -> np.ndarray:
     mask = _COMPARISONS[sign](fields[name], float(number))
     if mask.sum() < 2:
         raise ConfigError(f"--samples {condition.string} selects {mask.sum()} of the run's {len(mask)} samples.")
+    print(f"--samples {condition.string}: {mask.sum()} of {len(mask)} samples", file=sys.stderr)
     return mask
 
 

@@ -25,6 +25,7 @@ from streamfisher.models.kept_tensors import KeptTensors
 from streamfisher.models.losses import PerSampleLoss, resolve_loss
 from streamfisher.models.offload import to_model
 from streamfisher.models.own_loss import reproducing
+from streamfisher.models.positions import LongestSequence
 from streamfisher.models.tokenizers import check_bytes
 
 
@@ -122,7 +123,11 @@ def survey(
     check_bytes(model, tokenizer)
     select_parameters(model, config.include, config.exclude)  # a model that cannot be captured is not run first
     check_modes(model)
-    first = collate([samples[index] for index in range(min(PROBE_SAMPLES, len(samples)))])
+    probed = [samples[index] for index in range(min(PROBE_SAMPLES, len(samples)))]
+    longest = LongestSequence(model)
+    for index, sample in enumerate(probed):
+        longest.note(index, sequence_length(sample))
+    first = collate(probed)
     try:
         on_device = to_model(first, model)
         with KeptTensors(model).held():
@@ -157,11 +162,13 @@ def survey(
     for index in range(len(samples)):
         sample = samples[index]
         lengths.append(sequence_length(sample) or 1)
+        longest.note(index, lengths[-1])
         digests.append(sample_digest(sample))
         axes.append(lengths_of(sample))
         masks.note(index, sample)
         _require_targets(chosen, sample, index)
         scalars.append({key: float(value) for key, value in sample.items() if value.ndim == 0})
+    longest.warn()
     fields = {key: np.array([values[key] for values in scalars]) for key in _common_keys(scalars)}
     chunk_digests = [_read_again(samples, unit, digests) for unit in units]
     engine = GradientEngine(

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
 from streamfisher.errors import DataError, first_line
 
@@ -53,6 +53,7 @@ def as_source(source: Any, n_samples: int | None = None) -> SampleSource:
         DataError: it is nothing of that, or a DataLoader that shuffles.
     """
     if isinstance(source, Mapping):
+        refuse_splits(source)
         return BatchedTensors(source)
     if isinstance(source, DataLoader):
         return list(itertools.islice(_unbatched(source), n_samples))
@@ -64,6 +65,20 @@ def as_source(source: Any, n_samples: int | None = None) -> SampleSource:
     raise DataError(
         f"samples are a {type(source).__name__}; expected a dataset of dicts of tensors or one dict of batched tensors."
     )
+
+
+def refuse_splits(source: Mapping[Any, Any]) -> None:
+    """Refuse a dict of datasets, which are splits and no columns of a batch.
+
+    Raises:
+        DataError: it is one.
+    """
+    if source and all(hasattr(value, "column_names") or isinstance(value, Dataset) for value in source.values()):
+        names = ", ".join(map(str, source))
+        raise DataError(
+            f"samples are a {type(source).__name__} of the splits {names}; give one of them: "
+            f"samples[{next(iter(source))!r}]."
+        )
 
 
 def _unbatched(loader: DataLoader[Any]) -> Iterator[Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import difflib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ def check_pretrained(spec: str, what: str = "MODEL", *, needs_config: bool = Tru
         )
     if path.is_file():
         raise ModelError(f"{what} {spec} is a file. Give the Hugging Face folder it is in, an id{_OR_CALLABLE[what]}.")
-    if needs_config and path.is_dir() and not (path / "config.json").is_file():
+    if needs_config and path.is_dir() and not ((path / "config.json").is_file() or is_adapter(spec)):
         raise ModelError(
             f"{what} {spec}: the folder has no config.json, so it is not a Hugging Face model. Give the folder that "
             "save_pretrained wrote, an id, or module:callable."
@@ -167,7 +168,13 @@ def _load_pretrained(
     require("transformers", "hf", f"load the model {spec}")
     import transformers
 
-    with in_a_sentence(f"MODEL {spec} cannot be loaded"):
+    if is_adapter(spec):
+        if sharded_on is not None:
+            raise ConfigError(f"MODEL {spec} is an adapter, which --fsdp cannot shard; load it in a module:callable.")
+        return with_adapter(
+            lambda base: _load_pretrained(base, dtype, trust_remote_code, where, None), spec, trust_remote_code
+        )
+    with in_a_sentence(f"MODEL {spec} cannot be loaded", named=spec):
         config = transformers.AutoConfig.from_pretrained(spec, trust_remote_code=trust_remote_code)
         kind = auto_class(transformers, config)
         options = {"config": config, "dtype": dtype or "auto", "use_safetensors": True}
@@ -180,13 +187,44 @@ def _load_pretrained(
         return load_weights(kind, spec, {**options, **where})
 
 
+def is_adapter(spec: str) -> bool:
+    """Return whether a folder holds a PEFT adapter, and not the model that it is for."""
+    path = Path(spec)
+    return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
+
+
+def with_adapter(load: Callable[[str], nn.Module], spec: str, trust_remote_code: bool = False) -> nn.Module:
+    """Return the model that an adapter is for, with the adapter on it: the adapter's parameters are trainable.
+
+    Args:
+        load: the folder or id of the base model -> the base model.
+        spec: the adapter's folder.
+        trust_remote_code: of the base model.
+
+    Raises:
+        ModelError: the adapter names no base model, or does not fit it.
+        MissingExtraError: peft is not installed.
+    """
+    require("peft", "peft", f"load the adapter {spec}")
+    import peft
+
+    with in_a_sentence(f"MODEL {spec} cannot be loaded"):
+        base = peft.PeftConfig.from_pretrained(spec).base_model_name_or_path
+        if not base:
+            raise ModelError(f"MODEL {spec}: adapter_config.json names no base model.")
+        check_pretrained(base, "MODEL")
+        model = load(base)
+        return peft.PeftModel.from_pretrained(model, spec, is_trainable=True)
+
+
 @contextlib.contextmanager
-def in_a_sentence(what: str, remedy: str = "") -> Iterator[None]:
+def in_a_sentence(what: str, remedy: str = "", *, named: str = "") -> Iterator[None]:
     """Say in a sentence what is wrong with a checkpoint: transformers raises whatever its files lead it to.
 
     Args:
         what: goes before the reason.
         remedy: goes after it.
+        named: the folder or id that was given; where there is no such folder, that is said first.
 
     Raises:
         ModelError: anything was raised but our own errors, and those of a memory that is used up.
@@ -200,7 +238,24 @@ def in_a_sentence(what: str, remedy: str = "") -> Iterator[None]:
             raise
         known = isinstance(error, OSError | ValueError | ImportError | RuntimeError)
         reason = first_line(error) if known else f"{type(error).__name__}: {first_line(error)}"
-        raise ModelError(f"{what}: {reason}{'.' if remedy else ''}{remedy}") from error
+        if named and isinstance(error, OSError) and not Path(named).exists():
+            reason = (
+                f"there is no folder {named} here{_similar(named)}, and no model of that id in the cache or within "
+                f"reach ({reason.rstrip('.')})."
+            )
+        raise ModelError(f"{what}: {reason}{'' if reason.endswith('.') or not remedy else '.'}{remedy}") from error
+
+
+def _similar(name: str) -> str:
+    """Return a question after a folder beside the one that is not there, whose name is nearly the same; or nothing."""
+    path = Path(name)
+    try:
+        there = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        parents = difflib.get_close_matches(path.parent.name, [p.name for p in Path().iterdir() if p.is_dir()], n=1)
+        return f" (did you mean {Path(parents[0]) / path.name}?)" if parents and len(path.parts) == 2 else ""
+    near = difflib.get_close_matches(path.name, there, n=1)
+    return f" (did you mean {path.parent / near[0]}?)" if near else ""
 
 
 def auto_class(transformers: Any, config: Any) -> Any:

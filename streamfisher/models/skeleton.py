@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,14 @@ from torch import nn
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConfigError, ModelError, require
 from streamfisher.models.calling import base_model
-from streamfisher.models.loading import auto_class, check_pretrained, in_a_sentence, model_and_tokenizer
+from streamfisher.models.loading import (
+    auto_class,
+    check_pretrained,
+    in_a_sentence,
+    is_adapter,
+    model_and_tokenizer,
+    with_adapter,
+)
 from streamfisher.models.weights import Checkpoint, tensor_files
 from streamfisher.runtime.callables import call
 from streamfisher.runtime.memory import of_one_rank, working_memory
@@ -118,7 +126,11 @@ def skeleton_with_tokenizer(
     require("transformers", "hf", f"read the config of {spec}")
     import transformers
 
-    with in_a_sentence(f"MODEL {spec} cannot be built from its config"):
+    if is_adapter(spec):
+        return with_adapter(
+            partial(build_skeleton, dtype=dtype, trust_remote_code=trust_remote_code), spec
+        ).eval(), None
+    with in_a_sentence(f"MODEL {spec} cannot be built from its config", named=spec):
         config = transformers.AutoConfig.from_pretrained(spec, trust_remote_code=trust_remote_code)
         kind = auto_class(transformers, config)
         wanted = dtype or getattr(config, "dtype", None) or torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 from streamfisher.data.tokenizing import BYTES_BY_DEFAULT, Tokenizer, as_tokenizer
 from streamfisher.errors import DataError, ModelError, require
 from streamfisher.models.calling import base_model
-from streamfisher.models.loading import check_pretrained, in_a_sentence
+from streamfisher.models.loading import check_pretrained, in_a_sentence, is_adapter
 from streamfisher.runtime.paths import expanded
 
 #: 256 bytes, and room for special tokens.
@@ -38,6 +39,9 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False, what: str = "-
     require("transformers", "hf", f"tokenize text for {spec}")
     import transformers
 
+    if is_adapter(spec) and not (Path(spec) / "tokenizer_config.json").is_file():
+        config = json.loads((Path(spec) / "adapter_config.json").read_text(encoding="utf-8"))
+        spec = str(config.get("base_model_name_or_path") or spec)
     if not Path(spec).is_dir():
         try:
             return transformers.AutoTokenizer.from_pretrained(
@@ -45,7 +49,8 @@ def load_tokenizer(spec: str, *, trust_remote_code: bool = False, what: str = "-
             )
         except (OSError, ValueError):
             pass  # it is not in the cache
-    with in_a_sentence(f"no tokenizer could be loaded from {spec}", " Use --tokenizer bytes, or give token ids."):
+    remedy = " Use --tokenizer bytes, or give token ids."
+    with in_a_sentence(f"no tokenizer could be loaded from {spec}", remedy, named=spec):
         return transformers.AutoTokenizer.from_pretrained(spec, trust_remote_code=trust_remote_code)
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from streamfisher.analysis.run import StoredRun
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError
+from streamfisher.runtime.bars import Bar
 from streamfisher.runtime.durable import read_json
 from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import codecs, stage_of
@@ -63,7 +63,7 @@ class UnitCheck:
         store, problems = self.run.store, []
         done = {wave: store.markers.done_units(stage_of(wave)) for wave in range(len(store.waves))}
         work = [(unit, wave) for wave in done for unit in store.units if unit.index in done[wave]]
-        for unit, wave in tqdm(work, desc="verify", unit="unit", disable=not self.progress):
+        for unit, wave in Bar(work, desc="verify", unit="unit", disable=not self.progress):
             wrong = _check_unit(self.run, unit, wave)
             if wrong:
                 problems += wrong
