@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from streamfisher.cli.data import samples_of, say_tokenizer
-from streamfisher.cli.options import RunOptions, read_model_options, read_run_options
+from streamfisher.cli.options import RunOptions, read_model_options, read_replay_options, read_run_options
 from streamfisher.cli.output import analyse, print_info
 from streamfisher.cli.plan import announce_plan
 from streamfisher.runtime.dask_pool import dask_client
+from streamfisher.runtime.printable import printable
 from streamfisher.runtime.run_log import RunLog
 
 
@@ -38,7 +40,20 @@ def demo_command(arguments: argparse.Namespace) -> int:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Collect, build Grams, solve, print and draw."""
-    options = read_run_options(arguments)
+    return _run(read_run_options(arguments), arguments)
+
+
+def replay_command(arguments: argparse.Namespace) -> int:
+    """Make a run once more."""
+    from streamfisher import open_run
+
+    options = read_replay_options(arguments, open_run(arguments.run).manifest)
+    model, data = printable(options.model), printable(options.data)
+    print(f"streamfisher run {model} {data} --out {arguments.out}, as {arguments.run} was made", file=sys.stderr)
+    return _run(options, arguments)
+
+
+def _run(options: RunOptions, arguments: argparse.Namespace) -> int:
     # From the start: an address that does not answer is found before days of gradients, and waves are reduced between.
     with dask_client(options.dask_scheduler if os.environ.get("RANK", "0") == "0" else None):
         run = _collected(options, arguments)

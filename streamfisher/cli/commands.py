@@ -17,6 +17,7 @@ EPILOG = """exit codes: 0 done; 2 wrong input or settings; 3 a loss or gradient 
 COMMANDS = {
     "demo": "everything on a small trained model that ships with the package",
     "run": "collect, reduce, solve and report; the same line again resumes",
+    "replay": "make a run once more into another folder, with the options that it was made with",
     "collect": "per-sample gradients into a run; the same line again resumes",
     "gram": "build the Gram matrices of a collected run",
     "spectrum": "solve a stored run, without the model",

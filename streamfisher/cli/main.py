@@ -23,7 +23,7 @@ from streamfisher.cli.arguments import (
     add_deep_options,
     add_options,
 )
-from streamfisher.cli.collect import collect_command, demo_command, run_command
+from streamfisher.cli.collect import collect_command, demo_command, replay_command, run_command
 from streamfisher.cli.commands import add_command, top_parser
 from streamfisher.cli.options import read_run_options
 from streamfisher.cli.output import analyse, print_info, spectra_of
@@ -119,6 +119,11 @@ def build_parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", run_command)
     add_collection_options(run, verbose=True)
     add_options(run, *ANALYSIS, *ELSEWHERE)
+    replay = _command(commands, "replay", replay_command)
+    _add_run(replay)
+    replay.add_argument("--out", required=True, metavar="NEW.zarr", help="the new run's folder")
+    replay.add_argument("--trust-remote-code", action="store_true", help="where the run was made with it")
+    replay.add_argument("--verbose", action="store_true", help="the plan with its stages and alternatives")
     collect = _command(commands, "collect", collect_command)
     add_collection_options(collect, verbose=True)
 

@@ -13,6 +13,8 @@ from streamfisher.config import SpectralConfig, check_keys
 from streamfisher.config.kinds import FLAG, Kind
 from streamfisher.config.option import option, options_of
 from streamfisher.errors import ConfigError
+from streamfisher.store.config_file import replay_options
+from streamfisher.store.manifest import Manifest
 
 _CENTER = {"no": (False,), "yes": (True,), "both": (False, True)}
 #: Fields of the config that a command takes several of, and the options that hold them.
@@ -34,6 +36,8 @@ def _structure(name: Any) -> Structure:
         if not patterns or not all(isinstance(item, str | int) for pair in patterns.items() for item in pair):
             raise ConfigError(f"--blocks {name} must map patterns of parameter names to names of blocks.")
         return {str(pattern): str(block) for pattern, block in patterns.items()}
+    if isinstance(name, dict) and name and all(isinstance(item, str) for pair in name.items() for item in pair):
+        return name
     if not isinstance(name, str) or name not in STRUCTURES:
         raise ConfigError(f"--blocks {name!r} is unknown; choose among {', '.join(STRUCTURES)}, or name a .yaml file.")
     return name
@@ -181,6 +185,11 @@ class RunOptions:
             "blocks": list(self.structures),
             "center": ["yes" if center else "no" for center in self.centers],
             "top_k": self.top_k,
+            **{
+                name: value
+                for name in ("device_map", "offload_folder", "fsdp")
+                if (value := getattr(self, name)) not in (None, False)
+            },
         }
 
     def analysis_config(self, of_run: SpectralConfig) -> SpectralConfig:
@@ -211,6 +220,17 @@ def read_run_options(arguments: argparse.Namespace, base: SpectralConfig | None 
     if not collects:
         given.pop("samples", None)  # there it is a slice of a stored run
     values = (_from_file(arguments.config) if collects and arguments.config is not None else {}) | given
+    options = _options(values, base)
+    if collects and "out" in vars(arguments):
+        for name in ("model", "data", "out"):
+            if not getattr(options, name):
+                option_name = "--out" if name == "out" else name.upper()
+                raise ConfigError(f"{option_name} is missing; see `streamfisher run --help`.")
+    return options
+
+
+def _options(values: dict[str, Any], base: SpectralConfig) -> RunOptions:
+    """Return what values mean, by fields; those that are not there are as in `base`."""
     own: dict[str, Any] = {"structures": base.block_structure, "centers": base.center_gradients}
     own |= {name: value for name in RUN_OPTIONS if (value := values.pop(name, None)) is not None}
     own = {name: RUN_OPTIONS[name].kind.check(name, value) for name, value in own.items()}
@@ -220,20 +240,40 @@ def read_run_options(arguments: argparse.Namespace, base: SpectralConfig | None 
         config = base.replace(**values)
     except TypeError as error:
         raise ConfigError(str(error)) from error
-    if collects and "out" in vars(arguments):
-        for name in ("model", "data", "out"):
-            if not own.get(name):
-                option_name = "--out" if name == "out" else name.upper()
-                raise ConfigError(f"{option_name} is missing; see `streamfisher run --help`.")
     return RunOptions(config=config, **own)
+
+
+def read_replay_options(arguments: argparse.Namespace, manifest: Manifest) -> RunOptions:
+    """Return the options that a run was made with, for another folder.
+
+    Args:
+        arguments: parsed.
+        manifest: of the run.
+
+    Raises:
+        ConfigError: the run does not name its model and data, or was made with code of a checkpoint, which is run only
+            where the command asks for it.
+    """
+    values = replay_options(manifest)
+    if not values.get("model") or not values.get("data"):
+        raise ConfigError(
+            f"{arguments.run} was collected from Python or by `demo`, so it names no MODEL and DATA to take again. "
+            f"Its options: {arguments.run}/config.yaml."
+        )
+    if values.get("trust_remote_code") and not arguments.trust_remote_code:
+        raise ConfigError(f"{arguments.run} was made with --trust-remote-code; give it again if you do trust the code.")
+    return _options(_by_fields(values) | {"out": arguments.out}, SpectralConfig())
 
 
 def _from_file(path: str) -> dict[str, Any]:
     """Return the options of a file by their fields; a file may name an option as the field or the command line does."""
+    return _by_fields(read_config_file(path))
+
+
+def _by_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: name for name in SpectralConfig.names()} | SEVERAL
     fields |= {item.name or name: name for name, item in RUN_OPTIONS.items()}
     fields |= {item.name: name for name, item in OPTIONS.items() if item.name}
-    values: Mapping[str, Any] = read_config_file(path)
     check_keys(values, fields, "option")
     return {fields[key]: value for key, value in values.items()}
 

@@ -23,6 +23,7 @@ from streamfisher.planning.run_layout import RunLayout
 from streamfisher.runtime.disk import check_disk
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.store import Manifest, RunLock, RunStore, grow_run, resume_differences, units_left
+from streamfisher.store.config_file import CONFIG_FILE, write_config
 
 
 def create_or_resume(
@@ -52,6 +53,8 @@ def create_or_resume(
                 + "\n  - ".join(differences)
                 + f"\n{_remedy(path, store.n_samples, manifest.data['n_samples'], differences)}"
             )
+        if (path / CONFIG_FILE).is_file():  # of a run that was killed while it grew
+            write_config(path, store.manifest)
         if len(store.waves) == 1:
             units = make_units(len(data.samples), config.chunk_size)
             left = units_left(store, len(data.samples)) / max(len(units), 1)

@@ -15,6 +15,7 @@ from streamfisher.runtime.bars import Bar
 from streamfisher.runtime.durable import read_json
 from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import codecs, stage_of
+from streamfisher.store.config_file import CONFIG_FILE, is_right, write_config
 from streamfisher.store.factors import checksum_of
 from streamfisher.store.forms import EIGENVECTORS, FINISHED_EIGENVECTORS, require_form
 from streamfisher.store.integrity import chunk_digest
@@ -49,6 +50,25 @@ class MetadataCheck:
     def repair(self) -> None:
         """Write them anew."""
         restore_metadata(self.run.path, self.run.manifest, self._wrong)
+
+
+class ConfigCheck:
+    """`config.yaml`: as it follows from the manifest; older runs have none."""
+
+    def __init__(self, run: StoredRun) -> None:
+        self.run = run
+        self._wrong = False
+
+    def find(self) -> list[Problem]:
+        """Return whether it says something else."""
+        there = (self.run.path / CONFIG_FILE).exists()
+        self._wrong = there and not is_right(self.run.path, self.run.manifest)
+        return [Problem("config", None, None, None, f"{CONFIG_FILE} is not what was written")] if self._wrong else []
+
+    def repair(self) -> None:
+        """Write it anew."""
+        if self._wrong:
+            write_config(self.run.path, self.run.manifest)
 
 
 class UnitCheck:

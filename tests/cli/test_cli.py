@@ -512,6 +512,7 @@ OPTIONS = {
         *("--include", "--exclude", "--store-dtype", "--bitround", "--codec", "--memory-budget", "--workers", "--eps"),
         *("--disk-budget", "--representation", "--keep-gradients", "--gram-per", "--stream", "--project", "--fsync"),
     ],
+    "replay": ["--out", "--trust-remote-code", "RUN.zarr"],
     "collect": ["--samples", "--max-length", "--out", "--config", "--store-centered"],
     "gram": ["--rebuild", "--gram-dtype", "--workers", "--memory-budget", "RUN.zarr"],
     "spectrum": ["--blocks", "--center", "--samples", "--top-k", "--out", "RUN.zarr"],
