@@ -75,7 +75,8 @@ class RunOptions:
     data: str = option(
         "",
         _TEXT,
-        "a text file, a folder of them, a .jsonl, .npy or .npz file, or package.module:callable that gives dicts",
+        "a text file, a folder of them, a .jsonl (.gz, .zst), .parquet, .arrow, .npy or .npz file, or "
+        "package.module:callable that gives dicts",
         metavar="DATA",
     )
     out: str = option("", _TEXT, "the run's folder; an unfinished run there is resumed", metavar="RUN.zarr")
@@ -86,7 +87,7 @@ class RunOptions:
         group="data",
         unset="all",
     )
-    field: str = option("text", _ANY, "of a .jsonl that holds the text", group="data")
+    field: str = option("text", _ANY, "of a .jsonl, .parquet or .arrow file that holds the text", group="data")
     tokenizer_spec: str | None = option(
         None,
         _ANY,

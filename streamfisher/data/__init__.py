@@ -11,7 +11,7 @@ from streamfisher.data.batches import (
     make_units,
     sequence_length,
 )
-from streamfisher.data.loading import load_samples
+from streamfisher.data.loading import load_samples, text_samples
 from streamfisher.data.samples import Samples, TokenSamples
 from streamfisher.data.sources import SampleSource
 from streamfisher.data.tokenizing import LaterTokenizer, Tokenizer, as_tokenizer, tokenizer_of
@@ -22,6 +22,7 @@ __all__ = [
     "TokenSamples",
     "SampleSource",
     "load_samples",
+    "text_samples",
     # How text became token ids
     "Tokenizer",
     "LaterTokenizer",
