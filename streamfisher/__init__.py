@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from streamfisher.api import Run, collect, open_run
     from streamfisher.callbacks import CollectCallback
     from streamfisher.config import SpectralConfig
-    from streamfisher.data import load_samples
+    from streamfisher.data import load_samples, text_samples
     from streamfisher.errors import StreamfisherError
     from streamfisher.fisher import FisherSpectral
     from streamfisher.models import load_model, load_skeleton
@@ -26,6 +26,7 @@ __all__ = [
     "load_model",
     "load_skeleton",
     "load_samples",
+    "text_samples",
     # Stored runs
     "collect",
     "open_run",
@@ -53,7 +54,7 @@ if not TYPE_CHECKING:
         "api": ("Run", "collect", "open_run"),
         "callbacks": ("CollectCallback",),
         "config": ("SpectralConfig",),
-        "data": ("load_samples",),
+        "data": ("load_samples", "text_samples"),
         "errors": ("StreamfisherError",),
         "fisher": ("FisherSpectral",),
         "models": ("load_model", "load_skeleton"),

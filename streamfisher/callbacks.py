@@ -7,6 +7,8 @@ compare(sorted(Path("runs").glob("step-*.zarr")), "layer").trajectory("effective
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +39,10 @@ class CollectCallback(_Base):
         n_samples: how many of the samples; `None` means all.
         config: of the runs.
         loss: as for `collect`.
-        grams: build the Grams at once and say how large the leading eigenvalue is, in the Trainer's log.
+        grams: build the Grams at once and log, as the Trainer logs its loss, so that TensorBoard and W&B see it:
+            `fisher_trace`, `fisher_largest_eigenvalue` and `fisher_effective_rank` of the whole model, and
+            `fisher/BLOCK/trace` and so on of each block. What is undefined is left out.
+        block_structure: of those blocks, as for `Run.spectrum`.
         at_start: collect before the first step too.
 
     Raises:
@@ -55,6 +60,7 @@ class CollectCallback(_Base):
         config: SpectralConfig | None = None,
         loss: Callable[..., Any] | None = None,
         grams: bool = True,
+        block_structure: str = "layer",
         at_start: bool = True,
     ):
         require("transformers", "hf", "collect runs from a Trainer")
@@ -62,31 +68,59 @@ class CollectCallback(_Base):
             raise ConfigError(f"every={every} must be a whole number of at least 1 step.")
         self.samples, self.folder, self.every = samples, expanded(folder), every
         self.n_samples, self.config, self.loss = n_samples, config, loss
-        self.grams, self.at_start = grams, at_start
+        self.grams, self.at_start, self.block_structure = grams, at_start, block_structure
         self.runs: list[Path] = []  # of this training, in order
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Collect before the first step, unless training is resumed."""
         if self.at_start and state.global_step == 0:
-            self._collect(state, kwargs["model"])
+            self._collect(state, control, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Collect after every n-th step."""
         if state.global_step % self.every == 0:
-            self._collect(state, kwargs["model"])
+            self._collect(state, control, kwargs["model"])
 
-    def _collect(self, state: Any, model: Any) -> None:
+    def _collect(self, state: Any, control: Any, model: Any) -> None:
         from streamfisher.api import collect
 
         path = self.folder / f"step-{state.global_step:08d}.zarr"
         run = collect(model, self.samples, path, config=self.config, n_samples=self.n_samples, loss=self.loss)
         self.runs.append(path)
         if self.grams and state.is_world_process_zero:
-            whole = run.spectrum("none").global_
-            state.log_history.append(
-                {
-                    "step": state.global_step,
-                    "fisher_trace": whole.trace,
-                    "fisher_largest_eigenvalue": whole.metrics["largest_eigenvalue"],
-                }
-            )
+            _log(_metrics(run, self.block_structure), state, control)
+
+
+def _metrics(run: Any, structure: str) -> dict[str, float]:
+    """Return what is logged of a run: of the whole model, and of each block."""
+    whole = run.spectrum("none").global_
+    found = {f"fisher_{name}": value for name, value in _of_block(whole).items()}
+    for key, block in run.spectrum(structure).blocks.items():
+        found |= {f"fisher/{key}/{name}": value for name, value in _of_block(block).items()}
+    return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def _of_block(block: Any) -> dict[str, Any]:
+    return {"trace": block.trace} | {name: block.metrics[name] for name in ("largest_eigenvalue", "effective_rank")}
+
+
+def _log(metrics: dict[str, float], state: Any, control: Any) -> None:
+    """Log as the Trainer does, so that TensorBoard, W&B and whatever else reports see it; else into its history."""
+    trainer = _trainer_of(state)
+    if trainer is None:
+        state.log_history.append({"step": state.global_step, **metrics})
+        return
+    due = control.should_log
+    trainer.log(metrics)
+    control.should_log = due  # logging takes it back, and the Trainer's own entry of this step is still to come
+
+
+def _trainer_of(state: Any) -> Any:
+    """Return the Trainer whose state it is, among the callers: callbacks are not given it."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if getattr(caller, "state", None) is state and callable(getattr(caller, "log", None)):
+            return caller
+        frame = frame.f_back
+    return None

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from streamfisher.analysis.in_memory import spectrum_of_gradients
 from streamfisher.api import collect
@@ -24,6 +25,7 @@ from streamfisher.collection.in_memory import spectrum_in_memory
 from streamfisher.config import SpectralConfig, dtype_name
 from streamfisher.config.kinds import optional, whole
 from streamfisher.data.samples import Samples
+from streamfisher.data.sources import refuse_splits
 from streamfisher.errors import ConfigError, DataError, NonFiniteError
 from streamfisher.results.spectrum import NORMALIZATION, Spectrum
 from streamfisher.solving.blocksolver import empty_block
@@ -44,7 +46,7 @@ class FisherSpectral:
     """
 
     def __init__(self, config: SpectralConfig | None = None, gradient_cache: Any = None):
-        self.config = config or SpectralConfig()
+        self.config = SpectralConfig.of(config)
         self.gradient_cache = gradient_cache
 
     def compute_fisher_spectrum(
@@ -100,7 +102,9 @@ class FisherSpectral:
                 f"batch is a {type(batch).__name__}; it must be one dict of batched tensors. Datasets, DataLoaders and "
                 "iterators are for streamfisher.collect."
             )
-        batch = None if batch is None else _tensors_of(batch)
+        if batch is not None:
+            refuse_splits(batch)
+            batch = _tensors_of(batch)
         size = _batch_size(batch)
         requested = size if n_samples is None else n_samples
         size = min(requested, size)
@@ -143,7 +147,7 @@ def _tensors_of(batch: Mapping[str, Any]) -> dict[str, Any]:
 def _is_numeric(value: Any) -> bool:
     if isinstance(value, Tensor):
         return True
-    if isinstance(value, bool | int | float | str | bytes | Mapping):
+    if isinstance(value, bool | int | float | str | bytes | Mapping | Dataset):
         return False
     try:
         return np.asarray(value).dtype.kind in "biuf"

@@ -78,7 +78,7 @@ class Analyses:
             RunError: the run is not fully collected and `partial` was not asked for.
             CorruptRunError: something stored is missing or altered.
         """
-        config = config or self.config
+        config = self.config if config is None else SpectralConfig.of(config)
         structure = config.block_structure if block_structure is None else block_structure
         center = config.center_gradients if center is None else center
         keys = self.store.gram_members
@@ -197,7 +197,7 @@ class Analyses:
                 f"{self.store.path} was collected with --project {self.config.project}: its gradients are random "
                 f"projections, and {what} cannot be had from them. Collect another run without --project."
             )
-        drawn = (config or self.config).max_params_per_block
+        drawn = (self.config if config is None else SpectralConfig.of(config)).max_params_per_block
         if drawn is not None:
             raise RunError(f"{self.store.path}: max_params_per_block={drawn} draws columns, and {what} takes all.")
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from streamfisher.analysis.partial_run import PartialGrams
 from streamfisher.analysis.unstored_grams import UnstoredGrams
-from streamfisher.blocks.structures import group_blocks
+from streamfisher.blocks.structures import group_blocks, unknown_block
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig
-from streamfisher.errors import CapacityError, ConfigError
+from streamfisher.errors import CapacityError
 from streamfisher.results.analyses import SpectralDensity
 from streamfisher.results.metrics import frobenius
 from streamfisher.results.spectrum import WHOLE_MODEL, BlockSpectrum, Spectrum
@@ -69,7 +69,7 @@ class BlockGrams:
             CapacityError: it does not fit the memory.
         """
         if key not in self.blocks:
-            raise ConfigError(f"there is no block {key!r}; the blocks are {', '.join(self.blocks)}.")
+            raise unknown_block(key, self.blocks)
         needed = 8 * (self.n_stored**2 + 2 * len(self.selection) ** 2)
         budget = working_memory(self.config.memory_budget)
         if needed > budget:
@@ -154,7 +154,7 @@ class BlockGrams:
             ConfigError: there is no such block, or an option is out of range.
         """
         if key not in self.blocks:
-            raise ConfigError(f"there is no block {key!r}; the blocks are {', '.join(self.blocks)}.")
+            raise unknown_block(key, self.blocks)
         names, n = self.blocks[key], len(self.selection)
         chosen: dict[str, Any] = {"block": key, "seed": self.config.seed} | options
         with one_thread(self.config.use_deterministic):

@@ -12,7 +12,8 @@ import numpy as np
 import zarr
 
 from streamfisher.analysis.block_grams import BlockGrams
-from streamfisher.errors import ConfigError, CorruptRunError, RunError
+from streamfisher.blocks.structures import unknown_block
+from streamfisher.errors import CorruptRunError, RunError
 from streamfisher.runtime.durable import read_json, write_json, write_marker
 from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import RunLock, RunStore, codecs
@@ -46,7 +47,7 @@ class EigenvectorJob:
             RunError: other eigenvectors are there, another process writes the run, or Grams are subsampled.
         """
         if block not in grams.blocks:
-            raise ConfigError(f"there is no block {block!r}; the blocks are {', '.join(grams.blocks)}.")
+            raise unknown_block(block, grams.blocks)
         if grams.config.max_params_per_block is not None:
             raise RunError(
                 f"{store.path}: Grams of drawn columns (max_params_per_block) have no eigenvectors of a block."

@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from tqdm import tqdm
 
 from streamfisher.analysis.block_grams import BlockGrams
 from streamfisher.analysis.eigenvector_job import EigenvectorJob, finish, keep_solution, write_vectors
 from streamfisher.errors import ConfigError
+from streamfisher.runtime.bars import Bar
 from streamfisher.store import RunStore
 from streamfisher.store.eigenvectors import Eigenvectors, open_eigenvectors
 
@@ -53,7 +53,7 @@ def compute_eigenvectors(
             _refine(job, leading_coefficients(grams, block, top), progress)
         if not job.is_done("finished"):
             coefficients = job.checked_coefficients()
-            bar = tqdm(job.names, desc="eigenvectors, pass 2 of 2", unit="parameter", disable=not progress)
+            bar = Bar(job.names, desc="eigenvectors, pass 2 of 2", unit="parameter", disable=not progress)
             write_vectors(job, bar, lambda name: _stored_vectors(job, name, coefficients))
             finish(job)
     return open_eigenvectors(store.path, block, center=grams.center)
@@ -112,7 +112,7 @@ def _refine(job: EigenvectorJob, coefficients: np.ndarray, progress: bool) -> No
     """First pass: measure V V^T and G V^T exactly, correct C by Rayleigh-Ritz, and store C and the eigenvalues."""
     k = coefficients.shape[1]
     overlap, products = np.zeros((k, k)), np.zeros_like(coefficients)
-    for name in tqdm(job.names, desc="eigenvectors, pass 1 of 2", unit="parameter", disable=not progress):
+    for name in Bar(job.names, desc="eigenvectors, pass 1 of 2", unit="parameter", disable=not progress):
         for _, _, rows in slabs(job.store, name):
             V = coefficients.T @ rows
             overlap += V @ V.T

@@ -66,7 +66,7 @@ class StoredRun(DirectionAnalyses):
             RunError: the run is not fully collected, or another process is writing it.
             CorruptRunError: stored rows are missing or do not have the norms they were collected with.
         """
-        config = config or self.config
+        config = self.config if config is None else SpectralConfig.of(config)
         self.store.markers.require_collected()
         done = self.store.grams.done(grams.gram_settings(config))
         return list(self._build([key for key in self.store.gram_members if key not in done], config, progress=progress))
@@ -86,7 +86,12 @@ class StoredRun(DirectionAnalyses):
             CorruptRunError: stored rows are missing or do not have the norms they were collected with.
         """
         self.store.markers.require_collected()
-        return self._build(list(self.store.gram_members), config or self.config, rebuild=True, progress=progress)
+        return self._build(
+            list(self.store.gram_members),
+            self.config if config is None else SpectralConfig.of(config),
+            rebuild=True,
+            progress=progress,
+        )
 
     def _build(
         self, keys: list[str], config: SpectralConfig, *, rebuild: bool = False, progress: bool = False
@@ -108,7 +113,7 @@ class StoredRun(DirectionAnalyses):
         valid = self.store.samples.per_sample("valid") == 1
         return describe(
             self.manifest,
-            config or self.config,
+            self.config if config is None else SpectralConfig.of(config),
             n_stored=self.n_samples,
             n_targets=int(self.store.samples.per_sample("n_targets")[valid].sum()),
             skipped=self.store.samples.skipped(),

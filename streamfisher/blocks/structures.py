@@ -6,6 +6,7 @@ Grams), any partition can be chosen after the gradients were stored.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
@@ -141,3 +142,16 @@ def _stack(path: str) -> str:
     """Return `'encoder_'` for `'model.encoder'`: the last part of a path that tells one stack from another."""
     found = _STACK.findall(path)
     return f"{found[-1]}_" if found else ""
+
+
+def unknown_block(key: str, known: Iterable[str]) -> ConfigError:
+    """Return the error for a block that there is not, with what may have been meant."""
+    known = list(known)
+    if key == "global":
+        return ConfigError(
+            "'global' is the union of the blocks' eigenvalues, and no block: it has no vectors and no Gram of its own. "
+            f"The whole model is the block 'global' of --blocks none; the blocks here are {', '.join(known)}."
+        )
+    near = difflib.get_close_matches(key, known, n=1)
+    meant = f" Did you mean {near[0]!r}?" if near else ""
+    return ConfigError(f"there is no block {key!r}; the blocks are {', '.join(known)}.{meant}")

@@ -47,12 +47,14 @@ def add_option(parser: Any, field: str, **changes: Any) -> None:
 def add_common_options(parser: argparse.ArgumentParser) -> None:
     """Add what every command takes."""
     parser.add_argument("--json", action="store_true", help="print what a program can read")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, and no plan before a run")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def add_collection_options(parser: argparse.ArgumentParser) -> None:
-    """Add model, data and everything that decides the gradients."""
+def add_collection_options(parser: argparse.ArgumentParser, *, verbose: bool = False) -> None:
+    """Add model, data and everything that decides the gradients; with `verbose`, how much is said of the plan."""
+    if verbose:
+        parser.add_argument("--verbose", action="store_true", help="the plan with its stages and alternatives")
     for place in ("model", "data"):
         parser.add_argument(place, metavar=place.upper(), nargs="?", help=OPTIONS[place].description)
     add_option(parser, "out")

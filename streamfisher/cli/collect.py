@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
-from streamfisher.cli.options import RunOptions, read_model_options, read_run_options
+from streamfisher.cli.data import samples_of, say_tokenizer
+from streamfisher.cli.options import RunOptions, read_model_options, read_replay_options, read_run_options
 from streamfisher.cli.output import analyse, print_info
 from streamfisher.cli.plan import announce_plan
 from streamfisher.runtime.dask_pool import dask_client
+from streamfisher.runtime.printable import printable
 from streamfisher.runtime.run_log import RunLog
 
 
@@ -37,7 +40,20 @@ def demo_command(arguments: argparse.Namespace) -> int:
 
 def run_command(arguments: argparse.Namespace) -> int:
     """Collect, build Grams, solve, print and draw."""
-    options = read_run_options(arguments)
+    return _run(read_run_options(arguments), arguments)
+
+
+def replay_command(arguments: argparse.Namespace) -> int:
+    """Make a run once more."""
+    from streamfisher import open_run
+
+    options = read_replay_options(arguments, open_run(arguments.run).manifest)
+    model, data = printable(options.model), printable(options.data)
+    print(f"streamfisher run {model} {data} --out {arguments.out}, as {arguments.run} was made", file=sys.stderr)
+    return _run(options, arguments)
+
+
+def _run(options: RunOptions, arguments: argparse.Namespace) -> int:
     # From the start: an address that does not answer is found before days of gradients, and waves are reduced between.
     with dask_client(options.dask_scheduler if os.environ.get("RANK", "0") == "0" else None):
         run = _collected(options, arguments)
@@ -59,7 +75,6 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     """Load model and data and collect; return the run on the main process and `None` on the others."""
     from streamfisher import collect
     from streamfisher.collection.producers import runs_in_waves
-    from streamfisher.data.loading import load_samples
     from streamfisher.models.loading import pick_device
     from streamfisher.models.skeleton import load_skeleton, skeleton_is_needed
     from streamfisher.runtime.ranks import start_ranks
@@ -71,23 +86,21 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
         check_free(Path(options.out))  # before a large model is loaded for nothing
     state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
     device = state.device if config.device == "auto" else pick_device(config.device)
-    source = load_samples(
-        options.data,
-        tokenize=options.tokenizer(),
-        field=options.field,
-        max_length=config.max_length,
-        n_samples=options.samples,
-    )
+    model = returned = weights = None
+    if options.model_brings_tokenizer:
+        model, returned = _loaded(options, config, device)
+    source = samples_of(options, model, returned)
+    if state.is_main_process:
+        say_tokenizer(source)
     if new and state.is_main_process and not arguments.quiet:
-        announce_plan(options, source)
-    weights = None
+        announce_plan(options, source, verbose=arguments.verbose)
     loaded_whole = options.fsdp or options.device_map is not None or (not new and runs_in_waves(options.out, config))
-    if not loaded_whole and skeleton_is_needed(options.model, config):
+    if model is None and not loaded_whole and skeleton_is_needed(options.model, config):
         model, weights = load_skeleton(
             options.model, dtype=config.dtype_model, device=device, trust_remote_code=options.trust_remote_code
         )
-    else:
-        model = _loaded(options, config, device)
+    elif model is None:
+        model, _ = _loaded(options, config, device)
     run = collect(
         model,
         source,
@@ -104,12 +117,12 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     return run if main_process else None
 
 
-def _loaded(options: RunOptions, config: Any, device: Any) -> Any:
-    """Load the whole model."""
+def _loaded(options: RunOptions, config: Any, device: Any) -> tuple[Any, Any]:
+    """Load the whole model; return it, and the tokenizer that came with it or `None`."""
     from streamfisher.models.device_map import read_device_map
-    from streamfisher.models.loading import load_model
+    from streamfisher.models.loading import load_with_tokenizer
 
-    return load_model(
+    return load_with_tokenizer(
         options.model,
         dtype=config.dtype_model,
         device=device,
@@ -133,7 +146,6 @@ def load_what_it_was_made_with(run: Any, arguments: argparse.Namespace, usage: s
     Raises:
         ConfigError: model or data are missing, or cannot be loaded.
     """
-    from streamfisher.data.loading import load_samples
     from streamfisher.models.loading import pick_device
     from streamfisher.runtime.ranks import start_ranks
 
@@ -144,11 +156,6 @@ def load_what_it_was_made_with(run: Any, arguments: argparse.Namespace, usage: s
         if config.device == "auto"
         else pick_device(config.device)
     )
-    source = load_samples(
-        options.data,
-        tokenize=options.tokenizer(),
-        field=options.field,
-        max_length=config.max_length,
-        n_samples=run.manifest.data.get("n_sequences", run.n_samples),
-    )
-    return _loaded(options, config, device), source
+    model, returned = _loaded(options, config, device)
+    n_samples = run.manifest.data.get("n_sequences", run.n_samples)
+    return model, samples_of(options, model if options.model_brings_tokenizer else None, returned, n_samples)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import difflib
+from typing import Any, NoReturn
 
 from streamfisher.version import __version__
 
@@ -16,6 +17,7 @@ EPILOG = """exit codes: 0 done; 2 wrong input or settings; 3 a loss or gradient 
 COMMANDS = {
     "demo": "everything on a small trained model that ships with the package",
     "run": "collect, reduce, solve and report; the same line again resumes",
+    "replay": "make a run once more into another folder, with the options that it was made with",
     "collect": "per-sample gradients into a run; the same line again resumes",
     "gram": "build the Gram matrices of a collected run",
     "spectrum": "solve a stored run, without the model",
@@ -33,9 +35,34 @@ COMMANDS = {
 }
 
 
+class CommandParser(argparse.ArgumentParser):
+    """Says in a line what is wrong with the words of a command, and what may have been meant."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and refuse what this command does not know: whoever called it knows other options."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message with the nearest option or command, and exit."""
+        words = message.split()
+        typed = words[2] if message.startswith(("unrecognized arguments: ", "invalid choice: ")) else ""
+        if "invalid choice: " in message:
+            typed = message.split("invalid choice: ")[1].split(" ")[0].strip("'")
+            message = message.split(" (choose from")[0]
+        known = COMMANDS if self.prog == "streamfisher" else self._option_string_actions
+        near = difflib.get_close_matches(typed.partition("=")[0], list(known), n=1) if typed else []
+        hint = f" Did you mean {near[0]}?" if near else ""
+        command = "streamfisher COMMAND" if self.prog == "streamfisher" else self.prog
+        commands = f" COMMAND is one of {', '.join(COMMANDS)}." if command.endswith("COMMAND") and not near else ""
+        self.exit(2, f"{self.prog}: error: {message.rstrip('.')}.{hint}{commands} See `{command} --help`.\n")
+
+
 def top_parser() -> tuple[argparse.ArgumentParser, Any]:
     """Return the parser of the words before a command, and where the parsers of the commands are added."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="streamfisher",
         description="Exact spectra of the empirical Fisher of a model, streamed through disk in bounded memory.",
         epilog=EPILOG,

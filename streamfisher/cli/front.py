@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -16,6 +18,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in COMMANDS:
             add_command(commands, name)
         parser.parse_args(words)  # prints, and exits
+    if argv is None:  # a process of its own
+        _end_at_interrupts()
     from streamfisher.cli.main import main as run
 
     return run(words)
+
+
+def _end_at_interrupts() -> None:
+    """Let SIGINT end this process without another word: while modules are imported there is nothing to finish.
+
+    Raised inside an import, `KeyboardInterrupt` may be caught by whatever tries that import. While a command runs, it
+    has handlers of its own.
+    """
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))

@@ -23,7 +23,7 @@ from streamfisher.cli.arguments import (
     add_deep_options,
     add_options,
 )
-from streamfisher.cli.collect import collect_command, demo_command, run_command
+from streamfisher.cli.collect import collect_command, demo_command, replay_command, run_command
 from streamfisher.cli.commands import add_command, top_parser
 from streamfisher.cli.options import read_run_options
 from streamfisher.cli.output import analyse, print_info, spectra_of
@@ -54,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             setattr(arguments, name, str(expanded(value)))
     if getattr(arguments, "use_deterministic", False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    if arguments.quiet:
+        _no_bars_of_others()
     warnings.filterwarnings("ignore", message=".*not recognized as a component of a Zarr hierarchy.*")
     die_with_launcher()
     try:
@@ -88,6 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _no_bars_of_others() -> None:
+    """Switch off the bars that transformers and the Hub draw while they load."""
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when they are imported
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
+
+
 @contextlib.contextmanager
 def _printable_warnings() -> Iterator[None]:
     """Print warnings, which may quote what a run says, so that nothing in them acts on the terminal."""
@@ -112,10 +121,15 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--samples", type=int, default=256, help="sequences of 128 bytes (default: %(default)s)")
 
     run = _command(commands, "run", run_command)
-    add_collection_options(run)
+    add_collection_options(run, verbose=True)
     add_options(run, *ANALYSIS, *ELSEWHERE)
+    replay = _command(commands, "replay", replay_command)
+    _add_run(replay)
+    replay.add_argument("--out", required=True, metavar="NEW.zarr", help="the new run's folder")
+    replay.add_argument("--trust-remote-code", action="store_true", help="where the run was made with it")
+    replay.add_argument("--verbose", action="store_true", help="the plan with its stages and alternatives")
     collect = _command(commands, "collect", collect_command)
-    add_collection_options(collect)
+    add_collection_options(collect, verbose=True)
 
     gram = _command(commands, "gram", _gram)
     _add_run(gram)
@@ -200,8 +214,8 @@ def _print_rebuilt(differences: dict[str, float | None], arguments: argparse.Nam
     print(f"{len(differences)} Gram matrices built again from the stored rows.")
     if known:
         worst = max(known, key=known.__getitem__)
-        how = f"{known[worst]:.1e} (relative, Frobenius; worst: {printable(worst)})"
-        print(f"{len(known)} were there before; they agree to {how}.")
+        how = f"they agree to {known[worst]:.1e} (relative, Frobenius; worst: {printable(worst)})"
+        print(f"{len(known)} were there before; {how if known[worst] else 'they are bit-identical'}.")
     if len(known) < len(differences):
         print(f"{len(differences) - len(known)} were missing or could not be read.")
     return 0

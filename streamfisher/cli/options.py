@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from streamfisher.blocks.structures import STRUCTURES
@@ -14,6 +13,8 @@ from streamfisher.config import SpectralConfig, check_keys
 from streamfisher.config.kinds import FLAG, Kind
 from streamfisher.config.option import option, options_of
 from streamfisher.errors import ConfigError
+from streamfisher.store.config_file import replay_options
+from streamfisher.store.manifest import Manifest
 
 _CENTER = {"no": (False,), "yes": (True,), "both": (False, True)}
 #: Fields of the config that a command takes several of, and the options that hold them.
@@ -35,6 +36,8 @@ def _structure(name: Any) -> Structure:
         if not patterns or not all(isinstance(item, str | int) for pair in patterns.items() for item in pair):
             raise ConfigError(f"--blocks {name} must map patterns of parameter names to names of blocks.")
         return {str(pattern): str(block) for pattern, block in patterns.items()}
+    if isinstance(name, dict) and name and all(isinstance(item, str) for pair in name.items() for item in pair):
+        return name
     if not isinstance(name, str) or name not in STRUCTURES:
         raise ConfigError(f"--blocks {name!r} is unknown; choose among {', '.join(STRUCTURES)}, or name a .yaml file.")
     return name
@@ -72,7 +75,8 @@ class RunOptions:
     data: str = option(
         "",
         _TEXT,
-        "a text file, a folder of them, a .jsonl, .npy or .npz file, or package.module:callable that gives dicts",
+        "a text file, a folder of them, a .jsonl (.gz, .zst), .parquet, .arrow, .npy or .npz file, or "
+        "package.module:callable that gives dicts",
         metavar="DATA",
     )
     out: str = option("", _TEXT, "the run's folder; an unfinished run there is resumed", metavar="RUN.zarr")
@@ -83,14 +87,14 @@ class RunOptions:
         group="data",
         unset="all",
     )
-    field: str = option("text", _ANY, "of a .jsonl that holds the text", group="data")
+    field: str = option("text", _ANY, "of a .jsonl, .parquet or .arrow file that holds the text", group="data")
     tokenizer_spec: str | None = option(
         None,
         _ANY,
         "a Hugging Face folder or id, or 'bytes'",
         name="tokenizer",
         group="data",
-        unset="the model's own",
+        unset="the model's own; UTF-8 bytes where it has none and its vocabulary is of 256 to 512 tokens",
     )
     trust_remote_code: bool = option(False, FLAG, "run code of a checkpoint", group="model and devices")
     device_map: str | None = option(
@@ -142,19 +146,33 @@ class RunOptions:
         unset="threads here",
     )
 
-    def tokenizer(self) -> Any:
-        """Return text -> token ids: the model's own tokenizer for Hugging Face models, bytes for callables."""
-        from streamfisher.data.loading import tokenize_bytes
-        from streamfisher.models.loading import load_tokenizer
+    def tokenizer(self, model: Any = None, returned: Any = None) -> Any:
+        """Return what text of the data is encoded by, see `load_samples`; it is looked for when there is text.
+
+        Args:
+            model: where MODEL is a callable, what it gave: its own tokenizer counts where none is asked for.
+            returned: the tokenizer that the callable gave beside it.
+        """
+        from streamfisher.data.tokenizing import BYTES, LaterTokenizer, as_tokenizer
+        from streamfisher.models.tokenizers import load_tokenizer, own_tokenizer
+
+        if self.tokenizer_spec == "bytes":
+            return BYTES
+        if self.tokenizer_spec is None and returned is not None:
+            return as_tokenizer(returned)
+        trust = self.trust_remote_code
+        if self.tokenizer_spec is None and model is not None:
+            return LaterTokenizer(lambda: own_tokenizer(model, trust_remote_code=trust))
+        spec, what = (self.tokenizer_spec, "--tokenizer") if self.tokenizer_spec else (self.model, "MODEL")
+        return LaterTokenizer(lambda: as_tokenizer(load_tokenizer(spec, trust_remote_code=trust, what=what)))
+
+    @property
+    def model_brings_tokenizer(self) -> bool:
+        """Whether the data cannot be read before a callable has made the model, whose tokenizer they may need."""
         from streamfisher.runtime.callables import is_callable_spec
 
-        spec = self.tokenizer_spec or ("bytes" if is_callable_spec(self.model) else self.model)
-        if spec == "bytes":
-            return tokenize_bytes
-        if self.data.endswith((".npy", ".npz")) or is_callable_spec(self.data):
-            return None  # already tokens
-        tokenizer = load_tokenizer(spec, trust_remote_code=self.trust_remote_code)
-        return partial(_token_ids, tokenizer)
+        read = self.data and not is_callable_spec(self.data) and not self.data.endswith((".npy", ".npz"))
+        return bool(read) and self.tokenizer_spec is None and is_callable_spec(self.model)
 
     def description(self) -> dict[str, Any]:
         """Return what was asked for besides the config, for the manifest."""
@@ -168,6 +186,11 @@ class RunOptions:
             "blocks": list(self.structures),
             "center": ["yes" if center else "no" for center in self.centers],
             "top_k": self.top_k,
+            **{
+                name: value
+                for name in ("device_map", "offload_folder", "fsdp")
+                if (value := getattr(self, name)) not in (None, False)
+            },
         }
 
     def analysis_config(self, of_run: SpectralConfig) -> SpectralConfig:
@@ -180,10 +203,6 @@ class RunOptions:
 RUN_OPTIONS = options_of(RunOptions)
 #: Every option there is, by its field: those of a command, then those of the config.
 OPTIONS = RUN_OPTIONS | options_of(SpectralConfig)
-
-
-def _token_ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text)["input_ids"])
 
 
 def read_run_options(arguments: argparse.Namespace, base: SpectralConfig | None = None) -> RunOptions:
@@ -202,6 +221,17 @@ def read_run_options(arguments: argparse.Namespace, base: SpectralConfig | None 
     if not collects:
         given.pop("samples", None)  # there it is a slice of a stored run
     values = (_from_file(arguments.config) if collects and arguments.config is not None else {}) | given
+    options = _options(values, base)
+    if collects and "out" in vars(arguments):
+        for name in ("model", "data", "out"):
+            if not getattr(options, name):
+                option_name = "--out" if name == "out" else name.upper()
+                raise ConfigError(f"{option_name} is missing; see `streamfisher run --help`.")
+    return options
+
+
+def _options(values: dict[str, Any], base: SpectralConfig) -> RunOptions:
+    """Return what values mean, by fields; those that are not there are as in `base`."""
     own: dict[str, Any] = {"structures": base.block_structure, "centers": base.center_gradients}
     own |= {name: value for name in RUN_OPTIONS if (value := values.pop(name, None)) is not None}
     own = {name: RUN_OPTIONS[name].kind.check(name, value) for name, value in own.items()}
@@ -211,20 +241,40 @@ def read_run_options(arguments: argparse.Namespace, base: SpectralConfig | None 
         config = base.replace(**values)
     except TypeError as error:
         raise ConfigError(str(error)) from error
-    if collects and "out" in vars(arguments):
-        for name in ("model", "data", "out"):
-            if not own.get(name):
-                option_name = "--out" if name == "out" else name.upper()
-                raise ConfigError(f"{option_name} is missing; see `streamfisher run --help`.")
     return RunOptions(config=config, **own)
+
+
+def read_replay_options(arguments: argparse.Namespace, manifest: Manifest) -> RunOptions:
+    """Return the options that a run was made with, for another folder.
+
+    Args:
+        arguments: parsed.
+        manifest: of the run.
+
+    Raises:
+        ConfigError: the run does not name its model and data, or was made with code of a checkpoint, which is run only
+            where the command asks for it.
+    """
+    values = replay_options(manifest)
+    if not values.get("model") or not values.get("data"):
+        raise ConfigError(
+            f"{arguments.run} was collected from Python or by `demo`, so it names no MODEL and DATA to take again. "
+            f"Its options: {arguments.run}/config.yaml."
+        )
+    if values.get("trust_remote_code") and not arguments.trust_remote_code:
+        raise ConfigError(f"{arguments.run} was made with --trust-remote-code; give it again if you do trust the code.")
+    return _options(_by_fields(values) | {"out": arguments.out}, SpectralConfig())
 
 
 def _from_file(path: str) -> dict[str, Any]:
     """Return the options of a file by their fields; a file may name an option as the field or the command line does."""
+    return _by_fields(read_config_file(path))
+
+
+def _by_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: name for name in SpectralConfig.names()} | SEVERAL
     fields |= {item.name or name: name for name, item in RUN_OPTIONS.items()}
     fields |= {item.name: name for name, item in OPTIONS.items() if item.name}
-    values: Mapping[str, Any] = read_config_file(path)
     check_keys(values, fields, "option")
     return {fields[key]: value for key, value in values.items()}
 

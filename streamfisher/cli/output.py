@@ -95,6 +95,7 @@ def print_info(run: Any, arguments: argparse.Namespace) -> None:
         f"  Grams       {facts['grams_done']} of {facts['n_grams']}",
         f"  on disk     {format_bytes(facts['bytes_on_disk'])}, rows in {facts['layout']['dtype_store']}",
         f"  data        {described.get('data') if isinstance(described, dict) else described or 'not described'}",
+        *(f"  tokenizer   {text}" for text in _tokenizer(facts["data"])),
         f"  loss        {facts['loss']['loss']}: {facts['loss']['loss_reduction']}",
         *(f"  excluded    {name}: {reason}" for name, reason in facts["excluded"].items()),
         *(f"  skipped     sample {sample}: {reason}" for sample, reason in facts["skipped"].items()),
@@ -105,3 +106,13 @@ def print_info(run: Any, arguments: argparse.Namespace) -> None:
     if not facts["probe"]:
         return
     print(ProbeReport.from_dict(facts["probe"]).summary())
+
+
+def _tokenizer(data: Mapping[str, Any]) -> list[str]:
+    """Return in words by what a run's text was encoded; nothing where it was no text, or an older run."""
+    facts = data.get("tokenizer")
+    if not isinstance(facts, dict):
+        return []
+    about = [str(facts[key]) for key in ("class",) if facts.get(key)]
+    about += [f"{facts['n_tokens']:,} tokens"] if isinstance(facts.get("n_tokens"), int) else []
+    return [f"{facts.get('name')} ({', '.join(about)})" if about else str(facts.get("name"))]

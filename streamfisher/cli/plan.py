@@ -13,6 +13,7 @@ import torch
 
 from streamfisher.byte_sizes import parse_bytes
 from streamfisher.cli.arguments import ANALYSIS, ELSEWHERE, add_collection_options, add_options
+from streamfisher.cli.data import samples_of
 from streamfisher.cli.options import RunOptions, read_run_options
 from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.config import SpectralConfig
@@ -72,17 +73,22 @@ def plan_of(options: RunOptions, machine_options: argparse.Namespace, folder: Pa
         ModelError: the model cannot be built or traced without its weights.
         DataError: neither data nor the number and length of samples are given.
     """
-    from streamfisher.models.skeleton import build_skeleton
+    from streamfisher.models.skeleton import skeleton_with_tokenizer
     from streamfisher.planning.plan import plan_run
 
     arguments, config = machine_options, options.config
-    model = build_skeleton(options.model, dtype=config.dtype_model, trust_remote_code=options.trust_remote_code)
+    model, returned = skeleton_with_tokenizer(
+        options.model, dtype=config.dtype_model, trust_remote_code=options.trust_remote_code
+    )
+    begins = source is not None
+    if not begins and options.data:
+        source = samples_of(options, model if options.model_brings_tokenizer else None, returned)
     lengths, batch = _samples(options, source)
     trace = _trace(model, batch, lengths, config)
     config, machine = _machine(arguments, config, folder)
     structures = len(options.structures) * len(options.centers)
     plan = partial(plan_run, trace, lengths, config, machine=machine, structures=structures)
-    if source is not None:
+    if begins:
         short = plan(rates=UNKNOWN)
         if sum(stage.flops for stage in short.chosen.stages) < _WORTH_MEASURING:
             return short
@@ -105,11 +111,12 @@ def _machine(arguments: argparse.Namespace, config: SpectralConfig, folder: Path
     return config, machine
 
 
-def announce_plan(options: RunOptions, source: Any) -> None:
-    """Print the plan of a run that is about to start, or why there is none."""
+def announce_plan(options: RunOptions, source: Any, *, verbose: bool = False) -> None:
+    """Print the plan of a run that is about to start in a few lines, or whole, or why there is none."""
     here = argparse.Namespace(flops=None, solve_flops=None, disk=None, devices=0, device_memory=None)
     try:
-        text = plan_of(options, here, _existing(Path(options.out)), source).table()
+        plan = plan_of(options, here, _existing(Path(options.out)), source)
+        text = plan.table() if verbose or not plan.chosen.fits else plan.summary()
     except StreamfisherError as error:
         text = f"No plan can be made: {error}"
     print(f"{text}\n", file=sys.stderr)
@@ -118,18 +125,10 @@ def announce_plan(options: RunOptions, source: Any) -> None:
 def _samples(options: RunOptions, source: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
     """Return the length of each sample, and one sample as a batch: of the data, or as the options describe them."""
     from streamfisher.data.batches import collate, sequence_length
-    from streamfisher.data.loading import load_samples
     from streamfisher.data.samples import Samples
 
     config = options.config
-    if options.data:
-        source = source or load_samples(
-            options.data,
-            tokenize=options.tokenizer(),
-            field=options.field,
-            max_length=config.max_length,
-            n_samples=options.samples,
-        )
+    if source is not None:
         samples = Samples(source, options.samples, config.max_length)
         lengths = [sequence_length(samples[index]) or 1 for index in range(len(samples))]
         batch = collate([samples[0]])

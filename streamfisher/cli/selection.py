@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import operator
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def where(run: StoredRun, condition: re.Match[str], option: str = "--samples", *
     mask = _COMPARISONS[sign](fields[name], float(number))
     if mask.sum() < least:
         raise ConfigError(f"{option} {condition.string} selects {mask.sum()} of the run's {len(mask)} samples.")
+    print(f"{option} {condition.string}: {mask.sum()} of {len(mask)} samples", file=sys.stderr)
     return mask
 
 

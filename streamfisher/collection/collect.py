@@ -56,7 +56,7 @@ def collect_gradients(
     weights: Resident | None = None,
 ) -> None:
     """Collect a run into the folder `path`: what `streamfisher.collect` does, and says what it takes and raises."""
-    stated = config or SpectralConfig()
+    stated = SpectralConfig.of(config)
     config = of_one_rank(stated)
     if config.stream == "layers":
         check_streamable(model, config)

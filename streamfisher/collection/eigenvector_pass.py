@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from streamfisher.analysis.block_grams import BlockGrams
 from streamfisher.analysis.eigenvector_job import EigenvectorJob, finish, keep_solution, write_vectors
@@ -23,6 +22,7 @@ from streamfisher.collection.with_model import with_model
 from streamfisher.errors import RunError
 from streamfisher.gradients import GradientEngine
 from streamfisher.models.batches import ModelBatches
+from streamfisher.runtime.bars import Bar
 from streamfisher.runtime.memory import working_memory
 from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store.eigenvectors import Eigenvectors, open_eigenvectors
@@ -131,7 +131,7 @@ def _add_up(
     device = engine.allocate(1, names[:1])[names[0]].device
     vectors = {name: torch.zeros(k, sizes[name], dtype=torch.float64, device=device) for name in names}
     title = f"eigenvectors, pass over {len(names)} parameters"
-    for unit in tqdm(job.store.units, desc=title, unit="unit", disable=not progress):
+    for unit in Bar(job.store.units, desc=title, unit="unit", disable=not progress):
         for batch in batches.of(unit):
             inside = weights[batch.start : batch.stop].to(device)
             counted = (inside != 0).any(dim=1)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.data.batches import Unit
 from streamfisher.runtime import run_log as runlog
+from streamfisher.runtime.bars import Bar
 from streamfisher.runtime.ranks import Ranks
 
 _WINDOW = 60.0  # seconds
@@ -62,7 +63,7 @@ class Progress:
         self.ranks, self.name, self.todo, self.total = ranks, name, todo, total
         self.rate = Rate()
         self._drawn, self._last = 0.0, time.monotonic()
-        self.bar = tqdm(
+        self.bar = Bar(
             total=total,
             initial=total - todo,
             desc=name,

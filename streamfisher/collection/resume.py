@@ -23,6 +23,7 @@ from streamfisher.planning.run_layout import RunLayout
 from streamfisher.runtime.disk import check_disk
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.store import Manifest, RunLock, RunStore, grow_run, resume_differences, units_left
+from streamfisher.store.config_file import CONFIG_FILE, write_config
 
 
 def create_or_resume(
@@ -50,8 +51,10 @@ def create_or_resume(
             raise RunMismatchError(
                 f"{path} cannot be resumed, because it was made otherwise:\n  - "
                 + "\n  - ".join(differences)
-                + "\nUse the same model, data and settings, or another folder."
+                + f"\n{_remedy(path, store.n_samples, manifest.data['n_samples'], differences)}"
             )
+        if (path / CONFIG_FILE).is_file():  # of a run that was killed while it grew
+            write_config(path, store.manifest)
         if len(store.waves) == 1:
             units = make_units(len(data.samples), config.chunk_size)
             left = units_left(store, len(data.samples)) / max(len(units), 1)
@@ -67,6 +70,16 @@ def create_or_resume(
     locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
     layout = manifest.layout | new.layout()
     RunStore.create(path, dataclasses.replace(manifest, probe=new.report.to_dict(), layout=layout))
+
+
+def _remedy(path: Path, stored: int, asked: int, differences: list[str]) -> str:
+    """Return what to do instead of resuming a run."""
+    if asked < stored and len(differences) == 1:
+        return (
+            f"The run has these samples and more. The spectrum of the first {asked}: "
+            f"streamfisher spectrum {path} --samples 0:{asked}"
+        )
+    return "Use the same model, data and settings, or another folder."
 
 
 def grown_to(n_samples: int, store: RunStore, manifest: Manifest, ranks: Ranks, progress: bool) -> RunStore:

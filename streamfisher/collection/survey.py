@@ -15,6 +15,7 @@ from streamfisher.collection.padding import lengths_of, numbered, padding_change
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import Unit, collate, make_units, sequence_length
 from streamfisher.data.samples import Samples, TokenSamples, add_contents, check_unchanged, sample_digest
+from streamfisher.data.tokenizing import Tokenizer, tokenizer_of
 from streamfisher.errors import ConfigError, DataError, LossError, ModelError, StreamfisherError
 from streamfisher.gradients import GradientEngine, select_parameters
 from streamfisher.gradients.modes import check_modes
@@ -24,6 +25,8 @@ from streamfisher.models.kept_tensors import KeptTensors
 from streamfisher.models.losses import PerSampleLoss, resolve_loss
 from streamfisher.models.offload import to_model
 from streamfisher.models.own_loss import reproducing
+from streamfisher.models.positions import LongestSequence
+from streamfisher.models.tokenizers import check_bytes
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class RunData:
     fields: dict[str, np.ndarray] = field(default_factory=dict)  # name -> (N,) float64: scalars that every sample has
     shapes: list[int] = field(default_factory=list)  # the same number for samples that need no padding to share a batch
     kept_apart: bool | None = None  # whether only such share one, see `padding`; None: all need no padding
+    tokenizer: Tokenizer | None = None  # by which text became token ids, where that is known
 
     @property
     def apart(self) -> list[int] | None:
@@ -83,6 +87,7 @@ class RunData:
             "chunk_digests": self.chunk_digests,
             "fingerprint": hashlib.sha256("".join(self.chunk_digests).encode()).hexdigest(),
             "description": description,
+            **({} if self.tokenizer is None else {"tokenizer": self.tokenizer.facts()}),
         }
         return facts if self.n_sequences is None else facts | {"n_sequences": self.n_sequences}
 
@@ -114,9 +119,15 @@ def survey(
     samples = Samples(source, n_samples, config.max_length)
     if len(samples) < 2 and config.sample_unit != "token":
         raise DataError(f"{len(samples)} sample was given; a spectrum needs at least 2.")
+    tokenizer = tokenizer_of(samples.source)
+    check_bytes(model, tokenizer)
     select_parameters(model, config.include, config.exclude)  # a model that cannot be captured is not run first
     check_modes(model)
-    first = collate([samples[index] for index in range(min(PROBE_SAMPLES, len(samples)))])
+    probed = [samples[index] for index in range(min(PROBE_SAMPLES, len(samples)))]
+    longest = LongestSequence(model)
+    for index, sample in enumerate(probed):
+        longest.note(index, sequence_length(sample))
+    first = collate(probed)
     try:
         on_device = to_model(first, model)
         with KeptTensors(model).held():
@@ -151,11 +162,13 @@ def survey(
     for index in range(len(samples)):
         sample = samples[index]
         lengths.append(sequence_length(sample) or 1)
+        longest.note(index, lengths[-1])
         digests.append(sample_digest(sample))
         axes.append(lengths_of(sample))
         masks.note(index, sample)
         _require_targets(chosen, sample, index)
         scalars.append({key: float(value) for key, value in sample.items() if value.ndim == 0})
+    longest.warn()
     fields = {key: np.array([values[key] for values in scalars]) for key in _common_keys(scalars)}
     chunk_digests = [_read_again(samples, unit, digests) for unit in units]
     engine = GradientEngine(
@@ -165,7 +178,8 @@ def survey(
     if kept_apart is None:
         budget = None if config.memory_budget is None else int(config.memory_budget)
         kept_apart = padding_changes(engine, samples, axes, budget)
-    return RunData(samples, chosen, lengths, chunk_digests, n_sequences, digests, fields, numbered(axes), kept_apart)
+    shapes = numbered(axes)
+    return RunData(samples, chosen, lengths, chunk_digests, n_sequences, digests, fields, shapes, kept_apart, tokenizer)
 
 
 def _read_again(samples: Samples, unit: Unit, digests: Sequence[bytes]) -> str:

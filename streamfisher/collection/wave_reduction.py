@@ -12,6 +12,7 @@ from tqdm import tqdm
 from streamfisher.config import SpectralConfig
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.stored_grams import build_held_grams, build_stored_grams
+from streamfisher.runtime.bars import Bar
 from streamfisher.runtime.exchange import Parcel, exchange
 from streamfisher.runtime.memory import local_ranks
 from streamfisher.runtime.ranks import Ranks
@@ -140,7 +141,7 @@ def _built_by_ranks(
     order = sorted(keys, key=lambda key: -sizes[key])
     turns = [order[start : start + ranks.count] for start in range(0, len(order), ranks.count)]
     diagonals: dict[str, np.ndarray] = {}
-    for turn in tqdm(turns, desc="Grams", unit="turn", disable=not (progress and ranks.is_main)):
+    for turn in Bar(turns, desc="Grams", unit="turn", disable=not (progress and ranks.is_main)):
         wanted = [members[key] for key in turn] + [[]] * (ranks.count - len(turn))
         parcels = [sink.part(names) for names in wanted]
         arrived = exchange(ranks, parcels, sink.home, f"the gradients of {', '.join(turn[:3])}")

@@ -22,6 +22,7 @@ from streamfisher.config.resources import ResourceOptions
 from streamfisher.config.samples import SampleOptions
 from streamfisher.config.solving import SolvingOptions
 from streamfisher.config.storage import StorageOptions
+from streamfisher.errors import ConfigError
 
 S = TypeVar("S", bound=Section)
 
@@ -155,6 +156,20 @@ class SpectralConfig(  # a dataclass lists the fields of its last base first
         """
         check_keys(values, cls.names(), "option")
         return cls(**values)
+
+    @classmethod
+    def of(cls, given: Any) -> SpectralConfig:
+        """Return the config that a caller gave; the defaults for `None`.
+
+        Raises:
+            ConfigError: it is something else, for example a dict.
+        """
+        if given is None:
+            return cls()
+        if isinstance(given, SpectralConfig):
+            return given
+        how = "SpectralConfig(**config)" if isinstance(given, Mapping) else "SpectralConfig(...)"
+        raise ConfigError(f"config is a {type(given).__name__}, not a SpectralConfig; write config={how}.")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self.names())})"

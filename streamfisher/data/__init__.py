@@ -11,9 +11,10 @@ from streamfisher.data.batches import (
     make_units,
     sequence_length,
 )
-from streamfisher.data.loading import load_samples
+from streamfisher.data.loading import load_samples, text_samples
 from streamfisher.data.samples import Samples, TokenSamples
 from streamfisher.data.sources import SampleSource
+from streamfisher.data.tokenizing import LaterTokenizer, Tokenizer, as_tokenizer, tokenizer_of
 
 __all__ = [
     # Samples
@@ -21,6 +22,12 @@ __all__ = [
     "TokenSamples",
     "SampleSource",
     "load_samples",
+    "text_samples",
+    # How text became token ids
+    "Tokenizer",
+    "LaterTokenizer",
+    "as_tokenizer",
+    "tokenizer_of",
     # Units and batches
     "Unit",
     "BatchRef",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from streamfisher.data.records import is_of_records, read_records
 from streamfisher.data.sources import as_source
+from streamfisher.data.tokenizing import TextEncoder, TextSamples, Tokenize
 from streamfisher.errors import DataError
 from streamfisher.runtime.callables import call, is_callable_spec
 from streamfisher.runtime.paths import expanded
-
-Tokenize = Callable[[str], list[int]]
 
 _TEXT_SUFFIXES = {".txt", ".md", ".rst", ".py", ".text", ".tex", ".html", ".c", ".h", ".cpp", ".js", ".ts", ".java"}
 DEFAULT_LENGTH = 128
 
 
-def tokenize_bytes(text: str) -> list[int]:
-    """Return the UTF-8 bytes of a text: the vocabulary of 256 that needs no tokenizer."""
-    return list(text.encode("utf-8"))
-
-
 def load_samples(
     spec: str,
     *,
-    tokenize: Tokenize | None = None,
+    tokenize: Tokenize = None,
     field: str = "text",
     max_length: int | None = None,
     n_samples: int | None = None,
@@ -40,14 +34,16 @@ def load_samples(
 
     - a text file, or a folder of them (sorted by path): the tokens of each file are cut into sequences of `max_length`
       that do not overlap; what remains at a file's end is kept if it has at least 2 tokens;
-    - `.jsonl`: one sample per line, the text in `field`, cut to `max_length`; a list of integers there is taken as ids;
+    - `.jsonl` (also `.jsonl.gz`, `.jsonl.zst`), `.parquet`, `.arrow`: one sample per record, the text in `field`, cut
+      to `max_length`; a list of integers there is taken as ids, and numbers that every record has become fields;
     - `.npy`: token ids (1-D, cut into sequences; 2-D, one per row) or an array of inputs, one per row;
     - `.npz`: one array per key, all with the same first axis;
     - `package.module:callable`: returns or yields dicts of tensors without batch axis.
 
     Args:
         spec: as above.
-        tokenize: text to token ids; `None` takes bytes.
+        tokenize: a function from text to token ids, or a tokenizer of transformers; `None` takes UTF-8 bytes, which
+            `collect` refuses for a model of another vocabulary.
         field: of JSON lines.
         max_length: tokens per sequence; `None` means 128 where text must be cut.
         n_samples: take no more than so many of what a callable yields; `None` means all.
@@ -56,19 +52,45 @@ def load_samples(
         DataError: nothing is there, it is empty, or of a kind that is not known.
     """
     path = expanded(spec)
-    tokenize = tokenize or tokenize_bytes
+    encode = TextEncoder(tokenize)
     length = max_length or DEFAULT_LENGTH
     if not path.exists() and is_callable_spec(spec):
         return _called(spec, n_samples)
     if not path.exists():
         raise DataError(f"DATA {spec}: there is no such file or folder, and it is not of the form module:callable.")
     if path.is_dir():
-        return _nonempty(list(_folder(path, tokenize, length)), spec)
-    if path.suffix == ".jsonl":
-        return _nonempty(list(_json_lines(path, tokenize, field, max_length)), spec)
+        return _nonempty(list(_folder(path, encode, length)), spec, encode)
+    if is_of_records(path):
+        return _nonempty(read_records(path, encode, field, max_length), spec, encode)
     if path.suffix in (".npy", ".npz"):
         return _arrays(path, length)
-    return _nonempty(list(_sequences(tokenize(_read_text(path)), length)), spec)
+    return _nonempty(list(_sequences(encode(_read_text(path)), length)), spec, encode)
+
+
+def text_samples(texts: Iterable[str], tokenizer: Tokenize, *, max_length: int | None = None) -> TextSamples:
+    """Return a sample of each text: its token ids, cut to `max_length`.
+
+    Args:
+        texts: strings, for example a column of a dataset or of a frame.
+        tokenizer: of transformers, or a function from text to token ids.
+        max_length: tokens; `None` cuts nothing.
+
+    Raises:
+        DataError: there is no text, one is no string, or one has no token.
+    """
+    if isinstance(texts, str):
+        raise DataError("texts are one string; give a list of them, one for each sample.")
+    encode, samples = TextEncoder(tokenizer), []
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"text {index} is a {type(text).__name__}, not a string.")
+        ids = encode(text)[:max_length]
+        if not ids:
+            raise DataError(f"text {index} has no token: {text!r:.60}. Leave it out.")
+        samples.append({"input_ids": torch.tensor(ids, dtype=torch.int64)})
+    if encode.tokenizer is None:
+        raise DataError("there are no texts.")
+    return TextSamples(samples, encode.tokenizer)
 
 
 def _called(spec: str, n_samples: int | None) -> Any:
@@ -78,12 +100,12 @@ def _called(spec: str, n_samples: int | None) -> Any:
     return source if isinstance(source, Mapping) else as_source(source, n_samples)
 
 
-def _folder(folder: Path, tokenize: Tokenize, length: int) -> Iterator[dict[str, Tensor]]:
+def _folder(folder: Path, encode: TextEncoder, length: int) -> Iterator[dict[str, Tensor]]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix.lower() in _TEXT_SUFFIXES)
     if not files:
         raise DataError(f"DATA {folder}: the folder holds no text files ({', '.join(sorted(_TEXT_SUFFIXES))}).")
     for path in files:
-        yield from _sequences(tokenize(_read_text(path)), length)
+        yield from _sequences(encode(_read_text(path)), length)
 
 
 def _sequences(tokens: list[int], length: int) -> Iterator[dict[str, Tensor]]:
@@ -92,33 +114,6 @@ def _sequences(tokens: list[int], length: int) -> Iterator[dict[str, Tensor]]:
         piece = ids[start : start + length]
         if len(piece) >= min(2, length):
             yield {"input_ids": piece}
-
-
-def _json_lines(path: Path, tokenize: Tokenize, field: str, max_length: int | None) -> Iterator[dict[str, Tensor]]:
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:  # not JSON, numbers too long, brackets too deep
-                reason = "nested too deeply" if isinstance(error, RecursionError) else error
-                raise DataError(f"DATA {path}, line {number}: not JSON ({reason}).") from error
-            if not isinstance(record, dict) or field not in record:
-                keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-                raise DataError(
-                    f"DATA {path}, line {number}: there is no field {field!r} (there is: {keys}); use --field."
-                )
-            value = record[field]
-            if not isinstance(value, str) and not (isinstance(value, list) and all(type(id) is int for id in value)):
-                raise DataError(f"DATA {path}, line {number}: {field!r} is neither text nor token ids; use --field.")
-            if isinstance(value, str):  # half a surrogate pair is no text, as bytes that are no UTF-8 are none
-                value = tokenize(value.encode("utf-8", errors="replace").decode())
-            try:
-                ids = torch.tensor(value, dtype=torch.int64)
-            except (RuntimeError, OverflowError, ValueError) as error:
-                raise DataError(f"DATA {path}, line {number}: a token id does not fit into 64 bits.") from error
-            yield {"input_ids": ids[:max_length]}
 
 
 def _arrays(path: Path, length: int) -> Any:
@@ -152,7 +147,9 @@ def _read_text(path: Path) -> str:
         raise DataError(f"DATA {path} cannot be read: {error}") from error
 
 
-def _nonempty(samples: list[dict[str, Tensor]], spec: str) -> list[dict[str, Tensor]]:
+def _nonempty(
+    samples: list[dict[str, Tensor]], spec: str, encode: TextEncoder | None = None
+) -> list[dict[str, Tensor]]:
     if not samples:
         raise DataError(f"DATA {spec} is empty: no sequence of at least 2 tokens was found.")
-    return samples
+    return samples if encode is None or encode.tokenizer is None else TextSamples(samples, encode.tokenizer)

@@ -8,6 +8,7 @@ together), and within a unit consecutive samples share a backward pass while the
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from streamfisher.data.batches import IGNORED_LABEL, Unit, sequence_length
 from streamfisher.data.cutting import TokenCutter
-from streamfisher.data.sources import SampleSource, as_source
+from streamfisher.data.sources import SampleSource, as_source, named_entries
 from streamfisher.errors import DataError
 
 Sample = dict[str, Tensor]
@@ -40,6 +41,7 @@ class Samples:
         self.source: SampleSource = source.source if isinstance(source, Samples) else as_source(source, n_samples)
         self.max_length = max_length
         self._cutter = TokenCutter(_Whole(self))
+        self._said = False  # what is left out
         available = len(self.source)
         if available == 0:
             raise DataError("The data holds no samples; at least 2 are needed for a spectrum.")
@@ -66,10 +68,27 @@ class Samples:
 
     def _whole(self, index: int) -> Sample:
         """Return sample `index` as CPU tensors, not cut."""
-        sample = self.source[index]
+        sample = named_entries(self.source[index])
+        if isinstance(sample, str):
+            raise DataError(
+                f"sample {index} is text. streamfisher.text_samples(texts, tokenizer) makes samples of texts."
+            )
         if not isinstance(sample, Mapping) or not sample:
             raise DataError(f"sample {index} is a {type(sample).__name__}, not a dict of tensors.")
-        return {str(key): _tensor(value, str(key), index) for key, value in sample.items()}
+        kept = {str(key): value for key, value in sample.items() if not _is_text(value)}
+        if len(kept) < len(sample):
+            self._say_what_is_left_out([str(key) for key in sample if str(key) not in kept], index)
+        if not kept:
+            raise DataError(
+                f"sample {index} has nothing but text ({', '.join(map(str, sample))}). "
+                "streamfisher.text_samples(texts, tokenizer) makes samples of texts."
+            )
+        return {key: _tensor(value, key, index) for key, value in kept.items()}
+
+    def _say_what_is_left_out(self, keys: list[str], index: int) -> None:
+        if not self._said:
+            self._said = True
+            warnings.warn(f"left out of the samples, as no numbers: {', '.join(keys)}.", stacklevel=4)
 
     def digest(self, unit: Unit) -> str:
         """Return the SHA-256 of the contents of the samples of `unit`: keys, dtypes, shapes and bytes."""
@@ -176,6 +195,13 @@ class _Whole:
 
     def __getitem__(self, index: int) -> Sample:
         return self.samples._whole(index)
+
+
+def _is_text(value: Any) -> bool:
+    """Return whether a value is text, a list of texts, or nothing: what comes with a dataset and no model takes."""
+    if isinstance(value, list | tuple):
+        return len(value) > 0 and all(isinstance(part, str | bytes) for part in value)
+    return value is None or isinstance(value, str | bytes | np.str_)
 
 
 def _tensor(value: Any, key: str, index: int) -> Tensor:

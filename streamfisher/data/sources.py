@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, WeightedRandomSampler
 
 from streamfisher.errors import DataError, first_line
 
@@ -42,6 +42,35 @@ class BatchedTensors:
         return {key: value[index] for key, value in self.batch.items()}
 
 
+class FrameRows:
+    """The rows of a pandas frame, as a map-style dataset of dicts."""
+
+    def __init__(self, frame: Any):
+        self.frame = frame
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {str(name): self.frame[name].iloc[index] for name in self.frame.columns}
+
+
+def named_entries(sample: Any) -> Any:
+    """Return `(inputs,)` or `(inputs, labels)`, as a TensorDataset gives them, by name; whatever else as it is.
+
+    Whole numbers along an axis are `input_ids`, other inputs `x`.
+    """
+    pair = isinstance(sample, tuple | list) and 1 <= len(sample) <= 2
+    if (
+        not pair
+        or not isinstance(sample[0], Tensor)
+        or not all(isinstance(part, Tensor | int | float) for part in sample)
+    ):
+        return sample
+    is_ids = sample[0].ndim > 0 and sample[0].dtype in (torch.int64, torch.int32)
+    return dict(zip(("input_ids" if is_ids else "x", "labels"), sample, strict=False))
+
+
 def as_source(source: Any, n_samples: int | None = None) -> SampleSource:
     """Return samples as a map-style dataset.
 
@@ -53,9 +82,12 @@ def as_source(source: Any, n_samples: int | None = None) -> SampleSource:
         DataError: it is nothing of that, or a DataLoader that shuffles.
     """
     if isinstance(source, Mapping):
+        refuse_splits(source)
         return BatchedTensors(source)
     if isinstance(source, DataLoader):
         return list(itertools.islice(_unbatched(source), n_samples))
+    if hasattr(source, "iloc") and hasattr(source, "columns"):
+        return FrameRows(source)
     mapped = hasattr(source, "__len__") and hasattr(source, "__getitem__") and not isinstance(source, IterableDataset)
     if mapped and not isinstance(source, str | bytes):
         return source
@@ -64,6 +96,20 @@ def as_source(source: Any, n_samples: int | None = None) -> SampleSource:
     raise DataError(
         f"samples are a {type(source).__name__}; expected a dataset of dicts of tensors or one dict of batched tensors."
     )
+
+
+def refuse_splits(source: Mapping[Any, Any]) -> None:
+    """Refuse a dict of datasets, which are splits and no columns of a batch.
+
+    Raises:
+        DataError: it is one.
+    """
+    if source and all(hasattr(value, "column_names") or isinstance(value, Dataset) for value in source.values()):
+        names = ", ".join(map(str, source))
+        raise DataError(
+            f"samples are a {type(source).__name__} of the splits {names}; give one of them: "
+            f"samples[{next(iter(source))!r}]."
+        )
 
 
 def _unbatched(loader: DataLoader[Any]) -> Iterator[Any]:
@@ -81,6 +127,7 @@ def _unbatched(loader: DataLoader[Any]) -> Iterator[Any]:
         if loader.batch_size is None and loader.batch_sampler is None:
             yield batch
             continue
+        batch = named_entries(batch)
         if not isinstance(batch, Mapping):
             raise DataError(
                 f"the DataLoader gives batches of the type {type(batch).__name__}; they must be dicts of tensors, as "

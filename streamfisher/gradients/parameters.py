@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -69,7 +70,11 @@ def select_parameters(
         names.setdefault(identity(model, name, parameter), []).append(name)
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(alias, pattern) for aliases in names.values() for alias in aliases):
-            raise ModelError(f"The pattern {pattern!r} matches no parameter of {type(model).__name__}. {_some(names)}")
+            known = [alias for aliases in names.values() for alias in aliases]
+            raise ModelError(
+                f"The pattern {pattern!r} matches no parameter of {type(model).__name__}. "
+                f"{_instead(pattern, known) or _some(names)}"
+            )
 
     tensors: dict[str, nn.Parameter] = {}
     excluded: dict[str, str] = {}
@@ -151,6 +156,19 @@ def _patterns(value: Sequence[str]) -> tuple[str, ...]:
 
 def _first_match(aliases: Sequence[str], patterns: Sequence[str]) -> str | None:
     return next((pattern for pattern in patterns for alias in aliases if fnmatchcase(alias, pattern)), None)
+
+
+def _instead(pattern: str, known: Sequence[str]) -> str:
+    """Return what to write where a pattern is a part of names, or nearly a name; or nothing."""
+    part = pattern.strip("*")
+    count = sum(part in name for name in known)
+    if part and count:
+        return f"A pattern must match the whole name: '*{part}*' matches {count} of them."
+    pieces = list(dict.fromkeys([*known, *(piece for name in known for piece in name.split("."))]))
+    near = difflib.get_close_matches(part, pieces, n=1)
+    if not near:
+        return ""
+    return f"Did you mean {near[0]!r}?" if near[0] in known else f"Did you mean '*{near[0]}*'?"
 
 
 def _some(names: dict[int, list[str]]) -> str:

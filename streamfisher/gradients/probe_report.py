@@ -103,7 +103,9 @@ class ProbeReport:
             f"{self.coverage_parameters:.2%} of the trainable parameters, "
             f"{self.coverage_norm:.2%} of the squared gradient norm",
             f"worst relative error against plain autograd on {self.n_samples} samples: {self.worst_error:.1e} "
-            f"(tolerance {self.tolerance:.0e})",
+            f"(tolerance {self.tolerance:.0e})"
+            if self.worst_error
+            else f"bit-identical to plain autograd on {self.n_samples} samples",
             "rules: " + ", ".join(f"{rule} {count}" for rule, count in self.rules().items()),
         ]
         if self.per_sample:

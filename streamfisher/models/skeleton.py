@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import safetensors
@@ -13,7 +15,14 @@ from torch import nn
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConfigError, ModelError, require
 from streamfisher.models.calling import base_model
-from streamfisher.models.loading import auto_class, check_pretrained, in_a_sentence
+from streamfisher.models.loading import (
+    auto_class,
+    check_pretrained,
+    in_a_sentence,
+    is_adapter,
+    model_and_tokenizer,
+    with_adapter,
+)
 from streamfisher.models.weights import Checkpoint, tensor_files
 from streamfisher.runtime.callables import call
 from streamfisher.runtime.memory import of_one_rank, working_memory
@@ -103,25 +112,32 @@ def build_skeleton(spec: str, *, dtype: torch.dtype | None = None, trust_remote_
         ModelError: there is no such model, or the callable returns something else.
         MissingExtraError: transformers is needed and not installed.
     """
+    return skeleton_with_tokenizer(spec, dtype=dtype, trust_remote_code=trust_remote_code)[0]
+
+
+def skeleton_with_tokenizer(
+    spec: str, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> tuple[nn.Module, Any]:
+    """Return a model as `build_skeleton` does, and the tokenizer that its callable returned beside it, or `None`."""
     if ":" in spec and not Path(spec).exists():
-        model = _call(spec)
-        if not isinstance(model, nn.Module):
-            raise ModelError(
-                f"MODEL {spec} returned a {type(model).__name__}, not a torch.nn.Module; it must return the model."
-            )
-        return (model.to(dtype) if dtype is not None else model).eval()
+        model, tokenizer = model_and_tokenizer(_call(spec), spec)
+        return (model.to(dtype) if dtype is not None else model).eval(), tokenizer
     check_pretrained(spec)
     require("transformers", "hf", f"read the config of {spec}")
     import transformers
 
-    with in_a_sentence(f"MODEL {spec} cannot be built from its config"):
+    if is_adapter(spec):
+        return with_adapter(
+            partial(build_skeleton, dtype=dtype, trust_remote_code=trust_remote_code), spec
+        ).eval(), None
+    with in_a_sentence(f"MODEL {spec} cannot be built from its config", named=spec):
         config = transformers.AutoConfig.from_pretrained(spec, trust_remote_code=trust_remote_code)
         kind = auto_class(transformers, config)
         wanted = dtype or getattr(config, "dtype", None) or torch.float32
         if isinstance(wanted, str):
             wanted = getattr(torch, wanted)
         with torch.device("meta"):
-            return kind._from_config(config, dtype=wanted).eval()
+            return kind._from_config(config, dtype=wanted).eval(), None
 
 
 def predicts_next_token(model: nn.Module, loss: str | None) -> bool:

@@ -39,6 +39,22 @@ class RunPlan:
         """Return the plan as text."""
         return plan_table(self)
 
+    def summary(self) -> str:
+        """Return the plan in three lines: what of, what it takes, and where gradients are meanwhile."""
+        trace, way = self.trace, self.chosen
+        where = {"device": "on the device", "host": "in memory"}.get(way.hold, "on disk")
+        passes = "1 pass" if way.waves == 1 or way.name != "waves" else f"{way.waves} passes"
+        time = f"about {format_seconds(way.seconds)}" if self.rates != UNKNOWN else "a short run"
+        return "\n".join(
+            (
+                f"{trace.name}, {trace.n_params:,} parameters; {self.n_samples:,} samples of {self.mean_length:.0f} "
+                "tokens on average",
+                f"{passes} over the data, gradients {where} until they are reduced: {time}",
+                f"at most {format_bytes(way.disk)} on disk and {format_bytes(way.memory)} of memory beside the "
+                "weights (--verbose: all of the plan)",
+            )
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
         return {

@@ -17,12 +17,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig
 from streamfisher.gradients.factors import matrix_shape
 from streamfisher.reduction.gram import ParameterGram, dtype_of_products, finished
 from streamfisher.reduction.products import SAFE_PEAK, full_precision
+from streamfisher.runtime.bars import Bar
 from streamfisher.sinks.device import DeviceGradients, PlacedPair
 from streamfisher.store.layout import PANEL
 
@@ -52,7 +52,7 @@ def build_device_grams(
     Raises:
         CorruptRunError: a Gram is not finite.
     """
-    with tqdm(total=len(keys), desc="Gram", unit="Gram", disable=not progress) as bar:
+    with Bar(total=len(keys), desc="Gram", unit="Gram", disable=not progress) as bar:
         for key, members in keys.items():
             total = _SymmetricSum(held.n_samples, held.device)
             dtypes = [product_dtype(held.parameters[name], config.dtype_gram, held) for name in members]

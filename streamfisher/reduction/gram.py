@@ -20,7 +20,6 @@ from typing import Any
 import dask
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig, dtype_name
@@ -30,6 +29,7 @@ from streamfisher.reduction.factor_gram import choose_kernel, factor_gram, least
 from streamfisher.reduction.products import complete, panel_sum
 from streamfisher.reduction.slabs import SlabBuffers, least_bytes, plan_slabs, read_slabs
 from streamfisher.reduction.subsets import ColumnSubset
+from streamfisher.runtime.bars import Bar
 from streamfisher.runtime.dask_pool import TaskBar, active_client, compute, compute_on
 from streamfisher.runtime.memory import working_memory
 from streamfisher.runtime.threads import blas_threads, limit_threads, worker_count
@@ -154,7 +154,7 @@ def build_grams(
         tasks.append(dask.delayed(_finish, pure=False)(key, total, grown.get(key), single, sink))
     if client is not None:
         return compute_on(client, tasks, progress)
-    with tqdm(total=n_folds, desc="Gram", unit="fold", disable=not progress) as bar:
+    with Bar(total=n_folds, desc="Gram", unit="fold", disable=not progress) as bar:
         return compute(tasks, workers, config, TaskBar(bar, "_fold", "_factor_fold"))
 
 

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import dask
 import numpy as np
-from tqdm import tqdm
 
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig
@@ -24,6 +23,7 @@ from streamfisher.reduction.gram import dtype_of_products
 from streamfisher.reduction.products import scaled_product
 from streamfisher.reduction.slabs import least_bytes
 from streamfisher.reduction.subsets import ColumnSubset
+from streamfisher.runtime.bars import Bar
 from streamfisher.runtime.dask_pool import TaskBar, active_client, compute, compute_on
 from streamfisher.runtime.threads import blas_threads, limit_threads, worker_count
 from streamfisher.sinks.interface import GradientSource
@@ -145,7 +145,7 @@ def build_tiled_grams(
     threads = None if client is None else blas_threads(1, config)
     built: dict[str, list[Any]] = {}
     todo = {key: sink.todo(key, tiles) for key in keys}
-    with tqdm(total=sum(map(len, todo.values())), desc="Gram", unit="tile", disable=not progress) as bar:
+    with Bar(total=sum(map(len, todo.values())), desc="Gram", unit="tile", disable=not progress) as bar:
         for key, names in keys.items():
             tasks = [
                 dask.delayed(_build_and_write, pure=False)(rows, key, names, tile, config, subsets or {}, sink, threads)

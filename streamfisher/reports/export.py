@@ -23,8 +23,11 @@ Format = Literal["csv", "json", "npz", "parquet", "safetensors"]
 FORMATS: tuple[str, ...] = get_args(Format)
 Table = dict[str, list[Any]]  # column name -> values, all of one length
 
-_FACTS = ("n_samples", "n_params", "n_eigenvalues", "noise_floor", "truncated")
-_FIT = ("power_law_stderr", "power_law_first", "power_law_last")
+_FACTS = ("n_samples", "n_params", "n_eigenvalues", "noise_floor", "noise_floor_source", "truncated")
+_MORE = (
+    *("smallest_eigenvalue", "power_law_stderr", "power_law_r_squared", "power_law_first", "power_law_last"),
+    *("solver", "solved_side", "jitter", "largest_residual", "reason"),  # the last two only some blocks have
+)
 
 
 def eigenvalue_table(spectra: Sequence[Spectrum]) -> Table:
@@ -61,7 +64,7 @@ def metric_table(spectra: Sequence[Spectrum]) -> Table:
                 "partial": bool(spectrum.metadata.get("partial")),
                 "block": block.name,
                 "of": what,
-                **{name: metrics[name] for name in (*_FACTS, *SCALAR_METRICS, *_FIT)},
+                **{name: metrics.get(name) for name in (*_FACTS, *SCALAR_METRICS, *_MORE)},
             }
             if drawn:
                 row |= _interval_columns(spectrum, block)

@@ -10,10 +10,10 @@ from typing import Any
 
 import dask
 from dask.callbacks import Callback
-from tqdm import tqdm
 
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConfigError, first_line, require
+from streamfisher.runtime.bars import Bar
 from streamfisher.runtime.threads import threads_of_this_process
 
 #: Seconds in which a scheduler must answer and have a worker.
@@ -53,7 +53,7 @@ def compute_on(client: Any, tasks: Sequence[Any], progress: bool) -> list[Any]:
     from distributed import as_completed
 
     futures = client.compute(list(tasks))
-    with tqdm(total=len(futures), desc="Gram", unit="parameter", disable=not progress) as bar:
+    with Bar(total=len(futures), desc="Gram", unit="parameter", disable=not progress) as bar:
         for _ in as_completed(futures):
             bar.update(1)
     return client.gather(futures)
@@ -62,7 +62,7 @@ def compute_on(client: Any, tasks: Sequence[Any], progress: bool) -> list[Any]:
 class TaskBar(Callback):
     """Moves a bar on with each task that runs one of some functions."""
 
-    def __init__(self, bar: tqdm, *functions: str):
+    def __init__(self, bar: Bar, *functions: str):
         super().__init__()
         self.bar, self.prefixes = bar, tuple(f"{function}-" for function in functions)
 

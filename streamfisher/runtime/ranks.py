@@ -136,6 +136,7 @@ class Ranks:
             StoppedError: SIGTERM or SIGUSR1 reached a rank.
             KeyboardInterrupt: SIGINT reached a rank.
         """
+        self.stop.is_heeded = True
         if self.stop.signal is not None:
             self._tell("stop", str(int(self.stop.signal)))
         with self._connected():

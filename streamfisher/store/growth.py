@@ -8,6 +8,7 @@ from collections.abc import Callable
 from streamfisher.data.batches import Unit, make_units
 from streamfisher.errors import RunMismatchError
 from streamfisher.runtime.durable import write_json, write_marker
+from streamfisher.store.config_file import write_config
 from streamfisher.store.layout import MANIFEST_COPY
 from streamfisher.store.manifest import Manifest, differences
 from streamfisher.store.names import node_name
@@ -83,6 +84,7 @@ def grow_run(store: RunStore, manifest: Manifest) -> RunStore:
     grown = dataclasses.replace(store.manifest, data=manifest.data).to_dict()
     write_marker(store.path / "manifest.json", grown, fsync=store.fsync)
     write_json(store.path / MANIFEST_COPY, grown)
+    write_config(store.path, Manifest.from_dict(grown))
     return RunStore(store.path)
 
 

@@ -13,6 +13,7 @@ from streamfisher.errors import ConfigError, CorruptRunError, RunError
 from streamfisher.runtime.durable import write_json, write_marker
 from streamfisher.runtime.own_files import require_own_files
 from streamfisher.store import codecs
+from streamfisher.store.config_file import CONFIG_FILE, write_config
 from streamfisher.store.manifest import Manifest, columns_of
 from streamfisher.store.names import node_name
 from streamfisher.store.opening import LARGEST_CHUNK
@@ -75,6 +76,7 @@ def create_run(path: Path, manifest: Manifest) -> None:
     if layout["centered"]:
         _create_mean_arrays(root, manifest)
     root.require_group("gram")
+    write_config(path, manifest)
     write_json(path / MANIFEST_COPY, manifest.to_dict())
     write_marker(path / "manifest.json", manifest.to_dict(), fsync=bool(manifest.config.get("fsync")))
 
@@ -102,7 +104,7 @@ def check_free(path: Path) -> None:
     if path.is_dir() and any(path.iterdir()):
         require_own_files(path)
         ours = {"zarr.json", "gradients", "samples", "mean", "mean_parts", "gram", "gram_mean", "moment", "done"}
-        ours |= {MANIFEST_COPY, "factors", "fields", "lock", "lock.ranks", "log.jsonl"}
+        ours |= {MANIFEST_COPY, CONFIG_FILE, "factors", "fields", "lock", "lock.ranks", "log.jsonl"}
         entries = (entry.name for entry in path.iterdir() if not entry.name.endswith(".partial"))
         foreign = sorted(name for name in entries if name not in ours)
         if not foreign and (path / "zarr.json").exists() and not (path / "done").is_dir():

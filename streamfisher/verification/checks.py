@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from streamfisher.analysis.run import StoredRun
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError
+from streamfisher.runtime.bars import Bar
 from streamfisher.runtime.durable import read_json
 from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import codecs, stage_of
+from streamfisher.store.config_file import CONFIG_FILE, is_right, write_config
 from streamfisher.store.factors import checksum_of
 from streamfisher.store.forms import EIGENVECTORS, FINISHED_EIGENVECTORS, require_form
 from streamfisher.store.integrity import chunk_digest
@@ -51,6 +52,25 @@ class MetadataCheck:
         restore_metadata(self.run.path, self.run.manifest, self._wrong)
 
 
+class ConfigCheck:
+    """`config.yaml`: as it follows from the manifest; older runs have none."""
+
+    def __init__(self, run: StoredRun) -> None:
+        self.run = run
+        self._wrong = False
+
+    def find(self) -> list[Problem]:
+        """Return whether it says something else."""
+        there = (self.run.path / CONFIG_FILE).exists()
+        self._wrong = there and not is_right(self.run.path, self.run.manifest)
+        return [Problem("config", None, None, None, f"{CONFIG_FILE} is not what was written")] if self._wrong else []
+
+    def repair(self) -> None:
+        """Write it anew."""
+        if self._wrong:
+            write_config(self.run.path, self.run.manifest)
+
+
 class UnitCheck:
     """Rows, factors and values per sample of every finished unit, in every wave: what its marker says."""
 
@@ -63,7 +83,7 @@ class UnitCheck:
         store, problems = self.run.store, []
         done = {wave: store.markers.done_units(stage_of(wave)) for wave in range(len(store.waves))}
         work = [(unit, wave) for wave in done for unit in store.units if unit.index in done[wave]]
-        for unit, wave in tqdm(work, desc="verify", unit="unit", disable=not self.progress):
+        for unit, wave in Bar(work, desc="verify", unit="unit", disable=not self.progress):
             wrong = _check_unit(self.run, unit, wave)
             if wrong:
                 problems += wrong

@@ -17,6 +17,7 @@ from streamfisher.store.layout import MANIFEST_COPY
 from streamfisher.store.repair import restore_manifest
 from streamfisher.verification.checks import (
     Check,
+    ConfigCheck,
     EigenvectorCheck,
     FieldCheck,
     GramCheck,
@@ -76,6 +77,7 @@ def verify(
         FieldCheck(run),
         EigenvectorCheck(run),
         ResultCheck(run),
+        ConfigCheck(run),
     ]
     for check in checks:
         problems += check.find()

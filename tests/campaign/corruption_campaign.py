@@ -42,7 +42,7 @@ def kind_of(path: str) -> str:
     if path.startswith("done/"):
         name = rest.rsplit("/", 1)[-1]
         return "marker of " + ("eigenvectors" if "eigenvectors" in rest else name.split("-")[0].split(".")[0])
-    if first.startswith("manifest"):
+    if first.startswith(("manifest", "config.yaml")):
         return "manifest"
     if path.endswith("zarr.json"):
         return "array metadata"

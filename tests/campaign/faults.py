@@ -96,7 +96,9 @@ def stage_of(path: str, growing: bool) -> str | None:
         return "mean" if not path.endswith("zarr.json") else "manifest"
     if first == "done" and name.startswith("deleted"):
         return "wave change"
-    if path.startswith("manifest") or (path.endswith("zarr.json") and first in ("gradients", "samples")):
+    if path.startswith(("manifest", "config.yaml")) or (
+        path.endswith("zarr.json") and first in ("gradients", "samples")
+    ):
         return "growth" if growing else "manifest"
     if first in ("gradients", "samples", "factors") or (first == "done" and name.startswith("rows")):
         return "rows"

@@ -161,7 +161,7 @@ def test_run_of_something_else_is_not_resumed(case, finished, tmp_path, capsys, 
         "run",
         *arguments,
         *("--out", "run.zarr", "--quiet", "--chunk-size", 4),
-        says=[*says, "cannot be resumed", "another folder"],
+        says=[*says, "cannot be resumed", "--samples 0:5" if case == "number of samples" else "another folder"],
     )
     assert "setting chunk_size" not in message
 

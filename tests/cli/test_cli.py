@@ -43,7 +43,7 @@ def no_model(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the model was asked for")
 
-    for name in ("load_model", "load_tokenizer", "call"):
+    for name in ("load_model", "load_with_tokenizer", "call"):
         monkeypatch.setattr(f"streamfisher.models.loading.{name}", refuse)
 
 
@@ -512,6 +512,7 @@ OPTIONS = {
         *("--include", "--exclude", "--store-dtype", "--bitround", "--codec", "--memory-budget", "--workers", "--eps"),
         *("--disk-budget", "--representation", "--keep-gradients", "--gram-per", "--stream", "--project", "--fsync"),
     ],
+    "replay": ["--out", "--trust-remote-code", "RUN.zarr"],
     "collect": ["--samples", "--max-length", "--out", "--config", "--store-centered"],
     "gram": ["--rebuild", "--gram-dtype", "--workers", "--memory-budget", "RUN.zarr"],
     "spectrum": ["--blocks", "--center", "--samples", "--top-k", "--out", "RUN.zarr"],

@@ -154,6 +154,9 @@ def test_signals_are_kept_until_the_unit_is_done_and_handlers_are_put_back():
         assert stop.signal == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
     twice = StopRequest()
+    with pytest.raises(KeyboardInterrupt):  # nothing is in flight before somebody looks at requests
+        twice.set(signal.SIGINT)
+    twice.is_heeded = True
     twice.set(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         twice.set(signal.SIGINT)

@@ -196,7 +196,7 @@ def test_a_data_loader_that_shuffles_or_gives_no_dicts_is_refused_with_the_remed
     with pytest.raises(DataError, match=r"shuffles.*loader\.dataset.*shuffle=False"):
         Samples(DataLoader(Vectors(), batch_size=4, shuffle=True))
     with pytest.raises(DataError, match=r"type list.*collate_fn"):
-        Samples(DataLoader([(torch.ones(3), 1)] * 4, batch_size=2))
+        Samples(DataLoader([(torch.ones(3), 1, 2)] * 4, batch_size=2))
 
 
 def test_rows_of_unequal_lengths_in_one_dict_are_refused_with_the_remedy():

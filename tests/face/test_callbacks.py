@@ -32,7 +32,7 @@ class WithLoss(TinyCausal):
         return {"loss": loss, "logits": logits}
 
 
-def train(tmp_path, callbacks):
+def train(tmp_path, callbacks, reporters=(), **options):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     model = WithLoss(seed=0)
@@ -44,12 +44,12 @@ def train(tmp_path, callbacks):
         learning_rate=0.1,
         report_to=[],
         save_strategy="no",
-        logging_strategy="no",
+        **({"logging_strategy": "no"} | options),
         disable_tqdm=True,
         use_cpu=True,
         seed=0,
     )
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, callbacks=[*reporters, *callbacks])
     trainer.train()
     return model, trainer
 
@@ -74,6 +74,30 @@ def test_a_run_every_n_steps_and_training_is_not_touched(tmp_path):
     assert len(np.unique(traces)) == 3
     logged = [entry for entry in trainer.state.log_history if "fisher_trace" in entry]
     assert [entry["step"] for entry in logged] == [0, 2, 4]
+
+
+def test_metrics_of_each_block_reach_whatever_reports_the_log(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    seen = []
+
+    class Reporter(transformers.TrainerCallback):
+        """What TensorBoard's and W&B's callbacks do: it takes what `on_log` is given."""
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append((state.global_step, dict(logs)))
+
+    callback = CollectCallback(samples(), tmp_path / "runs", every=2, config=CONFIG, loss=token_loss)
+    train(tmp_path, [callback], [Reporter()], logging_strategy="steps", logging_steps=1)
+    fisher = {step: logs for step, logs in seen if "fisher_trace" in logs}
+    assert list(fisher) == [0, 2, 4]
+    assert [step for step, logs in seen if "loss" in logs] == [1, 2, 3, 4]  # its own entries are not lost
+    spectrum = open_run(callback.runs[1]).spectrum("layer")
+    for key, block in spectrum.blocks.items():
+        for name in ("trace", "largest_eigenvalue", "effective_rank"):
+            assert fisher[2][f"fisher/{key}/{name}"] == block.metrics[name]
+    assert all(type(value) is float for logs in fisher.values() for key, value in logs.items() if "fisher" in key)
+    whole = open_run(callback.runs[1]).spectrum("none").global_
+    assert fisher[2]["fisher_effective_rank"] == whole.metrics["effective_rank"]
 
 
 def test_steps_must_be_positive():

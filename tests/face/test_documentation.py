@@ -40,9 +40,19 @@ def test_options_named_in_the_documents_exist():
 
 def test_links_between_documents_lead_somewhere():
     for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+            name, _, anchor = target.partition("#")
+            if "://" in target:
+                continue
+            there = page.parent / name if name else page
+            assert there.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(there.read_text()), f"{page.name}: {target}"
+
+
+def anchors(text):
+    """Return what headings are called in links, as GitHub and mkdocs make it."""
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower().strip()).replace(" ", "-") for heading in headings}
 
 
 def test_page_of_options_is_that_of_their_definitions():

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +44,23 @@ def test_csv_has_every_eigenvalue_and_metric_exactly(run, files):
     assert [r["of"] for r in metrics if r["structure"] == "none"] == ["whole model"] * 2
     row = next(r for r in metrics if r["block"] == "first.weight" and r["centered"] == "True")
     assert float(row["effective_rank"]) == expected(run).metrics["effective_rank"]
+
+
+def test_tables_have_every_metric_that_the_documents_promise(run):
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text().split("## ")[0]
+    cells = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    names = [name for cell in cells for name in re.findall("`(.*?)`", cell)]
+    first = [f"cumulative_variance{name}" if name in ("_10", "_100") else name for name in names]
+    assert len(first) > 20
+    spectra = [run.spectrum("parameter"), run.spectrum("none", top_k=2, config=run.config.replace(solver="iterative"))]
+    table = metric_table(spectra)
+    assert set(first) - table.keys() == set()
+    for spectrum in spectra:
+        for name, block in spectrum.blocks.items():
+            here = (spectrum.metadata["block_structure"], name)
+            row = list(zip(table["structure"], table["block"], strict=True)).index(here)
+            asked = [key for key in block.metrics if key not in ("block_name", "top_eigenvalues")]
+            assert {key: table[key][row] for key in asked} == {key: block.metrics[key] for key in asked}, name
 
 
 def test_parquet_is_the_same_table(run, files):

@@ -46,7 +46,9 @@ TABLE = table()
 def covers(pattern, path):
     """Return whether a pattern is that of a file, or of the array or group that the file lies in."""
     wanted, parts = pattern.split("/"), path.split("/")
-    inside = len(parts) == len(wanted) if pattern.endswith((".json", ".html", ".png")) else len(parts) > len(wanted)
+    inside = (
+        len(parts) == len(wanted) if pattern.endswith((".json", ".html", ".png", ".yaml")) else len(parts) > len(wanted)
+    )
     return inside and all(fnmatchcase(part, name) for part, name in zip(parts, wanted, strict=False))
 
 
