@@ -207,7 +207,7 @@ class BlockGrams:
             CapacityError: they do not fit the memory.
         """
         if key not in self.blocks:
-            raise ConfigError(f"there is no block {key!r}; the blocks are {', '.join(self.blocks)}.")
+            raise unknown_block(key, self.blocks)
         n = len(self.selection)
         require_memory(8 * (self.n_stored**2 + needs * n**2), f"the eigenvectors of {n} samples", self.config)
         problem, traces, raw = self._problem(None), dict[str, float](), np.zeros((n, n))
