@@ -13,6 +13,7 @@ from streamfisher.analysis.block_grams import BlockGrams
 from streamfisher.analysis.eigenvectors import slabs
 from streamfisher.analysis.influence_analyses import InfluenceAnalyses, parameters_of
 from streamfisher.analysis.sample_analyses import structure_of
+from streamfisher.blocks.structures import unknown_block
 from streamfisher.errors import ConfigError, DataError, RunError
 from streamfisher.influence.directions import Directions, joined, mean_direction, resampled_shares, shares_of
 from streamfisher.results.directions import BlockDirections, DirectionAnalysis
@@ -74,7 +75,7 @@ class DirectionAnalyses(InfluenceAnalyses):
         self.require_exact("the share of a direction", options.get("config"))
         grams = self._uncentered_grams(structure_of(block or "", block_structure), center, progress=progress, **options)
         if block is not None and block not in grams.blocks:
-            raise ConfigError(f"there is no block {block!r}; the blocks are {', '.join(grams.blocks)}.")
+            raise unknown_block(block, grams.blocks)
         keys = list(grams.blocks) if block is None else [block]
         names, facts = ["mean gradient"], dict(grams.metadata)
         step: dict[str, np.ndarray] | None = None

@@ -13,6 +13,7 @@ import numpy as np
 from streamfisher.analysis.analyses import Analyses
 from streamfisher.analysis.block_grams import BlockGrams, require_memory
 from streamfisher.analysis.sample_analyses import SampleAnalyses, check_dampings, structure_of, texts_of
+from streamfisher.blocks.structures import unknown_block
 from streamfisher.errors import ConfigError, DataError, RunError, RunMismatchError
 from streamfisher.influence.damped import MeanProducts, damped_products
 from streamfisher.reduction.joined_rows import build_cross_grams
@@ -85,7 +86,7 @@ class InfluenceAnalyses(SampleAnalyses):
         grams = self._uncentered_grams(structure_of(block or "", block_structure), center, progress=progress, **options)
         keys = list(grams.blocks) if block is None else [block]
         if block is not None and block not in grams.blocks:
-            raise ConfigError(f"there is no block {block!r}; the blocks are {', '.join(grams.blocks)}.")
+            raise unknown_block(block, grams.blocks)
         numbers, of_queries, grams = self._queried(grams, keys, queries, query_samples)
         said = texts_of(texts, self.n_samples, grams.selection.samples)
         n, n_queries = len(grams.selection), len(numbers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
-from tqdm import tqdm
+from streamfisher.runtime.bars import Bar
 
 T = TypeVar("T")
 
@@ -29,4 +29,4 @@ def steps(items: Iterable[T], title: str, *, show: bool, n_samples: int = 0) -> 
         return
     total = len(items) if isinstance(items, Sized) else None
     delay = 0.0 if n_samples >= _LARGE else _SECONDS
-    yield from tqdm(items, desc=title, total=total, delay=delay, leave=False, mininterval=0.5)
+    yield from Bar(items, desc=title, total=total, delay=delay, leave=False, mininterval=0.5)
