@@ -54,7 +54,7 @@ def _intervals(spectrum: Spectrum) -> list[str]:
     subsets = f"{found.n_resamples} subsets that lack {found.n_left_out} samples"
     lines = [f"{100 * found.level:g} % intervals at this N, from {subsets}"]
     lines += [_line(row, widths) for row in rows]
-    return [*lines, "Delete-d jackknife; what still grows with N is not converged by it (docs/metrics.md, Intervals)."]
+    return [*lines, "Delete-d jackknife; what still grows with N is not converged by it (see the page on metrics)."]
 
 
 def _row(name: str, block: Block) -> tuple[str, ...]:
