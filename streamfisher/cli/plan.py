@@ -18,6 +18,7 @@ from streamfisher.cli.options import RunOptions, read_run_options
 from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError, ConfigError, DataError, StreamfisherError
+from streamfisher.planning.accelerators import ACCELERATORS, accelerator
 from streamfisher.planning.machine import Machine, this_machine
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import UNKNOWN, Rates, measure
@@ -37,6 +38,12 @@ def add_plan_command(add: AddCommand) -> None:
     add_collection_options(plan)
     add_options(plan, *ANALYSIS, *ELSEWHERE)
     machine = plan.add_argument_group("machine (default: this one, measured in a few seconds)")
+    machine.add_argument(
+        "--accelerator",
+        default=None,
+        metavar="|".join(ACCELERATORS),
+        help="one of these, by rates that were measured; what else is given here wins",
+    )
     machine.add_argument("--flops", type=float, default=None, help="operations/s of passes and products, as 400e12")
     machine.add_argument("--solve-flops", type=float, default=None, help="operations/s of the float64 eigensolve")
     machine.add_argument("--disk", default=None, metavar="RATE", help="of writing and reading, for example 3GB/s")
@@ -49,6 +56,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     options = read_run_options(arguments)
     if not options.model:
         raise ConfigError("MODEL is missing; see `streamfisher plan --help`.")
+    _describe_accelerator(arguments)
     if arguments.devices and arguments.device_memory is None:
         raise ConfigError(f"--devices {arguments.devices}: say how much memory each has, with --device-memory 80GB.")
     plan = plan_of(options, arguments, _existing(Path(out) if out else Path.cwd()))
@@ -57,6 +65,14 @@ def _plan(arguments: argparse.Namespace) -> int:
     else:
         print(plan.table())
     return 0 if plan.chosen.fits else CapacityError.exit_code
+
+
+def _describe_accelerator(arguments: argparse.Namespace) -> None:
+    """Let a named accelerator stand for how many there are, and how much each holds, where that is not given."""
+    if arguments.accelerator is not None:
+        known = accelerator(arguments.accelerator)
+        arguments.devices = arguments.devices or 1
+        arguments.device_memory = arguments.device_memory or str(known.memory)
 
 
 def plan_of(options: RunOptions, machine_options: argparse.Namespace, folder: Path, source: Any = None) -> RunPlan:
@@ -113,7 +129,7 @@ def _machine(arguments: argparse.Namespace, config: SpectralConfig, folder: Path
 
 def announce_plan(options: RunOptions, source: Any, *, verbose: bool = False) -> None:
     """Print the plan of a run that is about to start in a few lines, or whole, or why there is none."""
-    here = argparse.Namespace(flops=None, solve_flops=None, disk=None, devices=0, device_memory=None)
+    here = argparse.Namespace(accelerator=None, flops=None, solve_flops=None, disk=None, devices=0, device_memory=None)
     try:
         plan = plan_of(options, here, _existing(Path(options.out)), source)
         text = plan.table() if verbose or not plan.chosen.fits else plan.summary()
@@ -170,15 +186,20 @@ def _rates(
     if arguments.disk is not None:
         disk = float(parse_bytes(str(arguments.disk).lower().removesuffix("/s"), "--disk"))
     flops, solve = _positive("--flops", arguments.flops), _positive("--solve-flops", arguments.solve_flops)
-    if flops is not None and solve is not None and disk is not None:
-        return Rates(passes=flops, products=flops, forming=flops, solve=solve, write=disk, read=disk)
+    named = accelerator(arguments.accelerator) if arguments.accelerator is not None and flops is None else None
+    device = {name: flops if named is None else getattr(named, name) for name in ("passes", "products", "forming")}
+    source = "given" if named is None else named.source
+    passes, products, forming = device.values()
+    if passes is not None and products is not None and forming is not None and solve is not None and disk is not None:
+        return Rates(passes, products, forming, solve=solve, write=disk, read=disk, source=source)
     layer = trace.layer
     if layer is not None:
         batch = max(1, config.batch_tokens // max(round(trace.tokens), 1))
         layer = dataclasses.replace(layer, batch=min(batch, config.chunk_size, len(lengths)))
     measured = measure(len(lengths), dtype_gram=config.dtype_gram, codec=config.codec, layer=layer, folder=folder)
     here = {"chunk_seconds": 0.0, "array_seconds": 0.0} if disk is not None else {}
-    return measured.given(passes=flops, products=flops, forming=flops, solve=solve, write=disk, read=disk, **here)
+    known = measured.given(**device, solve=solve, write=disk, read=disk, **here)
+    return known if named is None else dataclasses.replace(known, source=f"{known.source} ({named.source})")
 
 
 def _positive(option: str, value: float | None) -> float | None:

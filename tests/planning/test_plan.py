@@ -325,9 +325,28 @@ def test_the_command_prints_a_table_or_json(capsys):
     assert "It does not fit:" in capsys.readouterr().out
 
 
+def test_an_accelerator_that_was_measured_is_planned_without_it(capsys):
+    line = ["plan", str(SHAPES / "llama-2-7b"), "--samples", "512", "--max-length", "512", "--stream", "layers"]
+    line += ["--keep-gradients", "none", "--memory-budget", "110GB", "--disk-budget", "1TB"]
+    line += ["--solve-flops", "1e11", "--disk", "3GB/s", "--json"]
+    seconds = {}
+    for options in (["--accelerator", "h100"], ["--accelerator", "H200"], ["--accelerator", "h100", "--flops", "1e12"]):
+        assert cli(*line, *options) == 0
+        plan = json.loads(capsys.readouterr().out)
+        taken = next(way for way in plan["ways"] if way["name"] == plan["chosen"])
+        assert taken["hold"] == "device" and taken["name"].startswith("stream layers")
+        seconds[tuple(options)] = taken["seconds"]
+    first, second, given = seconds.values()
+    assert 60 < first < 600 and second <= first and given > 10 * first  # about 90 s were measured, part by part
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--samples", "64", "--max-length", "64", "--accelerator", "a9"],
+            "its rates were not measured; h100 and h200",
+        ),
         (["--samples", "64"], "without DATA, say how many samples of how many tokens"),
         (["--max-length", "64"], "without DATA, say how many samples of how many tokens"),
         (["--samples", "64", "--max-length", "64", "--devices", "2"], "say how much memory each has"),
