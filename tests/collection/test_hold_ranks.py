@@ -86,7 +86,7 @@ def logged(out):
 def test_killed_at_random_moments_on_1_to_3_ranks_the_bytes_are_the_same(tmp_path, seed):
     alone = held(tmp_path / "undisturbed.zarr", 1, "--memory-budget", "6MB", "--representation", "dense")
     dice, out, hits = random.Random(seed), tmp_path / "run.zarr", 0
-    for _ in range(10):
+    for _ in range(6):
         count = dice.choice([1, 2, 3])
         arguments = command(out, "slow_llama", "twenty_one_sequences", *HELD)
         arguments += ["--memory-budget", "6MB", "--representation", "dense"]
@@ -101,7 +101,7 @@ def test_killed_at_random_moments_on_1_to_3_ranks_the_bytes_are_the_same(tmp_pat
         else:
             process.send_signal(signal.SIGTERM)
         process.communicate(timeout=120)
-    assert hits >= 5
+    assert hits >= 3
     assert held(out, 2, "--memory-budget", "6MB", "--representation", "dense", model="slow_llama") == alone
 
 
