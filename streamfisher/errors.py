@@ -102,10 +102,10 @@ def no_memory(error: BaseException) -> bool:
     signs = (
         *("can't allocate memory", "can't start new thread", "out of memory", "bad_alloc"),
         "failed to map segment from shared object",  # of a library that is loaded
+        *("without exception set", "without setting an exception"),  # of code in C that had none to raise one in
     )
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError | OSError | ImportError) and any(sign in str(error) for sign in signs)
-    )
+    kinds = RuntimeError | OSError | ImportError | SystemError
+    return isinstance(error, MemoryError) or (isinstance(error, kinds) and any(sign in str(error) for sign in signs))
 
 
 def unreadable(error: Exception, message: str) -> StreamfisherError:

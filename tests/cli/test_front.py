@@ -53,6 +53,7 @@ def test_words_that_are_no_command_end_with_the_known_ones(words, capsys):
         RuntimeError("[enforce fail at alloc_cpu.cpp:114] err == 0. DefaultCPUAllocator: can't allocate memory"),
         OSError("libgomp.so.1: failed to map segment from shared object"),
         ImportError("/lib/_backend_agg.so: failed to map segment from shared object"),
+        SystemError("error return without exception set"),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -32,7 +32,7 @@ def in_folder(folder, monkeypatch):
 
 
 def files(run):
-    return {name: data for name, data in contents(run).items() if name != "spectrum.png"}
+    return {name: data for name, data in contents(run).items() if name not in ("spectrum.png", "report.html")}
 
 
 @pytest.mark.parametrize(
