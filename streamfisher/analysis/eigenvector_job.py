@@ -87,9 +87,19 @@ class EigenvectorJob:
         Raises:
             CorruptRunError: it is not what was written.
         """
-        if self.marker("solved").get("coefficients") not in (None, chunk_digest(self.folder / "coefficients")):
-            raise CorruptRunError(f"{self.folder} is not what was written; `streamfisher verify --repair` clears it.")
+        self.require_written("coefficients", self.marker("solved").get("coefficients"))
         return self.array("coefficients")
+
+    def require_written(self, name: str, digest: int | None) -> None:
+        """Refuse an array of the group whose chunks are not those that a marker names; one without names none.
+
+        Raises:
+            CorruptRunError: they are not.
+        """
+        if digest not in (None, chunk_digest(self.folder / name)):
+            raise CorruptRunError(
+                f"{self.folder / name} is not what was written; `streamfisher verify --repair` clears it."
+            )
 
     def restricted(self, products: np.ndarray) -> np.ndarray:
         """Return V F V^T (k, k), the Fisher or covariance of what counts in the span of V.
@@ -212,7 +222,10 @@ def keep_solution(
     job.put("projections", projections, ("sample", "eigenvector"))
     job.put("eigenvalues", values[::-1].copy(), ("eigenvector",))
     error = float(np.abs(overlap - np.eye(X.shape[1])).max())
-    job.mark("solved", {"overlap_before": error, "coefficients": chunk_digest(job.folder / "coefficients")})
+    solved = {"overlap_before": error, "coefficients": chunk_digest(job.folder / "coefficients")}
+    if rotation is not None:
+        solved["rotation"] = chunk_digest(job.folder / rotation)
+    job.mark("solved", solved)
 
 
 def require_numbers(job: EigenvectorJob, overlap: np.ndarray) -> None:

@@ -18,14 +18,15 @@ from streamfisher.analysis.block_grams import BlockGrams
 from streamfisher.analysis.eigenvector_job import EigenvectorJob, finish, keep_solution, write_vectors
 from streamfisher.analysis.eigenvectors import leading_coefficients
 from streamfisher.analysis.run import StoredRun
-from streamfisher.collection.with_model import with_model
-from streamfisher.errors import RunError
+from streamfisher.collection.with_model import tolerance_of, with_model
+from streamfisher.errors import RunError, RunMismatchError
 from streamfisher.gradients import GradientEngine
 from streamfisher.models.batches import ModelBatches
 from streamfisher.runtime.bars import Bar
 from streamfisher.runtime.memory import working_memory
 from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store.eigenvectors import Eigenvectors, open_eigenvectors
+from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.names import node_name
 
 #: Where V is before it is turned, below the folder of the eigenvectors.
@@ -65,7 +66,7 @@ def eigenvectors_by_pass(
     Raises:
         ConfigError: there is no such block, or it has fewer than `top` eigenvalues above its noise floor.
         RunError: rows were stored centered, other eigenvectors are there, or another process writes the run.
-        RunMismatchError: model, data or loss are not those of the run.
+        RunMismatchError: model, data or loss are not those of the run, or give other gradients than its Grams are of.
     """
     store = run.store
     if store.centered:
@@ -82,9 +83,8 @@ def eigenvectors_by_pass(
                 with with_model(run, model, samples, loss, what="continued") as (engine, batches):
                     for names in _groups(job, missing, batches, top):
                         _add_up(job, names, coefficients, engine, batches, progress)
-            _solve(job, coefficients)
-        rotation = job.array(f"{_UNTURNED}/rotation")
-        write_vectors(job, job.names, lambda name: _turned(job, name, rotation))
+            _solve(job, coefficients, tolerance_of(run))
+        write_vectors(job, job.names, lambda name: _turned(job, name))
         remove_tree(store.path, job.folder / _UNTURNED)
         finish(job)
     return open_eigenvectors(store.path, block, center=grams.center)
@@ -98,7 +98,8 @@ def _begun(job: EigenvectorJob, grams: BlockGrams, block: str, top: int) -> np.n
     """Return C (N, k): that of the beginning, since other signs would not go with the vectors that are there."""
     if not job.is_done("begun"):
         job.put(f"{_UNTURNED}/coefficients", leading_coefficients(grams, block, top), ("sample", "vector"))
-        job.mark("begun", {})
+        job.mark("begun", {"coefficients": chunk_digest(job.folder / _UNTURNED / "coefficients")})
+    job.require_written(f"{_UNTURNED}/coefficients", job.marker("begun").get("coefficients"))
     return job.array(f"{_UNTURNED}/coefficients")
 
 
@@ -145,21 +146,46 @@ def _add_up(
         array = job.create(_UNTURNED, name, k, np.dtype("float64"))
         array[...] = values.cpu().numpy()
         overlap = (values @ values.T).cpu().numpy()
-        job.mark(_mark(name), {"overlap": overlap.tolist()})
+        written = chunk_digest(job.folder / _UNTURNED / node_name(name))
+        job.mark(_mark(name), {"overlap": overlap.tolist(), "vectors": written})
 
 
-def _solve(job: EigenvectorJob, coefficients: np.ndarray) -> None:
-    """Turn V by what its own products and the Grams say."""
+def _solve(job: EigenvectorJob, coefficients: np.ndarray, tolerance: float) -> None:
+    """Turn V by what its own products and the Grams say.
+
+    Both are of the same gradients: V F V^T by the Grams is diag(lambda) where V V^T, by the gradients that were formed
+    again, is the identity. How far it is not, with the weight that eigenvalues give it, is how far they differ.
+
+    Raises:
+        RunMismatchError: they differ by more than `tolerance` of the largest eigenvalue.
+    """
     overlap = np.sum([job.marker(_mark(name))["overlap"] for name in job.names], axis=0)
     store = job.store
     whole = np.sum([store.grams.read(key)[0] for key in job.grams.blocks[job.block]], axis=0)
     valid = store.samples.per_sample("valid") == 1
     products = np.where(valid[:, None], whole @ coefficients, 0.0)  # G V^T
-    keep_solution(job, coefficients, overlap, job.restricted(products), products, rotation=f"{_UNTURNED}/rotation")
+    restricted = job.restricted(products)
+    values = restricted.diagonal()
+    sizes = np.sqrt(np.maximum(values, 0.0))
+    off = float(np.abs(np.outer(sizes, sizes) * overlap - np.diag(values)).max() / values.max())
+    if not off <= tolerance:
+        raise RunMismatchError(
+            f"{store.path}: the gradients that are formed now are not those that its Grams are of (they differ by "
+            f"{off:.1e} of the largest eigenvalue, and rounding by {tolerance:.0e} at most). Use the libraries, device "
+            "and settings of the model that made the run; `streamfisher verify --deep` says where they differ."
+        )
+    keep_solution(job, coefficients, overlap, restricted, products, rotation=f"{_UNTURNED}/rotation")
 
 
-def _turned(job: EigenvectorJob, name: str, rotation: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Yield X^T V of a parameter, some columns at a time."""
+def _turned(job: EigenvectorJob, name: str) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield X^T V of a parameter, some columns at a time.
+
+    Raises:
+        CorruptRunError: X or V is not what was written.
+    """
+    job.require_written(f"{_UNTURNED}/rotation", job.marker("solved").get("rotation"))
+    job.require_written(f"{_UNTURNED}/{node_name(name)}", job.marker(_mark(name)).get("vectors"))
+    rotation = job.array(f"{_UNTURNED}/rotation")
     array: Any = job.group[f"{_UNTURNED}/{node_name(name)}"]
     for start in range(0, array.shape[1], array.chunks[1]):
         stop = min(start + array.chunks[1], array.shape[1])

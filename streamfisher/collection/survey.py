@@ -15,7 +15,7 @@ from streamfisher.collection.padding import lengths_of, numbered, padding_change
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import Unit, collate, make_units, sequence_length
 from streamfisher.data.samples import Samples, TokenSamples, add_contents, check_unchanged, sample_digest
-from streamfisher.data.tokenizing import Tokenizer, tokenizer_of
+from streamfisher.data.tokenizing import Tokenizer, numbers_of, tokenizer_of
 from streamfisher.errors import ConfigError, DataError, LossError, ModelError, StreamfisherError
 from streamfisher.gradients import GradientEngine, select_parameters
 from streamfisher.gradients.modes import check_modes
@@ -119,7 +119,7 @@ def survey(
     samples = Samples(source, n_samples, config.max_length)
     if len(samples) < 2 and config.sample_unit != "token":
         raise DataError(f"{len(samples)} sample was given; a spectrum needs at least 2.")
-    tokenizer = tokenizer_of(samples.source)
+    tokenizer, numbers = tokenizer_of(samples.source), numbers_of(samples.source)
     check_bytes(model, tokenizer)
     select_parameters(model, config.include, config.exclude)  # a model that cannot be captured is not run first
     check_modes(model)
@@ -141,20 +141,20 @@ def survey(
             "samples hold, and token ids must lie in its vocabulary; --debug shows where it failed."
         ) from error
     n_sequences = None
+    sequence_of = np.arange(len(samples))
     if config.sample_unit == "token":
         if chosen.name not in ("causal", "token"):
             raise ConfigError(
                 f"sample_unit='token' needs a token-wise loss of streamfisher's own; the loss here is {chosen.name!r}."
             )
         n_sequences = len(samples)
-        samples = Samples(
-            TokenSamples(
-                samples,
-                shifted=chosen.name == "causal",
-                per_sequence=config.tokens_per_sequence,
-                seed=config.seed,
-            )
+        tokens = TokenSamples(
+            samples,
+            shifted=chosen.name == "causal",
+            per_sequence=config.tokens_per_sequence,
+            seed=config.seed,
         )
+        samples, sequence_of = Samples(tokens), np.array([sequence for sequence, _ in tokens.targets])
         if len(samples) < 2:
             raise DataError("the data holds 1 target token; a spectrum needs at least 2.")
     units = make_units(len(samples), config.chunk_size)
@@ -170,6 +170,7 @@ def survey(
         scalars.append({key: float(value) for key, value in sample.items() if value.ndim == 0})
     longest.warn()
     fields = {key: np.array([values[key] for values in scalars]) for key in _common_keys(scalars)}
+    fields |= {key: np.array(values, dtype=np.float64)[sequence_of] for key, values in numbers.items()}
     chunk_digests = [_read_again(samples, unit, digests) for unit in units]
     engine = GradientEngine(
         model, chosen, include=config.include, exclude=config.exclude, deterministic=config.use_deterministic

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from streamfisher.analysis.run import StoredRun
@@ -14,6 +15,7 @@ from streamfisher.collection.prepare import make_manifest
 from streamfisher.collection.producers import model_producer
 from streamfisher.collection.resume import stored_routes
 from streamfisher.collection.survey import survey
+from streamfisher.config import parse_dtype
 from streamfisher.errors import RunMismatchError
 from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.state import without_packing
@@ -22,6 +24,16 @@ from streamfisher.models.dtypes import in_dtype
 from streamfisher.runtime.caller_state import modes_of_its_own
 from streamfisher.runtime.determinism import deterministic
 from streamfisher.store import resume_differences
+
+
+def rounding_of(run: StoredRun) -> float:
+    """Return what the arithmetic of a run's model may put on a gradient that is formed again, over its norm."""
+    return 8 * max(torch.finfo(parse_dtype(item["dtype"])).eps for item in run.manifest.parameters)
+
+
+def tolerance_of(run: StoredRun) -> float:
+    """Return how far a gradient that is formed again may be from a stored one, over its norm."""
+    return run.store.rows.norm_tolerance + rounding_of(run)
 
 
 @contextmanager

@@ -61,7 +61,8 @@ def load_samples(
     if path.is_dir():
         return _nonempty(list(_folder(path, encode, length)), spec, encode)
     if is_of_records(path):
-        return _nonempty(read_records(path, encode, field, max_length), spec, encode)
+        samples, numbers = read_records(path, encode, field, max_length)
+        return _nonempty(samples, spec, encode, numbers)
     if path.suffix in (".npy", ".npz"):
         return _arrays(path, length)
     return _nonempty(list(_sequences(encode(_read_text(path)), length)), spec, encode)
@@ -148,8 +149,12 @@ def _read_text(path: Path) -> str:
 
 
 def _nonempty(
-    samples: list[dict[str, Tensor]], spec: str, encode: TextEncoder | None = None
+    samples: list[dict[str, Tensor]],
+    spec: str,
+    encode: TextEncoder | None = None,
+    numbers: Mapping[str, list[float]] | None = None,
 ) -> list[dict[str, Tensor]]:
     if not samples:
         raise DataError(f"DATA {spec} is empty: no sequence of at least 2 tokens was found.")
-    return samples if encode is None or encode.tokenizer is None else TextSamples(samples, encode.tokenizer)
+    tokenizer = None if encode is None else encode.tokenizer
+    return samples if tokenizer is None and not numbers else TextSamples(samples, tokenizer, numbers)

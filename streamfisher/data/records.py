@@ -25,8 +25,12 @@ def is_of_records(path: Path) -> bool:
     return path.name.lower().endswith((*JSON_LINES, *TABLES))
 
 
-def read_records(path: Path, encode: TextEncoder, field: str, max_length: int | None) -> list[dict[str, Tensor]]:
-    """Return a sample of each record: token ids of the text in `field`, and the numbers that every record has.
+def read_records(
+    path: Path, encode: TextEncoder, field: str, max_length: int | None
+) -> tuple[list[dict[str, Tensor]], dict[str, list[float]]]:
+    """Return a sample of each record, token ids alone, and the numbers that every record has.
+
+    These are no part of the samples: whatever a record calls them, the model must not take them for an input.
 
     Args:
         path: `.jsonl`, also with `.gz` or `.zst`, `.parquet`, `.arrow` or `.feather`.
@@ -34,19 +38,25 @@ def read_records(path: Path, encode: TextEncoder, field: str, max_length: int | 
         field: that holds the text.
         max_length: tokens; longer texts are cut.
 
+    Returns:
+        `{"input_ids": (T,) int64}` of each record; and name -> a number of each record.
+
     Raises:
         DataError: the file cannot be read, or a record has no text or ids there; the message says which.
         MissingExtraError: pyarrow is needed and not installed.
     """
-    samples, numbers = [], None
+    samples: list[dict[str, Tensor]] = []
+    numbers: dict[str, list[float]] = {}
     for where, record in _records(path):
-        samples.append(({"input_ids": _ids(record, field, encode, where)[:max_length]}, record))
-        found = {key for key, value in record.items() if key != field and _is_number(value)}
-        numbers = found if numbers is None else numbers & found
-    return [
-        sample | {key: _scalar(record[key]) for key in sorted(numbers or ()) if key != "input_ids"}
-        for sample, record in samples
-    ]
+        ids = _ids(record, field, encode, where)
+        found = {key: float(value) for key, value in record.items() if key != field and _is_number(value)}
+        if not samples:
+            numbers = {key: [] for key in sorted(found)}
+        numbers = {key: values for key, values in numbers.items() if key in found}
+        for key, values in numbers.items():
+            values.append(found[key])
+        samples.append({"input_ids": ids[:max_length]})
+    return samples, numbers
 
 
 def _ids(record: Any, field: str, encode: TextEncoder, where: str) -> Tensor:
@@ -66,10 +76,6 @@ def _ids(record: Any, field: str, encode: TextEncoder, where: str) -> Tensor:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and -(2**63) <= value < 2**63)
-
-
-def _scalar(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:

@@ -92,11 +92,27 @@ class TextEncoder:
 
 
 class TextSamples(list[dict[str, Tensor]]):
-    """Samples that were text: a list of dicts that knows by what tokenizer they were encoded."""
+    """Samples that were text or records: a list of dicts that knows more than a model is given.
 
-    def __init__(self, samples: list[dict[str, Tensor]], tokenizer: Tokenizer):
+    Args:
+        samples: token ids.
+        tokenizer: by which text was encoded; `None`: the records held ids.
+        numbers: name -> a number of each sample, which become fields of the run.
+    """
+
+    def __init__(
+        self,
+        samples: list[dict[str, Tensor]],
+        tokenizer: Tokenizer | None,
+        numbers: Mapping[str, list[float]] | None = None,
+    ):
         super().__init__(samples)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.numbers = tokenizer, dict(numbers or {})
+
+
+def numbers_of(source: Any) -> dict[str, list[float]]:
+    """Return the numbers that came with the samples and are no part of them; none where nothing says so."""
+    return source.numbers if isinstance(source, TextSamples) else {}
 
 
 def tokenizer_of(source: Any) -> Tokenizer | None:

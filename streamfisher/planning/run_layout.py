@@ -254,14 +254,14 @@ def _cut_and_hold(
 def _of_one_rank(sizes: WaveSizes, config: SpectralConfig, count: int) -> tuple[WaveSizes, int]:
     """Return the sizes of what one of several ranks holds, and the bytes of one Gram's gradients of all samples.
 
-    The latter it gets from the others beside what it holds, once as they come and once as they are multiplied.
+    The latter pass beside what it holds: those that go to the others, those that come, and those that are multiplied.
     """
     if count == 1:
         return sizes.in_memory(), 0
     own = sum(map(len, make_units(sizes.n_samples, config.chunk_size)[::count]))
     whole = sizes.in_memory()
     of_grams = gram_keys(list(sizes.shapes), config.gram_per).values()
-    return sizes.in_memory(own), 2 * max((whole.of(names).disk for names in of_grams), default=0)
+    return sizes.in_memory(own), 3 * max((whole.of(names).disk for names in of_grams), default=0)
 
 
 def limits_in_memory(memory: int, why: str, joined: int = 0) -> WaveLimits:

@@ -44,7 +44,7 @@ def exchange(ranks: Ranks, parcels: Sequence[Parcel], device: torch.device, what
     ranks.wait(f"for {what}")
     if ranks.count == 1:
         return list(parcels)
-    group = _group(device.type, ranks.timeout)
+    group = _group(device.type, ranks.timeout, dist.group.WORLD)
     headers = [_header(parcel) for parcel in parcels]
     mine = ranks.index
     with _naming(ranks, what):
@@ -105,8 +105,8 @@ def _parcel(flat: Tensor, header: int) -> Parcel:
 
 
 @functools.cache
-def _group(device: str, timeout: float) -> dist.ProcessGroup | None:
-    """Return a group whose tensors may be on such a device; `None`: the one that all ranks are in has it."""
+def _group(device: str, timeout: float, every: dist.ProcessGroup) -> dist.ProcessGroup | None:
+    """Return a group whose tensors may be on such a device; `None`: the one of `every` rank, which has it."""
     backend = "gloo" if device == "cpu" else dist.get_default_backend_for_device(device)
     if backend in str(dist.get_backend()):
         return None

@@ -226,11 +226,12 @@ class RowStore:
         """
         width = self.run.array(f"gradients/{node_name(name)}").chunks[1]
         columns = sorted({0, *range(-start % width, read.shape[1], width)}) if read.shape[1] else []
-        for unit in self.run.units:
-            row = max(unit.start - first, 0)
-            if unit in unfinished or unit.stop <= first or row >= len(read):
-                continue
-            if np.isnan(read[row, columns]).any():
+        height = self.run.chunk_rows
+        units = self.run.units[first // height : -(-(first + len(read)) // height)]
+        asked = [unit for unit in units if unit not in unfinished]
+        rows = [max(unit.start - first, 0) for unit in asked]
+        for unit, corner in zip(asked, np.isnan(read[np.ix_(rows, columns)]), strict=True):
+            if corner.any():
                 raise CorruptRunError(
                     f"{self.run}: a chunk of {name}, samples {unit.start} to {unit.stop - 1}, is missing. "
                     "`streamfisher verify` finds what is affected."

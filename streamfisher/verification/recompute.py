@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from streamfisher.analysis.run import StoredRun
-from streamfisher.collection.with_model import with_model
-from streamfisher.config import parse_dtype
+from streamfisher.collection.with_model import rounding_of, tolerance_of, with_model
 from streamfisher.errors import ConfigError, CorruptRunError, RunError
 from streamfisher.gradients import GradientEngine
 from streamfisher.gradients.factors import FactorPair, product
@@ -75,9 +74,7 @@ class _DeepCheck:
     def __init__(self, run: StoredRun, engine: GradientEngine, batches: ModelBatches, chosen: list[int]):
         self.run, self.store, self.engine, self.batches, self.chosen = run, run.store, engine, batches, chosen
         self.differences: list[Problem] = []
-        eps = max(torch.finfo(parse_dtype(item["dtype"])).eps for item in run.manifest.parameters)
-        self.rounding = 8 * eps  # of the model's own dtype, over the norm of all that was summed
-        self.tolerance = self.store.rows.norm_tolerance + self.rounding
+        self.rounding, self.tolerance = rounding_of(run), tolerance_of(run)
         info = torch.finfo(self.store.store_dtype)
         self.smallest = info.smallest_normal * info.eps  # what storing can put on an entry that underflows
         self.norms = self._stored("squared_norm", np.zeros((len(chosen), len(self.store.parameters))))

@@ -1,5 +1,7 @@
 """Eigenvectors of runs that kept no gradients, by one more pass with the model: those of kept ones, orthonormal."""
 
+import shutil
+
 import numpy as np
 import pytest
 import tiny_models
@@ -8,8 +10,9 @@ from command_line import cli
 from factored_models import MODELS
 
 import streamfisher as sf
+from streamfisher.analysis.eigenvector_job import EigenvectorJob
 from streamfisher.collection import eigenvector_pass
-from streamfisher.errors import ConfigError, RunError, RunMismatchError
+from streamfisher.errors import ConfigError, CorruptRunError, RunError, RunMismatchError
 from streamfisher.store import open_eigenvectors
 
 
@@ -92,6 +95,67 @@ def test_little_memory_takes_more_passes_and_a_stopped_one_goes_on(tmp_path, mon
     whole = bare.eigenvectors("global", 3, overwrite=True, **again)
     assert np.array_equal(vectors(whole), vectors(found))
     assert np.array_equal(vectors(open_eigenvectors(bare.path, "global")), first)
+
+
+def test_gradients_that_the_grams_are_not_of_are_refused(tmp_path, monkeypatch):
+    _, bare, model, samples = pair(tmp_path, dtype="float32")
+    rows = eigenvector_pass.GradientEngine.rows
+
+    def otherwise(self, batch, out, factored=()):
+        found = rows(self, batch, out, factored)
+        for values in out.values():
+            values[0] *= 1.01
+        return found
+
+    monkeypatch.setattr(eigenvector_pass.GradientEngine, "rows", otherwise)
+    with pytest.raises(RunMismatchError, match=r"not those that its Grams are of.*verify --deep"):
+        bare.eigenvectors("global", 4, block_structure="none", model=model, data=samples)
+
+
+@pytest.mark.parametrize("at", ["parameter-lm_head.weight", "finished"])
+def test_stopped_while_it_is_written_it_goes_on_to_the_same(tmp_path, monkeypatch, at):
+    kept, bare, model, samples = pair(tmp_path)
+    mark = EigenvectorJob.mark
+
+    def stops(job, what, content):
+        if what == at:
+            raise KeyboardInterrupt
+        mark(job, what, content)
+
+    monkeypatch.setattr(EigenvectorJob, "mark", stops)
+    with pytest.raises(KeyboardInterrupt):
+        bare.eigenvectors("global", 3, block_structure="none", model=model, data=samples)
+    monkeypatch.undo()
+    found = bare.eigenvectors("global", 3, block_structure="none", model=model, data=samples)
+    np.testing.assert_allclose(
+        vectors(found), vectors(kept.eigenvectors("global", 3, block_structure="none")), atol=1e-8
+    )
+    assert sf.verify(bare) == []
+
+
+@pytest.mark.parametrize("what", ["rotation", "coefficients", "lm_head.weight"])
+def test_sums_that_were_exchanged_are_not_turned(tmp_path, monkeypatch, what):
+    _, bare, model, samples = pair(tmp_path)
+    done = "solved" if what == "coefficients" else "parameter-lm_head.weight"
+    mark = EigenvectorJob.mark
+
+    def stops(job, name, content):
+        if name == done:
+            raise KeyboardInterrupt
+        mark(job, name, content)
+
+    monkeypatch.setattr(EigenvectorJob, "mark", stops)
+    with pytest.raises(KeyboardInterrupt):
+        bare.eigenvectors("global", 3, block_structure="none", model=model, data=samples)
+    monkeypatch.undo()
+    folder = bare.path / "eigenvectors/global/unturned"
+    other = folder / ("coefficients" if what == "rotation" else "rotation")
+    if what == "lm_head.weight":
+        other = folder / "model.embed_tokens.weight"
+    shutil.rmtree(folder / what)
+    shutil.copytree(other, folder / what)
+    with pytest.raises(CorruptRunError, match="is not what was written"):
+        bare.eigenvectors("global", 3, block_structure="none", model=model, data=samples)
 
 
 def test_what_does_not_fit_the_run_is_refused(tmp_path):

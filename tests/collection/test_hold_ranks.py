@@ -120,6 +120,6 @@ def test_a_rank_plans_for_its_own_samples_and_for_what_comes_of_one_gram(monkeyp
     enough = int(of_all / run_layout.HOST_SHARE) + 1000
     assert waves(enough, 1) == 1
     one = of_all // 8
-    assert waves(int((of_all / 2 + 2 * one) / run_layout.HOST_SHARE) + 1000, 2) == 1
-    assert waves(int((of_all / 2 + 2 * one) / run_layout.HOST_SHARE) - 1000, 2) > 1
+    assert waves(int((of_all / 2 + 3 * one) / run_layout.HOST_SHARE) + 1000, 2) == 1
+    assert waves(int((of_all / 2 + 3 * one) / run_layout.HOST_SHARE) - 1000, 2) > 1
     assert sum(map(len, make_units(64, 4)[::2])) == 32

@@ -126,8 +126,35 @@ def test_a_file_of_records_is_read_with_its_numbers_as_fields(name, tmp_path, ca
 
 
 def test_numbers_that_some_records_lack_are_no_fields(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "abc", "a": 1, "b": 2}\n{"text": "abcd", "b": null}\n{"text": "de"}')
-    assert all(list(sample) == ["input_ids"] for sample in sf.load_samples(str(tmp_path / "a.jsonl")))
+    lines = (
+        '{"text": "abc", "a": 1, "b": 2, "c": 3}\n{"text": "abcd", "b": null, "c": 4}\n{"text": "de", "a": 1, "c": 5}'
+    )
+    (tmp_path / "a.jsonl").write_text(lines)
+    assert sf.load_samples(str(tmp_path / "a.jsonl")).numbers == {"c": [3.0, 4.0, 5.0]}
+
+
+@pytest.mark.parametrize("unit", ["sequence", "token"])
+@pytest.mark.parametrize("ids", [False, True])
+def test_numbers_of_records_are_no_input_of_the_model_whatever_they_are_called(tmp_path, unit, ids):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=256))
+    called = {"labels": 1, "position_ids": 2, "attention_mask": 0, "use_cache": True, "past_key_values": 4.5}
+    plain = [{"text": list(r["text"].encode()) if ids else r["text"]} for r in RECORDS]
+    runs = []
+    for name, more in (("plain", {}), ("called", called)):
+        lines = [json.dumps(record | {key: value + n for key, value in more.items()}) for n, record in enumerate(plain)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        samples = sf.load_samples(str(tmp_path / f"{name}.jsonl"))
+        config = sf.SpectralConfig(sample_unit=unit, use_deterministic=True)
+        runs.append(sf.collect(model, samples, tmp_path / f"{name}.zarr", config=config))
+    first, second = (run.spectrum("none").global_.eigenvalues for run in runs)
+    assert np.array_equal(first, second)
+    assert runs[0].manifest.data["fingerprint"] == runs[1].manifest.data["fingerprint"]  # so one goes on as the other
+    fields = runs[1].store.samples.fields()
+    assert set(fields) == {*called, "loss", "n_targets"} and len(fields["labels"]) == runs[1].n_samples
+    assert sorted(set(fields["labels"].tolist())) == [1.0 + n for n in range(len(RECORDS))]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.arrow"])
