@@ -17,8 +17,9 @@ from streamfisher.data.batches import BatchRef, Unit
 from streamfisher.errors import CapacityError, first_line
 from streamfisher.gradients.producer import GradientProducer, Wave
 from streamfisher.models.batches import ModelBatches
-from streamfisher.runtime.memory import give_back
+from streamfisher.runtime.memory import give_back, working_memory
 from streamfisher.runtime.ranks import Ranks
+from streamfisher.runtime.threads import write_threads
 from streamfisher.sinks.centered import CenteredSink
 from streamfisher.sinks.device import DeviceSink
 from streamfisher.sinks.disk import DiskSink
@@ -26,6 +27,9 @@ from streamfisher.sinks.interface import GradientSink, UnitFacts
 from streamfisher.sinks.mean import MeanSink
 from streamfisher.sinks.memory import MemorySink
 from streamfisher.store import RunStore, stage_of
+
+#: Of free memory, factors that wait to be written take at most this share.
+WAITING_SHARE = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,14 @@ class Collection:
             if held:
                 self._held(index, names, title, products)
                 continue
-            disk = DiskSink(store, index, self.producer)
-            sink = CenteredSink(disk, means) if store.centered else disk
             if ranks.is_main:
                 reopen_wave(store, index, products)
             ranks.wait("for the wave")
-            wave = self._wave(index, names, sink)
-            self.producer.begin(wave)
-            self._pass(sink, wave, title, "for the other ranks' gradients")
+            with DiskSink(store, index, self.producer, threads=write_threads(), room=self._room()) as disk:
+                sink = CenteredSink(disk, means) if store.centered else disk
+                wave = self._wave(index, names, sink)
+                self.producer.begin(wave)
+                self._pass(sink, wave, title, "for the other ranks' gradients")
             give_back()
             if passing:
                 reduce_wave(store, index, products, ranks, progress=self.progress)
@@ -139,6 +143,10 @@ class Collection:
         means = {name: self.store.means.mean(name, 0, columns) for name, columns in self.store.parameters.items()}
         return {name: mean for name, mean in means.items() if mean is not None}
 
+    def _room(self) -> int:
+        """Return the bytes of factors that may wait to be written: beside one batch, none of a budget is for them."""
+        return 0 if self.config.memory_budget else int(WAITING_SHARE * working_memory(None))
+
     def _wave(self, index: int, names: list[str], sink: GradientSink) -> Wave:
         todo = tuple(batch for unit in sink.todo() for batch in self.batches.of(unit))
         return Wave(index, tuple(names), self.batches, todo)
@@ -172,6 +180,7 @@ class Collection:
             )
             if self.sharded:
                 self._idle(sink, claims.units, guard)
+            sink.settle()
             ranks.wait(waiting)
 
     def _idle(self, sink: GradientSink, units: list[Unit], guard: Guard) -> None:

@@ -116,6 +116,12 @@ def _samples(pairs: Sequence[FactorPair]) -> range:
     return range(pairs[0].right.shape[0])
 
 
+def bytes_of(factors: Mapping[str, Sequence[FactorPair]]) -> int:
+    """Return the bytes of factors, a tensor that several pairs share counted once."""
+    sides = {id(side): side.nbytes for uses in factors.values() for pair in uses for side in (pair.left, pair.right)}
+    return sum(sides.values())
+
+
 def on_host(factors: Mapping[str, Sequence[FactorPair]]) -> dict[str, list[FactorPair]]:
     """Return factors in host memory, a tensor that several pairs share copied once."""
     copies: dict[int, Tensor] = {}
@@ -172,7 +178,8 @@ def _used_lengths(
     sides: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]], dropped: set[int]
 ) -> dict[str, tuple[int, ...]]:
     """Return how many positions of each sample count, the same for all tensors that are paired with one another."""
-    own = {key: _last_nonzero(side) for key, side in sides.items()}
+    every = torch.stack([_last_nonzero(side) for side in sides.values()]).tolist() if sides else []  # one wait for all
+    own = dict(zip(sides, every, strict=True))
     members = {key: key for key in sides}
     for left, right in pairs:
         members = {key: members[left] if member == members[right] else member for key, member in members.items()}
@@ -187,10 +194,10 @@ def _used_lengths(
     }
 
 
-def _last_nonzero(side: Tensor) -> list[int]:
-    """Return for each sample one past the last position that is not zero."""
-    if side.dim() == 2:
-        return [side.shape[1]] * side.shape[0]
+def _last_nonzero(side: Tensor) -> Tensor:
+    """Return for each sample one past the last position that is not zero: (B,) int64."""
+    if side.dim() == 2 or not side.shape[1]:
+        return torch.full((side.shape[0],), side.shape[1], device=side.device)
     found = (side != 0).any(dim=2)
     positions = torch.arange(1, side.shape[1] + 1, device=side.device)
-    return (found * positions).amax(dim=1).tolist() if side.shape[1] else [0] * side.shape[0]
+    return (found * positions).amax(dim=1)

@@ -27,7 +27,8 @@ from streamfisher.planning.model_trace import LayerCall
 from streamfisher.reduction.products import panel_sum
 from streamfisher.runtime.threads import chunks_at_a_time
 from streamfisher.store import codecs
-from streamfisher.store.factors import segments_of, write_factors
+from streamfisher.store.factor_writing import write_factors
+from streamfisher.store.factors import segments_of
 from streamfisher.store.layout import PANEL
 
 #: A layer with more bytes of weights is not built for a measurement; one linear layer of its width stands for it.

@@ -48,6 +48,7 @@ class RunLayout:
     batch_tokens: int  # padded tokens of one backward pass
     gram_bytes: int  # 8 N^2 for each Gram
     hold: str = "disk"  # where gradients are until they are reduced: 'device', 'host' or 'disk'
+    unit_buffers: int = 1  # units whose rows are in memory at a time, where they are written
 
     def layout(self) -> dict[str, Any]:
         """Return the part of the manifest's layout that says so, as plain JSON values."""
@@ -58,6 +59,7 @@ class RunLayout:
             "keep": self.keep,
             "batch_tokens": self.batch_tokens,
             "hold": self.hold,
+            "unit_buffers": self.unit_buffers,
         }
 
     @property
@@ -188,10 +190,39 @@ def layout_within(
             f"store_centered=True takes one pass over all parameters, and within the budgets the run takes {len(waves)}"
             ". Leave it out (--center gives the covariance of uncentered gradients too), or give more disk and memory."
         )
+    buffers = 1
+    if hold == "disk" and n_samples > config.chunk_size:
+        waves, buffers = _written_behind(sizes, limits, keep, segments, waves)
     cut = [list(wave.parameters) for wave in waves]
     return RunLayout(
-        dict(chosen), waves, gram_keys(names, config.gram_per, cut), list(keep), batch_tokens, gram_bytes, hold
+        dict(chosen), waves, gram_keys(names, config.gram_per, cut), list(keep), batch_tokens, gram_bytes, hold, buffers
     )
+
+
+def _written_behind(
+    sizes: WaveSizes,
+    limits: WaveLimits,
+    keep: Sequence[str],
+    segments: Sequence[Sequence[str]] | None,
+    waves: list[WaveSize],
+) -> tuple[list[WaveSize], int]:
+    """Return waves, and the units whose rows are in memory at a time: two where that takes no further wave.
+
+    One is computed while the other is written.
+    """
+    twice = sizes.with_buffers(2)
+    try:
+        found = _cut(twice, limits, keep, segments)
+    except CapacityError:
+        return waves, 1
+    return (found, 2) if len(found) <= len(waves) else (waves, 1)
+
+
+def _cut(
+    sizes: WaveSizes, limits: WaveLimits, keep: Sequence[str], segments: Sequence[Sequence[str]] | None
+) -> list[WaveSize]:
+    groups: Sequence[Sequence[str] | None] = [None] if segments is None else segments
+    return [wave for names in groups for wave in cut_waves(sizes, limits, keep, names)]
 
 
 def _cut_and_hold(
@@ -211,11 +242,6 @@ def _cut_and_hold(
         CapacityError: one parameter alone does not fit.
         ConfigError: gradients are to be held in memory, and what else was asked for needs the disk.
     """
-
-    def cut(sizes: WaveSizes, limits: WaveLimits) -> list[WaveSize]:
-        groups: Sequence[Sequence[str] | None] = [None] if segments is None else segments
-        return [wave for names in groups for wave in cut_waves(sizes, limits, keep, names)]
-
     if config.hold in ("host", "device") and needs_disk is not None:
         raise ConfigError(f"hold={config.hold!r} holds gradients in memory, and {needs_disk}; leave out --hold.")
     if config.hold == "device" and device_memory is None:
@@ -232,12 +258,12 @@ def _cut_and_hold(
                 **places,
             }
     if config.hold != "auto":
-        return cut(*places[config.hold]), config.hold
+        return _cut(*places[config.hold], keep, segments), config.hold
     best: tuple[list[WaveSize], str] | None = None
     problem: CapacityError | None = None
     for place, (of_place, within) in places.items():
         try:
-            waves = cut(of_place, within)
+            waves = _cut(of_place, within, keep, segments)
         except CapacityError as error:
             problem = error
             continue

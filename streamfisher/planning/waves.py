@@ -37,7 +37,7 @@ class WaveSize:
     parameters: tuple[str, ...]
     rows: int  # on disk, of all samples
     factors: int  # on disk, of all samples
-    memory: int  # buffers of one unit's rows and one batch's factors
+    memory: int  # buffers of units' rows and one batch's factors
 
     @property
     def disk(self) -> int:
@@ -56,6 +56,7 @@ class WaveSizes:
         batch_samples: samples of one backward pass.
         row_itemsize: bytes of a number of a row as it is computed.
         stored_itemsize: bytes of a number of a row as it is stored.
+        unit_buffers: units whose rows are in memory at a time: one that is computed, and one that is written.
     """
 
     def __init__(
@@ -68,11 +69,26 @@ class WaveSizes:
         batch_samples: float,
         row_itemsize: int,
         stored_itemsize: int,
+        unit_buffers: int = 1,
     ):
         self.shapes = {shape.name: shape for shape in shapes}
         self.chosen = chosen
         self.n_samples, self.unit_rows, self.batch_samples = n_samples, unit_rows, batch_samples
         self.row_itemsize, self.stored_itemsize = row_itemsize, stored_itemsize
+        self.unit_buffers = unit_buffers
+
+    def with_buffers(self, count: int) -> WaveSizes:
+        """Return the sizes where the rows of so many units are in memory at a time."""
+        return WaveSizes(
+            list(self.shapes.values()),
+            self.chosen,
+            n_samples=self.n_samples,
+            unit_rows=self.unit_rows,
+            batch_samples=self.batch_samples,
+            row_itemsize=self.row_itemsize,
+            stored_itemsize=self.stored_itemsize,
+            unit_buffers=count,
+        )
 
     def in_memory(self, n_samples: int | None = None) -> WaveSizes:
         """Return the sizes where gradients are held in memory, in the dtype in which they are formed.
@@ -94,7 +110,7 @@ class WaveSizes:
         """Return the size of a wave of these parameters."""
         members = [self.shapes[name] for name in names]
         rows, factors = sample_bytes(members, self.chosen, 1)
-        buffered = self.unit_rows * rows * self.row_itemsize
+        buffered = self.unit_buffers * self.unit_rows * rows * self.row_itemsize
         return WaveSize(
             tuple(names),
             rows=self.n_samples * rows * self.stored_itemsize,

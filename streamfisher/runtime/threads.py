@@ -11,6 +11,7 @@ import threadpoolctl
 import zarr
 
 from streamfisher.config import SpectralConfig
+from streamfisher.runtime.memory import local_ranks
 
 #: Chunks that Zarr codes at a time unless it is told otherwise; more would hold memory that no budget counts.
 _ZARR_CONCURRENCY = 10
@@ -43,6 +44,11 @@ def worker_count(config: SpectralConfig) -> int:
 def blas_threads(workers: int, config: SpectralConfig) -> int:
     """Share the cores between the workers' BLAS calls; one thread each where bits must not depend on the machine."""
     return 1 if config.use_deterministic or is_forked() else max(1, len(os.sched_getaffinity(0)) // workers)
+
+
+def write_threads() -> int:
+    """Return how many threads of this rank encode and write gradients beside the pass: its cores, but at most eight."""
+    return max(1, min(len(os.sched_getaffinity(0)) // local_ranks(), 8))
 
 
 @contextmanager

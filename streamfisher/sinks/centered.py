@@ -49,10 +49,14 @@ class CenteredSink:
 
     def unit(self, unit: Unit, facts: UnitFacts) -> int:
         """Subtract the mean from the valid rows of a unit and hand it on, with the norms of what is stored."""
-        valid = torch.ones(len(unit), dtype=torch.bool)
-        valid[[sample - unit.start for sample in facts.skipped]] = False
-        rows = {}
-        for name, values in self.inner.rows.of_unit(unit, facts.skipped).items():
+        valid = [sample - unit.start for sample in range(unit.start, unit.stop) if sample not in facts.skipped]
+        rows = self.inner.rows.of_unit(unit, facts.skipped)
+        for name, values in rows.items():
             center = torch.from_numpy(np.asarray(self.mean[name])).to(values.device)
-            rows[name] = (values - center * valid.to(values.device)[:, None]).to(values.dtype)
+            for place in valid:
+                values[place] = values[place].double() - center  # a row at a time: in float64 it takes twice the room
         return self.inner.write(unit, dataclasses.replace(facts, squared_norms=squared_norms_of(rows)), rows)
+
+    def settle(self) -> None:
+        """Return when the inner sink has everything."""
+        self.inner.settle()

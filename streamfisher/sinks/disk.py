@@ -1,44 +1,76 @@
-"""The disk: rows and factors of a wave into a run, each unit with its marker."""
+"""The disk: rows and factors of a wave into a run, written behind the back of the pass, each unit's marker last."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+import dataclasses
+import queue
+from collections.abc import Collection, Mapping, Sequence
+from types import TracebackType
 
 import numpy as np
 from torch import Tensor
 
 from streamfisher.data.batches import BatchRef, Unit
-from streamfisher.gradients.factors import on_host, pack
+from streamfisher.gradients.factors import FactorPair, bytes_of, pack
 from streamfisher.gradients.norms import batch_norms
 from streamfisher.gradients.producer import Asked, BatchGradients, GradientProducer
+from streamfisher.runtime.host_copies import HostCopies
 from streamfisher.sinks.interface import UnitFacts
 from streamfisher.sinks.unit_rows import UnitRows
+from streamfisher.sinks.write_behind import UnitInFlight, WriteBehind
 from streamfisher.store import RunStore, UnitRecord, stage_of
+from streamfisher.store.factor_writing import FactorWriting
 
 
 class DiskSink:
     """A `GradientSink` into a run: factors go as batches come, rows and the marker when a unit is through.
 
+    Threads write, while the next batches are computed; units end in any order. A context manager, see `WriteBehind`.
+
     Args:
         store: of the run.
         wave: whose parameters it takes.
         producer: makes the buffers, where it forms rows.
+        threads: that write.
+        room: bytes of factors that may wait to be written beside the batch that is being written.
     """
 
-    def __init__(self, store: RunStore, wave: int, producer: GradientProducer) -> None:
+    def __init__(
+        self, store: RunStore, wave: int, producer: GradientProducer, *, threads: int = 1, room: int = 0
+    ) -> None:
         self.store, self.wave = store, wave
         names = store.waves[wave]
         self.dense = [name for name in names if store.rows.representation(name) == "dense"]
         self.factored = [name for name in names if store.rows.representation(name) == "factors"]
         height = min(store.chunk_rows, store.n_samples)
-        self.rows = UnitRows(lambda: producer.allocate(height, self.dense, store.parameters))
-        self._entries: list[Mapping[str, Any]] = []  # what the unit's marker is to say of its factors
+        self._free: queue.SimpleQueue[UnitRows] = queue.SimpleQueue()
+        for _ in range(store.unit_buffers):
+            self._free.put(UnitRows(lambda: producer.allocate(height, self.dense, store.parameters)))
+        self._rows: UnitRows | None = None  # of the unit at hand
+        self._copies = HostCopies()
+        self._writer = WriteBehind(threads, room)
+        self._unit: UnitInFlight | None = None
+        self._writings: list[FactorWriting] = []  # of the unit's batches
+
+    def __enter__(self) -> DiskSink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.__exit__(kind, error, trace)
 
     @property
     def parameters(self) -> list[str]:
         """The wave's parameters: those held as rows, then those held as factors."""
         return [*self.dense, *self.factored]
+
+    @property
+    def rows(self) -> UnitRows:
+        """Return the buffers of the unit at hand; they come free when an earlier unit is written."""
+        if self._rows is None:
+            self._rows = self._free.get()
+        return self._rows
 
     def todo(self) -> list[Unit]:
         """Return the units without a marker."""
@@ -53,24 +85,54 @@ class DiskSink:
         return batch_norms(gradients.rows, gradients.factors, n_samples)
 
     def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
-        """Write the factors of a batch; its rows wait for the unit."""
-        if batch.index == 0:
-            self._entries = []
+        """Have the factors of a batch written; its rows wait for the unit."""
         if gradients.factors:
-            packed = pack(on_host(gradients.factors), dropped=list(dropped))
-            self._entries.append(self.store.factors.write(batch.unit, batch.index, batch.start, packed, self.wave))
+            self._write_factors(batch, gradients.factors, list(dropped))
 
     def unit(self, unit: Unit, facts: UnitFacts) -> int:
-        """Write the rows of a unit, what is known of its samples, and last its marker."""
+        """Have the rows of a unit written, what is known of its samples, and last its marker."""
         return self.write(unit, facts, self.rows.of_unit(unit, facts.skipped))
 
     def write(self, unit: Unit, facts: UnitFacts, rows: Mapping[str, Tensor]) -> int:
-        """Write a unit with these rows; return the bytes of its gradients."""
-        on_cpu = {name: values.cpu() for name, values in rows.items()}
-        entries, self._entries = self._entries, []
-        record = UnitRecord(
-            unit, on_cpu, facts.losses, facts.n_targets, facts.squared_norms, facts.skipped, entries, self.wave
-        )
-        self.store.write_unit(record)
-        dense = sum(values.numel() for values in on_cpu.values()) * self.store.store_dtype.itemsize
-        return dense + sum(int(entry["bytes"]) for entry in entries)
+        """Have a unit written with these rows, which are the buffers' own; return the bytes of its gradients."""
+        copy = self._copies.of(rows)
+        writing = self.store.rows.writing(unit, copy.tensors, ready=copy.wait)
+        flight, writings, buffers = self._flight(unit), self._writings, self.rows
+        self._unit, self._writings, self._rows = None, [], None
+        for job, _ in writing.jobs():
+            flight.add(job)
+
+        def mark() -> None:
+            entries = [part.entry() for part in writings]
+            seen = (facts.losses, facts.n_targets, facts.squared_norms, facts.skipped)
+            self.store.write_unit(UnitRecord(unit, {}, *seen, entries, self.wave, writing))
+
+        flight.end(mark, lambda: self._free.put(buffers))
+        dense = sum(values.numel() for values in rows.values()) * self.store.store_dtype.itemsize
+        return dense + sum(part.size for part in writings)
+
+    def settle(self) -> None:
+        """Return when every unit has its marker.
+
+        Raises:
+            OSError: the disk failed; what is marked is whole.
+        """
+        self._writer.settle()
+
+    def _write_factors(
+        self, batch: BatchRef, factors: Mapping[str, Sequence[FactorPair]], dropped: Sequence[int]
+    ) -> None:
+        self._writer.make_room(bytes_of(factors))
+        packed = pack(factors, dropped=dropped)
+        copy = self._copies.of(packed.tensors)
+        packed = dataclasses.replace(packed, tensors=copy.tensors)
+        flight = self._flight(batch.unit)
+        writing = self.store.factors.writing(batch.unit, batch.index, batch.start, packed, self.wave, copy.wait)
+        self._writings.append(writing)
+        for job, size in writing.jobs():
+            flight.add(job, size)
+
+    def _flight(self, unit: Unit) -> UnitInFlight:
+        if self._unit is None:
+            self._unit = self._writer.begin(f"samples {unit.start} to {unit.stop - 1}")
+        return self._unit

@@ -59,6 +59,9 @@ class GradientSink(Protocol):
     def unit(self, unit: Unit, facts: UnitFacts) -> int:
         """Take note that all batches of a unit were taken; return how many bytes are held of it."""
 
+    def settle(self) -> None:
+        """Return when all that was taken is where it stays."""
+
 
 class GradientSource(Protocol):
     """Anything that holds per-sample gradients by columns: a run on disk, or arrays in memory."""

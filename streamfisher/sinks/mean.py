@@ -54,3 +54,6 @@ class MeanSink:
         sums = {name: values.sum(dim=0, dtype=torch.float64).cpu().numpy() for name, values in rows.items()}
         self.store.means.write_part(unit, sums, len(unit) - len(facts.skipped))
         return 8 * sum(self.store.parameters.values())
+
+    def settle(self) -> None:
+        """Do nothing: what was taken is written."""

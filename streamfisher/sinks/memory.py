@@ -238,6 +238,9 @@ class MemorySink:
         rows = sum(len(unit) * values.shape[1] * values.itemsize for values in self._rows.values())
         return rows + self._factor_bytes(unit)
 
+    def settle(self) -> None:
+        """Do nothing: what was taken is held."""
+
     def _factor_bytes(self, unit: Unit) -> int:
         """Return the bytes of the factors of a unit."""
         of_unit = [packed.tensors.values() for batch, packed in self._factors if batch.unit == unit]

@@ -7,12 +7,15 @@ them. None of raw, Blosc and plain Zstd notices a flipped byte, so every chunk e
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 import google_crc32c
 import numpy as np
 import torch
 import zarr
+from numcodecs import Blosc, Zstd
+from numcodecs.bitround import BitRound
 from torch import Tensor
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.buffer.cpu import NDBuffer
@@ -27,6 +30,9 @@ _STORED: dict[torch.dtype, np.dtype] = {
     torch.bfloat16: np.dtype("uint16"),
 }
 _BFLOAT16_NAN = 0x7FC0
+_BLOSC_NAME: Final = "lz4"
+_BLOSC_LEVEL: Final = 5
+_ZSTD_LEVEL = 1
 
 
 def stored_dtype(dtype: torch.dtype) -> np.dtype:
@@ -53,11 +59,25 @@ def compressors(codec: Codec, dtype: torch.dtype) -> list[Any]:
     if codec == "raw":
         return [Crc32cCodec()]
     if codec == "zstd":
-        return [ZstdCodec(level=1), Crc32cCodec()]
+        return [ZstdCodec(level=_ZSTD_LEVEL), Crc32cCodec()]
     return [
-        BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=stored_dtype(dtype).itemsize),
+        BloscCodec(cname=_BLOSC_NAME, clevel=_BLOSC_LEVEL, shuffle="bitshuffle", typesize=stored_dtype(dtype).itemsize),
         Crc32cCodec(),
     ]
+
+
+def packer(codec: Codec, itemsize: int) -> Callable[[np.ndarray], Any] | None:
+    """Return what packs the bytes of a chunk as `compressors` has it, in the calling thread; `None`: nothing does.
+
+    Args:
+        codec: as configured.
+        itemsize: bytes of an element.
+    """
+    if codec == "raw":
+        return None
+    if codec == "zstd":
+        return Zstd(level=_ZSTD_LEVEL).encode
+    return Blosc(cname=_BLOSC_NAME, clevel=_BLOSC_LEVEL, shuffle=Blosc.BITSHUFFLE, typesize=itemsize).encode
 
 
 def filters(bitround: int | None) -> list[Any]:
@@ -71,12 +91,21 @@ def filters(bitround: int | None) -> list[Any]:
         return [BitRound(keepbits=bitround)]
 
 
-def encode(rows: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """Round rows to `dtype` (to nearest, ties to even) and return them as the numpy array that is stored."""
+def encode(rows: Tensor, dtype: torch.dtype, bitround: int | None = None) -> np.ndarray:
+    """Round rows to `dtype` (to nearest, ties to even) and return them as the numpy array that is stored.
+
+    It may be the memory of the rows themselves.
+
+    Args:
+        rows: on the CPU.
+        dtype: to store.
+        bitround: mantissa bits that are kept, as by the codec of `filters`; `None`: all.
+    """
     rounded = rows.to(dtype)
     if dtype == torch.bfloat16:
         return rounded.view(torch.uint16).numpy()
-    return rounded.numpy()
+    stored = rounded.numpy()
+    return stored if bitround is None else BitRound(keepbits=bitround).encode(stored).view(stored.dtype)
 
 
 def decode(stored: np.ndarray, dtype: torch.dtype, out: np.ndarray | None = None) -> np.ndarray:
@@ -101,8 +130,8 @@ def read_into(array: zarr.Array, rows: slice, columns: slice, dtype: torch.dtype
 
 
 def checksum(array: np.ndarray) -> int:
-    """Return the CRC-32C of an array's bytes."""
-    return google_crc32c.value(array.tobytes())
+    """Return the CRC-32C of an array's bytes, in C order."""
+    return google_crc32c.value(np.ascontiguousarray(array))
 
 
 def quiet_open(*args: Any, **kwargs: Any) -> zarr.Group:

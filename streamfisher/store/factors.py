@@ -7,8 +7,7 @@ Which tensors make up which parameter, and how many positions each sample has, i
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,23 +15,20 @@ from typing import Any, Protocol
 import google_crc32c
 import numpy as np
 import torch
-import zarr
 
-from streamfisher.config import Codec, dtype_name, parse_dtype
+from streamfisher.config import parse_dtype
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError
 from streamfisher.gradients.factors import BatchFactors
 from streamfisher.runtime.own_files import remove_tree, require_own
 from streamfisher.store import codecs
 from streamfisher.store.arrays import values_of
+from streamfisher.store.factor_writing import FactorWriting
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.markers import Markers
 from streamfisher.store.names import node_name
 from streamfisher.store.opening import open_array
-
-_CHUNK_COLUMNS = 1024
-_CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -116,58 +112,6 @@ class FactorSegment:
     def offsets(self) -> np.ndarray:
         """Return where each sample's positions begin, and where the last ones end: (n + 1,) int64."""
         return np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
-
-
-def write_factors(
-    folder: Path, unit: int, batch: int, start: int, packed: BatchFactors, codec: Codec
-) -> dict[str, Any]:
-    """Write a batch's factors into a wave's folder and return what the unit's marker must say of them.
-
-    Args:
-        folder: of the wave.
-        unit: index of the unit.
-        batch: of the batch in the unit.
-        start: the batch's first sample.
-        packed: on the CPU.
-        codec: of the values.
-    """
-    sides, size = {}, 0
-    for key, tensor in packed.tensors.items():
-        dtype = None if tensor.dim() == 1 else tensor.dtype
-        stored = tensor.to(torch.int32).numpy() if dtype is None else codecs.encode(tensor, dtype)
-        if stored.shape[0]:
-            _write(folder / node_name(key) / f"{unit:06d}-{batch:04d}", stored, dtype, codec)
-        size += stored.nbytes
-        sides[key] = {
-            "shape": list(stored.shape),
-            "dtype": None if dtype is None else dtype_name(dtype),
-            "lengths": list(packed.lengths[key]),
-            "crc32c": codecs.checksum(stored),
-            "chunks": chunk_digest(folder / node_name(key) / f"{unit:06d}-{batch:04d}"),
-        }
-    pairs = {name: [list(pair) for pair in uses] for name, uses in packed.pairs.items()}
-    return {"start": start, "bytes": size, "sides": sides, "pairs": pairs}
-
-
-def _write(path: Path, stored: np.ndarray, dtype: torch.dtype | None, codec: Codec) -> None:
-    columns = min(stored.shape[1], _CHUNK_COLUMNS) if stored.ndim > 1 else 1
-    rows = max(1, min(stored.shape[0], _CHUNK_BYTES // (columns * stored.itemsize)))
-    fill = codecs.fill_value(dtype) if dtype is not None else -1
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=UserWarning)
-        array = zarr.create_array(
-            path,
-            shape=stored.shape,
-            chunks=(rows, columns)[: stored.ndim],
-            dtype=stored.dtype,
-            fill_value=fill,
-            compressors=codecs.compressors("zstd" if dtype is None else codec, dtype or torch.float32),
-            dimension_names=("position", "element")[: stored.ndim],
-            attributes={"logical_dtype": "token id" if dtype is None else dtype_name(dtype)},
-            config={"write_empty_chunks": True},
-            overwrite=True,
-        )
-    array[...] = stored
 
 
 def segments_of(folder: Path, name: str, unit: int, entries: Sequence[Mapping[str, Any]]) -> list[FactorSegment]:
@@ -282,11 +226,19 @@ class FactorStore:
         """Return the folder of a wave's factors."""
         return self.run.path / "factors" / str(wave)
 
-    def write(self, unit: Unit, batch: int, start: int, packed: BatchFactors, wave: int = 0) -> dict[str, Any]:
-        """Write the factors of one batch of a unit; return what belongs into the unit's record."""
+    def writing(
+        self,
+        unit: Unit,
+        batch: int,
+        start: int,
+        packed: BatchFactors,
+        wave: int = 0,
+        ready: Callable[[], None] = lambda: None,
+    ) -> FactorWriting:
+        """Return what is to be done to write the factors of one batch of a unit, in pieces that any thread may do."""
         folder = self.folder(wave)
         require_own(self.run.path, folder)
-        return write_factors(folder, unit.index, batch, start, packed, self.run.manifest.layout["codec"])
+        return FactorWriting(folder, unit.index, batch, start, packed, self.run.manifest.layout["codec"], ready)
 
     def segments(self, name: str) -> list[FactorSegment]:
         """Return the factors of a parameter, in the order of the samples.

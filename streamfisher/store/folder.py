@@ -59,6 +59,7 @@ class RunFolder:
         self.keep: list[str] = layout.get("keep", ["*"])  # patterns of parameters whose gradients stay
         self.batch_tokens: int = layout.get("batch_tokens", self.manifest.config["batch_tokens"])
         self.hold: str = layout.get("hold", "disk")  # where gradients are until they are reduced
+        self.unit_buffers: int = layout.get("unit_buffers", 1)  # units whose rows are in memory at a time
         self.fsync = False  # flush the filesystem before each marker
         self.arrays: dict[str, zarr.Array] = {}
 

@@ -206,6 +206,7 @@ _LAYOUT = fields(
         "keep": listed(text),
         "batch_tokens": whole(1),
         "hold": one_of("disk", "host", "device"),
+        "unit_buffers": whole(1, 2),
         "streamed": flag,
         "kept_apart": nothing_or(flag),
         "arithmetic": text,

@@ -11,7 +11,7 @@ import os
 import reprlib
 import stat
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import google_crc32c
@@ -31,15 +31,27 @@ def chunk_digest(folder: Path) -> int:
     Raises:
         CorruptRunError: there is a link among them.
     """
-    digest = google_crc32c.Checksum()
-    for path in sorted(_files(folder)):
+    ends: dict[PurePath, bytes] = {}
+    for path in _files(folder):
         with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
             if path.name != "zarr.json":
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(size - 4, 0))
             elif os.fstat(file.fileno()).st_size > LARGEST_JSON:
                 raise CorruptRunError(f"{path} is larger than the metadata of any run.")
-            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + file.read())
+            ends[path.relative_to(folder)] = file.read()
+    return digest_of_ends(ends)
+
+
+def digest_of_ends(ends: Mapping[PurePath, bytes]) -> int:
+    """Return what `chunk_digest` of a folder would: for whoever has just written its files.
+
+    Args:
+        ends: path below the folder -> last 4 bytes of a chunk, or metadata whole.
+    """
+    digest = google_crc32c.Checksum()
+    for path in sorted(ends):
+        digest.update(path.as_posix().encode() + b"\0" + ends[path])
     return int.from_bytes(digest.digest(), "big")
 
 

@@ -21,6 +21,7 @@ from streamfisher.store.kept import KeptGradients
 from streamfisher.store.markers import Markers, stage_of
 from streamfisher.store.means import MeanStore
 from streamfisher.store.names import node_name
+from streamfisher.store.row_writing import UnitWriting
 
 #: Bytes of a slab of float64 rows that is formed from factors at a time.
 _FACTORED_SLAB = 64 << 20
@@ -86,15 +87,15 @@ class RowStore:
         self._refuse_unfinished(name, self._require_bound(name))  # they would add nothing, as if they were zero
         return self.factors.segments(name)
 
-    def write_unit(self, unit: Unit, rows: Mapping[str, Tensor]) -> tuple[dict[str, int], dict[str, int]]:
-        """Write the rows of a unit; return checksums of the values and digests of the chunks, for its marker."""
-        checksums, chunks = {}, {}
-        for name, values in rows.items():
-            stored = codecs.encode(values, self.run.store_dtype)
-            self.run.array(f"gradients/{node_name(name)}")[unit.start : unit.stop] = stored
-            checksums[name] = codecs.checksum(stored)
-            chunks[name] = chunk_digest(self._chunks(name, unit))
-        return checksums, chunks
+    def writing(self, unit: Unit, rows: Mapping[str, Tensor], ready: Callable[[], None] = lambda: None) -> UnitWriting:
+        """Return what is to be done to write the rows of a unit, in pieces that any thread may do.
+
+        Args:
+            unit: the samples.
+            rows: parameter -> (len(unit), P_k) on the CPU; not to change before all is written.
+            ready: returns when they are there.
+        """
+        return UnitWriting(self.run, unit, rows, ready)
 
     def chunk_columns(self, name: str) -> int:
         """Return the columns of a parameter that are read together at no extra cost."""

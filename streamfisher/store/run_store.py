@@ -44,6 +44,7 @@ from streamfisher.store.manifest import LARGEST_MANIFEST, Manifest
 from streamfisher.store.markers import Markers, stage_of
 from streamfisher.store.means import MeanStore
 from streamfisher.store.moments import MomentStore
+from streamfisher.store.row_writing import UnitWriting
 from streamfisher.store.rows import RowStore
 from streamfisher.store.samples import SampleStore
 
@@ -58,8 +59,9 @@ class UnitRecord:
     n_targets: np.ndarray  # (len(unit),) int64
     squared_norms: Mapping[str, np.ndarray]  # name -> (len(unit),) float64, of all parameters of the pass
     skipped: Mapping[int, str]  # sample number -> why its row is zero and does not count
-    factors: Sequence[Mapping[str, Any]] = ()  # what `write_factors` returned for each batch
+    factors: Sequence[Mapping[str, Any]] = ()  # what `FactorWriting.entry` returned for each batch
     wave: int = 0
+    written: UnitWriting | None = None  # the rows, where they are on the disk already
 
 
 class RunStore:
@@ -96,6 +98,7 @@ class RunStore:
         self.parameters, self.n_samples = self.run.parameters, self.run.n_samples
         self.chunk_rows, self.units, self.batch_tokens = self.run.chunk_rows, self.run.units, self.run.batch_tokens
         self.waves, self.keep, self.gram_members = self.run.waves, self.run.keep, self.run.gram_members
+        self.unit_buffers = self.run.unit_buffers
         self.centered: bool = self.run.centered
         self.store_dtype: torch.dtype = self.run.store_dtype
         self.row_dtype: torch.dtype = self.run.row_dtype
@@ -129,7 +132,11 @@ class RunStore:
         """Write everything of a unit in one wave, then its marker."""
         unit, wave = record.unit, record.wave
         where = slice(unit.start, unit.stop)
-        checksums, chunks = self.rows.write_unit(unit, record.rows)
+        written = record.written
+        if written is None:
+            written = self.rows.writing(unit, record.rows)
+            for job, _ in written.jobs():
+                job()
         valid = np.ones(len(unit), dtype=np.uint8)
         for sample in record.skipped:
             valid[sample - unit.start] = 0
@@ -147,8 +154,8 @@ class RunStore:
             "start": unit.start,
             "stop": unit.stop,
             "wave": wave,
-            "crc32c": checksums,
-            "chunks": chunks,
+            "crc32c": written.checksums,
+            "chunks": written.digests,
             "samples": self.samples.digests(
                 wave, {"loss": record.losses, "n_targets": record.n_targets, "squared_norm": norms}
             ),
