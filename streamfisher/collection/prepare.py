@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from streamfisher.byte_sizes import parse_bytes
 from streamfisher.collection.behaviour import arithmetic_of
 from streamfisher.collection.producers import REFUSALS, make_producer, planned_to_stream
 from streamfisher.collection.survey import RunData
@@ -148,7 +149,13 @@ def make_manifest(
                 "shape": list(info.shape),
                 "dtype": dtype_name(info.dtype),
                 **({"columns": columns[info.name]} if info.name in columns else {}),
-                "chunk_columns": chunk_columns(columns.get(info.name, info.numel), n, config.chunk_size, itemsize),
+                "chunk_columns": chunk_columns(
+                    columns.get(info.name, info.numel),
+                    n,
+                    config.chunk_size,
+                    itemsize,
+                    parse_bytes(config.memory_budget) if config.memory_budget else None,
+                ),
             }
             for info in producer.parameters.values()
         ],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -12,7 +14,7 @@ from tqdm import tqdm
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.collection.prepare import PreparedRun, prepare
 from streamfisher.collection.survey import RunData
-from streamfisher.config import SpectralConfig
+from streamfisher.config import SpectralConfig, parse_dtype
 from streamfisher.data.batches import make_units
 from streamfisher.errors import CorruptRunError, RunMismatchError
 from streamfisher.gradients import RULES, ProbeReport
@@ -24,6 +26,9 @@ from streamfisher.runtime.disk import check_disk
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.store import Manifest, RunLock, RunStore, grow_run, resume_differences, units_left
 from streamfisher.store.config_file import CONFIG_FILE, write_config
+from streamfisher.store.kept import is_kept
+from streamfisher.store.manifest import columns_of
+from streamfisher.store.packs import make_packs
 
 
 def create_or_resume(
@@ -69,7 +74,21 @@ def create_or_resume(
     path.mkdir(parents=True, exist_ok=True)
     locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
     layout = manifest.layout | new.layout()
+    layout["packs"] = _packs(manifest, layout)
     RunStore.create(path, dataclasses.replace(manifest, probe=new.report.to_dict(), layout=layout))
+
+
+def _packs(manifest: Manifest, layout: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the small parameters that share arrays."""
+    dense = [item for item in manifest.parameters if layout["representation"][item["name"]] == "dense"]
+    return make_packs(
+        {item["name"]: columns_of(item) for item in dense},
+        layout["waves"],
+        {item["name"]: is_kept(item["name"], layout["keep"]) for item in dense},
+        n_samples=manifest.data["n_samples"],
+        chunk_rows=layout["chunk_rows"],
+        itemsize=parse_dtype(layout["dtype_store"]).itemsize,
+    )
 
 
 def _remedy(path: Path, stored: int, asked: int, differences: list[str]) -> str:

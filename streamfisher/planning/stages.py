@@ -9,6 +9,7 @@ import torch
 
 from streamfisher.blocks.gram_keys import gram_keys
 from streamfisher.blocks.structures import assign_blocks
+from streamfisher.byte_sizes import parse_bytes
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import guarded_share, make_units
 from streamfisher.errors import CapacityError
@@ -73,6 +74,7 @@ class StageCosts:
         self.n, self.batches, self.structures = sum(batches), list(batches), structures
         self.row_itemsize = row_dtype.itemsize
         self.stored_itemsize = (config.dtype_store or row_dtype).itemsize
+        self._budget = parse_bytes(config.memory_budget) if config.memory_budget else None
         self._read_dtype = np.dtype("float64" if row_dtype == torch.float64 else "float32")  # of rows that are read
         self.n_units = len(make_units(self.n, config.chunk_size))
         self.n_grams = len(gram_keys([shape.name for shape in self.rows], config.gram_per))
@@ -175,7 +177,7 @@ class StageCosts:
         return chunks, len(self.batches) * len(keys) + sum(held == "dense" for held in chosen.values())
 
     def _chunk_columns(self, shape: GradientShape) -> int:
-        return chunk_columns(shape.columns, self.n, self.config.chunk_size, self.stored_itemsize)
+        return chunk_columns(shape.columns, self.n, self.config.chunk_size, self.stored_itemsize, self._budget)
 
     def _itemsize(self, shape: GradientShape) -> int:
         """Return the bytes of a number in the products of a parameter's rows."""

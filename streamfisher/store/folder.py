@@ -20,6 +20,7 @@ from streamfisher.store.integrity import check_layout, require_inside
 from streamfisher.store.manifest import LARGEST_MANIFEST, Manifest, columns_of
 from streamfisher.store.names import node_name
 from streamfisher.store.opening import open_array
+from streamfisher.store.packs import places_of
 
 
 class RunFolder:
@@ -60,6 +61,8 @@ class RunFolder:
         self.batch_tokens: int = layout.get("batch_tokens", self.manifest.config["batch_tokens"])
         self.hold: str = layout.get("hold", "disk")  # where gradients are until they are reduced
         self.unit_buffers: int = layout.get("unit_buffers", 1)  # units whose rows are in memory at a time
+        self.packs: dict[str, list[str]] = layout.get("packs", {})  # key -> small parameters side by side in one array
+        self.places = places_of(self.parameters, self.packs)
         self.fsync = False  # flush the filesystem before each marker
         self.arrays: dict[str, zarr.Array] = {}
 
@@ -95,6 +98,10 @@ class RunFolder:
         parameters, samples = len(self.parameters), self.chunk_rows
         return LARGEST_JSON + 16 * names + 1024 * (parameters + 4 * samples) + 512 * parameters * samples
 
+    def rows_of(self, name: str) -> zarr.Array:
+        """Return the array that a parameter's rows are in, from column `places[name].first` on."""
+        return self.array(self.places[name].array)
+
     def mark(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a marker, durably."""
         write_marker(self.path / "done" / f"{name}.json", dict(content), fsync=self.fsync)
@@ -120,7 +127,11 @@ class RunFolder:
         chunks: tuple[int, ...]
         dtype: np.dtype | str
         rows, names = self.chunk_rows, self._names
-        if kind == "gradients":
+        if kind == "packed":
+            wide_pack = sum(self.parameters[name] for name in self.packs[node])
+            shape, chunks = (self.n_samples, wide_pack), (rows, wide_pack)
+            dtype = codecs.stored_dtype(self.store_dtype)
+        elif kind == "gradients":
             item = self._items[names[node]]
             shape, chunks = (self.n_samples, self.parameters[names[node]]), (rows, item["chunk_columns"])
             dtype = codecs.stored_dtype(self.store_dtype)
@@ -133,5 +144,10 @@ class RunFolder:
             shape = (*first, self.parameters[names[node]])
             chunks, dtype = (*(1 for _ in first), min(shape[-1], 1 << 20)), "float64"
         check_layout(
-            array, self.path / path, shape, chunks, dtype, longer=kind in ("gradients", "samples", "mean_parts")
+            array,
+            self.path / path,
+            shape,
+            chunks,
+            dtype,
+            longer=kind in ("gradients", "packed", "samples", "mean_parts"),
         )

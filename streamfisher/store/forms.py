@@ -7,6 +7,7 @@ alone: later versions may add some.
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -145,6 +146,11 @@ def _sample_number(value: Any, where: str) -> None:
         _refuse(value, where, "the number of a sample")
 
 
+def _pack_key(value: Any, where: str) -> None:
+    if not (isinstance(value, str) and re.fullmatch("[0-9]{1,9}-[0-9]{1,9}", value)):
+        _refuse(value, where, "the key of a pack")
+
+
 CRC = whole(0, 2**32 - 1)
 _CRCS = mapped(CRC)
 _FLOAT = one_of("float64", "float32", "bfloat16", "float16")
@@ -158,7 +164,7 @@ _BATCH = fields(
 #: `done/rows-UNIT.json`
 UNIT = fields(
     {"start": whole(), "stop": whole(1), "skipped": mapped(text, _sample_number), "crc32c": _CRCS},
-    {"wave": whole(), "chunks": _CRCS, "samples": _CRCS, "factors": listed(_BATCH)},
+    {"wave": whole(), "chunks": _CRCS, "packs": _CRCS, "samples": _CRCS, "factors": listed(_BATCH)},
 )
 #: `done/mean-UNIT.json`
 MEAN_PART = fields({"start": whole(), "stop": whole(1), "count": whole()}, {"crc32c": _CRCS})
@@ -207,6 +213,7 @@ _LAYOUT = fields(
         "batch_tokens": whole(1),
         "hold": one_of("disk", "host", "device"),
         "unit_buffers": whole(1, 2),
+        "packs": mapped(listed(text), _pack_key),
         "streamed": flag,
         "kept_apart": nothing_or(flag),
         "arithmetic": text,

@@ -11,7 +11,6 @@ from streamfisher.runtime.durable import write_json, write_marker
 from streamfisher.store.config_file import write_config
 from streamfisher.store.layout import MANIFEST_COPY
 from streamfisher.store.manifest import Manifest, differences
-from streamfisher.store.names import node_name
 from streamfisher.store.run_store import RunStore
 
 
@@ -74,9 +73,9 @@ def grow_run(store: RunStore, manifest: Manifest) -> RunStore:
     if store.centered:
         raise RunMismatchError(f"{store.path} holds centered rows and cannot grow: the mean would change.")
     n = manifest.data["n_samples"]
-    for name in store.parameters:
-        if store.rows.representation(name) == "dense":
-            _lengthen(store, f"gradients/{node_name(name)}", n)
+    dense = [name for name in store.parameters if store.rows.representation(name) == "dense"]
+    for path in dict.fromkeys(store.run.places[name].array for name in dense):
+        _lengthen(store, path, n)
     for what in ("loss", "n_targets", "valid", "squared_norm"):
         _lengthen(store, f"samples/{what}", n)
     if store.n_samples % store.chunk_rows:

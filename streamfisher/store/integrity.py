@@ -7,10 +7,11 @@ chunks, which costs 4 bytes of reading per chunk to check.
 
 from __future__ import annotations
 
+import math
 import os
 import reprlib
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -137,6 +138,12 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
             raise CorruptRunError(f"manifest.json: layout.{what} do not hold every parameter once.")
     if not all((layout.get("grams") or {"": names}).values()) or not all(layout.get("waves") or [names]):
         raise CorruptRunError("manifest.json: a Gram, or a wave, is of no parameter.")
+    _check_packs(
+        layout,
+        names,
+        {item["name"]: item.get("columns", math.prod(item["shape"])) for item in manifest["parameters"]},
+        itemsize,
+    )
     if not set(layout.get("representation", {})) <= set(names):
         raise CorruptRunError("manifest.json: layout.representation is of parameters that the run does not have.")
     for key, option in (("centered", "store_centered"), ("bitround", "bitround"), ("codec", "codec")):
@@ -145,6 +152,19 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
                 f"manifest.json contradicts itself: layout.{key} is {layout[key]!r:.40} and the option {option} was "
                 f"{config[option]!r:.40}."
             )
+
+
+def _check_packs(layout: Mapping[str, Any], names: Sequence[str], columns: Mapping[str, int], itemsize: int) -> None:
+    """Refuse packs that no run can have."""
+    wave_of = {name: wave for wave, members in enumerate(layout.get("waves") or [names]) for name in members}
+    packed = [name for members in layout.get("packs", {}).values() for name in members]
+    if len(set(packed)) < len(packed) or not set(packed) <= set(names):
+        raise CorruptRunError("manifest.json: layout.packs hold a parameter twice, or one that the run does not have.")
+    for key, members in layout.get("packs", {}).items():
+        held = {layout.get("representation", {}).get(name, "dense") for name in members}
+        size = layout["chunk_rows"] * sum(columns[name] for name in members) * itemsize
+        if held != {"dense"} or {wave_of[name] for name in members} != {int(key.split("-")[0])} or size > LARGEST_CHUNK:
+            raise CorruptRunError(f"manifest.json: no run has the pack {key} of layout.packs.")
 
 
 def _check_parameter(item: Mapping[str, Any], rows: int, itemsize: int, project: Any, numel: int | None) -> None:

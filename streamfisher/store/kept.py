@@ -11,7 +11,6 @@ from streamfisher.errors import RunError
 from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store.factors import FactorStore, delete_factors
 from streamfisher.store.folder import RunFolder
-from streamfisher.store.names import node_name
 
 
 class KeptGradients:
@@ -33,8 +32,9 @@ class KeptGradients:
         entries = [entry for unit in self.run.units for entry in self.factors.entries(unit, wave)]
         keep = {key for entry in entries for key in self._kept_keys(entry)}
         for name in passing:
-            self.run.arrays.pop(f"gradients/{node_name(name)}", None)
-            for chunks in (self.run.path / "gradients" / node_name(name)).glob("c*"):
+            place = self.run.places[name].array
+            self.run.arrays.pop(place, None)
+            for chunks in (self.run.path / place).glob("c*"):
                 remove_tree(self.run.path, chunks)
         keys = {key for entry in entries for key in entry["sides"]}
         delete_factors(self.factors.folder(wave), sorted(keys - keep))

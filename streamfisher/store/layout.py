@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
+from typing import Any
 
 import torch
 import zarr
@@ -22,16 +24,30 @@ from streamfisher.store.opening import LARGEST_CHUNK
 PANEL = 4096
 #: What a damaged manifest is restored from.
 MANIFEST_COPY = "manifest.copy.json"
-_CHUNK_BYTES = 4 << 20
-_SLAB_BYTES = 64 << 20
+_CHUNK_BYTES = 16 << 20
+#: Bytes of a full-height slab of one chunk column, which is what the reduction reads at a time.
+_SLAB_BYTES = 256 << 20
+#: The same where a memory budget below `_AMPLE` is given: a slab that does not fit is read in parts, each decoding all.
+_SMALL_SLAB_BYTES = 64 << 20
+_AMPLE = 8 << 30
 
 
-def chunk_columns(n_columns: int, n_samples: int, chunk_rows: int, itemsize: int) -> int:
-    """Return the columns of one chunk: about 4 MiB, and a full-height slab of one chunk column under 64 MiB.
+def chunk_columns(
+    n_columns: int, n_samples: int, chunk_rows: int, itemsize: int, memory_budget: int | None = None
+) -> int:
+    """Return the columns of one chunk: about 16 MiB, and a full-height slab of one chunk column under 256 MiB.
 
     A multiple of `PANEL` (or all columns, when they are fewer), so that products never split a chunk.
+
+    Args:
+        n_columns: of the parameter.
+        n_samples: N.
+        chunk_rows: samples of a unit.
+        itemsize: bytes of a stored number.
+        memory_budget: bytes, where one was given; below 8 GiB slabs are of 64 MiB at most.
     """
-    width = min(_CHUNK_BYTES // (chunk_rows * itemsize), _SLAB_BYTES // (n_samples * 4))
+    slab = _SLAB_BYTES if memory_budget is None or memory_budget >= _AMPLE else _SMALL_SLAB_BYTES
+    width = min(_CHUNK_BYTES // (chunk_rows * itemsize), slab // (n_samples * 4))
     return min(n_columns, max(PANEL, width // PANEL * PANEL))
 
 
@@ -48,30 +64,8 @@ def create_run(path: Path, manifest: Manifest) -> None:
     (path / "done").mkdir(exist_ok=True)
     root = codecs.quiet_open(path, mode="a", zarr_format=3)
     root.attrs.update({"format": manifest.format, "format_version": manifest.format_version})
-    n, layout = manifest.data["n_samples"], manifest.layout
-    dtype = parse_dtype(layout["dtype_store"])
-    gradients = root.require_group("gradients")
-    for item in manifest.parameters:
-        if manifest.representation(item["name"]) != "dense":
-            continue
-        gradients.create_array(
-            node_name(item["name"]),
-            shape=(n, columns_of(item)),
-            chunks=(layout["chunk_rows"], item["chunk_columns"]),
-            dtype=codecs.stored_dtype(dtype),
-            fill_value=codecs.fill_value(dtype),
-            filters=codecs.filters(layout["bitround"]),
-            compressors=codecs.compressors(layout["codec"], dtype),
-            dimension_names=("sample", f"element of {item['name']}"),
-            attributes={
-                "parameter": item["name"],
-                "parameter_shape": item["shape"],
-                "logical_dtype": layout["dtype_store"],
-                "centered": layout["centered"],
-            },
-            config={"write_empty_chunks": True},
-            overwrite=True,
-        )
+    layout = manifest.layout
+    _create_row_arrays(root, manifest)
     _create_sample_arrays(root, manifest)
     if layout["centered"]:
         _create_mean_arrays(root, manifest)
@@ -79,6 +73,41 @@ def create_run(path: Path, manifest: Manifest) -> None:
     write_config(path, manifest)
     write_json(path / MANIFEST_COPY, manifest.to_dict())
     write_marker(path / "manifest.json", manifest.to_dict(), fsync=bool(manifest.config.get("fsync")))
+
+
+def _create_row_arrays(root: zarr.Group, manifest: Manifest) -> None:
+    n, layout = manifest.data["n_samples"], manifest.layout
+    dtype = parse_dtype(layout["dtype_store"])
+    columns = {item["name"]: columns_of(item) for item in manifest.parameters}
+    packs: dict[str, list[str]] = layout.get("packs", {})
+
+    def create(group: zarr.Group, node: str, width: int, chunk: int, what: str, attributes: dict[str, Any]) -> None:
+        group.create_array(
+            node,
+            shape=(n, width),
+            chunks=(layout["chunk_rows"], chunk),
+            dtype=codecs.stored_dtype(dtype),
+            fill_value=codecs.fill_value(dtype),
+            filters=codecs.filters(layout["bitround"]),
+            compressors=codecs.compressors(layout["codec"], dtype),
+            dimension_names=("sample", f"element of {what}"),
+            attributes=attributes | {"logical_dtype": layout["dtype_store"], "centered": layout["centered"]},
+            config={"write_empty_chunks": True},
+            overwrite=True,
+        )
+
+    gradients = root.require_group("gradients")
+    packed = {name for names in packs.values() for name in names}
+    for item in manifest.parameters:
+        name = item["name"]
+        if manifest.representation(name) == "dense" and name not in packed:
+            facts = {"parameter": name, "parameter_shape": item["shape"]}
+            create(gradients, node_name(name), columns[name], item["chunk_columns"], name, facts)
+    for key, names in packs.items():
+        width = sum(columns[name] for name in names)
+        edges = list(itertools.accumulate((columns[name] for name in names), initial=0))
+        facts = {"parameters": names, "edges": edges}
+        create(root.require_group("packed"), key, width, width, f"pack {key}", facts)
 
 
 def _check_chunks(manifest: Manifest) -> None:
@@ -103,7 +132,18 @@ def check_free(path: Path) -> None:
         raise RunError(f"{path} is a file; --out names a folder that does not exist yet, or a run.")
     if path.is_dir() and any(path.iterdir()):
         require_own_files(path)
-        ours = {"zarr.json", "gradients", "samples", "mean", "mean_parts", "gram", "gram_mean", "moment", "done"}
+        ours = {
+            "zarr.json",
+            "gradients",
+            "packed",
+            "samples",
+            "mean",
+            "mean_parts",
+            "gram",
+            "gram_mean",
+            "moment",
+            "done",
+        }
         ours |= {MANIFEST_COPY, CONFIG_FILE, "factors", "fields", "lock", "lock.ranks", "log.jsonl"}
         entries = (entry.name for entry in path.iterdir() if not entry.name.endswith(".partial"))
         foreign = sorted(name for name in entries if name not in ours)

@@ -12,11 +12,12 @@ from streamfisher.errors import CorruptRunError
 from streamfisher.store.integrity import check_manifest
 
 FORMAT = "streamfisher-run"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 #: Bytes: a hundred thousand parameters and a million samples take less. Parsed, a byte may take twenty.
 LARGEST_MANIFEST = 64 << 20
-#: Version 1 knew rows only, one pass, and a Gram for each parameter: all of which a run without those keys has.
-_READ_VERSIONS = (1, 2)
+#: Version 1 knew rows only, one pass, and a Gram for each parameter, version 2 no packs: what a run without those keys
+#: has.
+_READ_VERSIONS = (1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Manifest:
         if values.get("format_version") not in _READ_VERSIONS:
             raise CorruptRunError(
                 f"the run has format version {values.get('format_version')!r} and this version of streamfisher reads "
-                f"{' and '.join(map(str, _READ_VERSIONS))}; use the version that wrote it "
+                f"{', '.join(map(str, _READ_VERSIONS))}; use the version that wrote it "
                 f"({_version_of(values)})."
             )
         names = {item.name for item in dataclasses.fields(cls)}

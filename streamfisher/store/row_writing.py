@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import PurePath
 
-import zarr
+import torch
 from torch import Tensor
 
 from streamfisher.data.batches import Unit
@@ -14,7 +14,6 @@ from streamfisher.store import codecs
 from streamfisher.store.chunks import ChunkWriter
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import digest_of_ends
-from streamfisher.store.names import node_name
 
 #: Bytes of one piece of writing, about.
 _PIECE = 16 << 20
@@ -35,26 +34,29 @@ class UnitWriting:
     ) -> None:
         self.run, self.unit, self.rows, self.ready = run, unit, rows, ready
         self.bitround = run.manifest.layout["bitround"]
-        self._ends: dict[str, dict[PurePath, bytes]] = {name: {} for name in rows}
+        self._members: dict[str, list[str]] = {}  # path of an array -> the parameters in it
+        for name in rows:
+            self._members.setdefault(run.places[name].array, []).append(name)
+        self._ends: dict[str, dict[PurePath, bytes]] = {path: {} for path in self._members}
         self._checksums: dict[str, int] = {}
         self._writers: dict[int, ChunkWriter] = {}  # columns of a chunk -> what writes them
         codec = run.manifest.layout["codec"]
-        for name in rows:
-            columns = self._array(name).chunks[1]
+        for path in self._members:
+            columns = run.array(path).chunks[1]
             self._writers.setdefault(columns, ChunkWriter((run.chunk_rows, columns), run.store_dtype, codec))
 
     def jobs(self) -> Iterator[tuple[Callable[[], None], int]]:
         """Yield pieces of work, and the bytes that each writes."""
         some: list[str] = []
         size = 0
-        for name, rows in self.rows.items():
-            stored = rows.numel() * self.run.store_dtype.itemsize
-            if stored >= _PIECE:
-                yield partial(self._note, name), 0
-                chunks = self._chunks(name)
-                yield from ((partial(self._write, name, index), stored // chunks) for index in range(chunks))
+        for path, names in self._members.items():
+            stored = sum(self.rows[name].numel() for name in names) * self.run.store_dtype.itemsize
+            chunks = self._chunks(path)
+            if chunks > 1 and stored >= _PIECE:
+                yield partial(self._note, names[0]), 0
+                yield from ((partial(self._write, path, index), stored // chunks) for index in range(chunks))
                 continue
-            some.append(name)
+            some.append(path)
             size += stored
             if size >= _PIECE:
                 yield partial(self._write_some, tuple(some)), size
@@ -69,31 +71,43 @@ class UnitWriting:
 
     @property
     def digests(self) -> dict[str, int]:
-        """Return the digest of each parameter's chunks, once all is written."""
-        return {name: digest_of_ends(ends) for name, ends in self._ends.items()}
+        """Return the digest of the chunks of each parameter that has an array of its own, once all is written."""
+        return {names[0]: self._digest(path) for path, names in self._members.items() if self._pack(path) is None}
 
-    def _write_some(self, names: Sequence[str]) -> None:
-        for name in names:
-            self._note(name)
-            for index in range(self._chunks(name)):
-                self._write(name, index)
+    @property
+    def pack_digests(self) -> dict[str, int]:
+        """Return the digest of the chunk of each pack, by its key, once all is written."""
+        return {key: self._digest(path) for path in self._members if (key := self._pack(path)) is not None}
+
+    def _write_some(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            for name in self._members[path]:
+                self._note(name)
+            for index in range(self._chunks(path)):
+                self._write(path, index)
 
     def _note(self, name: str) -> None:
         self.ready()
         self._checksums[name] = codecs.checksum(codecs.encode(self.rows[name], self.run.store_dtype, self.bitround))
 
-    def _write(self, name: str, index: int) -> None:
+    def _write(self, path: str, index: int) -> None:
         self.ready()
-        width = self._array(name).chunks[1]
-        values = self.rows[name][:, index * width : (index + 1) * width]
+        width = self.run.array(path).chunks[1]
+        names = self._members[path]
+        if self._pack(path) is None:
+            values = self.rows[names[0]][:, index * width : (index + 1) * width]
+        else:
+            values = torch.cat([self.rows[name] for name in names], dim=1)
         stored = codecs.encode(values, self.run.store_dtype, self.bitround)
-        folder = self.run.path / "gradients" / node_name(name)
-        place, end = self._writers[width].write(folder, (self.unit.index, index), stored)
-        self._ends[name][place.relative_to(f"c/{self.unit.index}")] = end
+        place, end = self._writers[width].write(self.run.path / path, (self.unit.index, index), stored)
+        self._ends[path][place.relative_to(f"c/{self.unit.index}")] = end
 
-    def _chunks(self, name: str) -> int:
-        array = self._array(name)
+    def _chunks(self, path: str) -> int:
+        array = self.run.array(path)
         return -(-array.shape[1] // array.chunks[1])
 
-    def _array(self, name: str) -> zarr.Array:
-        return self.run.array(f"gradients/{node_name(name)}")
+    def _pack(self, path: str) -> str | None:
+        return self.run.places[self._members[path][0]].pack
+
+    def _digest(self, path: str) -> int:
+        return digest_of_ends(self._ends[path])

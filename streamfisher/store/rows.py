@@ -20,7 +20,7 @@ from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.kept import KeptGradients
 from streamfisher.store.markers import Markers, stage_of
 from streamfisher.store.means import MeanStore
-from streamfisher.store.names import node_name
+from streamfisher.store.pack_cache import PackCache
 from streamfisher.store.row_writing import UnitWriting
 
 #: Bytes of a slab of float64 rows that is formed from factors at a time.
@@ -39,7 +39,8 @@ class RowStore:
         means: MeanStore,
     ) -> None:
         self.run, self.markers, self.factors, self.kept, self.means = run, markers, factors, kept, means
-        self._bound: set[tuple[str, int]] = set()  # (parameter, unit) whose chunks are known to be in their places
+        self._packs = PackCache(run)
+        self._bound: set[tuple[str, int]] = set()  # (array, unit) whose chunks are known to be in their places
 
     def __reduce__(self) -> tuple[Callable[..., RowStore], tuple[Path, bool]]:
         return _opened, (self.run.path, self.run.fsync)
@@ -100,7 +101,7 @@ class RowStore:
     def chunk_columns(self, name: str) -> int:
         """Return the columns of a parameter that are read together at no extra cost."""
         if self.representation(name) == "dense":
-            return self.run.array(f"gradients/{node_name(name)}").chunks[1]
+            return min(self.run.rows_of(name).chunks[1], self.run.parameters[name])
         _, width = matrix_shape(self.shape(name))
         return width * max(1, _FACTORED_SLAB // (8 * self.run.n_samples * width))
 
@@ -138,11 +139,15 @@ class RowStore:
             segments, shape = self.factors.segments(name), matrix_shape(self.shape(name))
             found = columns_of_segments(segments, shape, start, stop, first, last, self.numpy_row_dtype)
             return _without(unfinished, found, first)
-        array = self.run.array(f"gradients/{node_name(name)}")
         if out is None:
             out = np.empty((last - first, stop - start), dtype=self.numpy_read_dtype)
+        place = self.run.places[name]
+        where = slice(place.first + start, place.first + stop)
         try:
-            codecs.read_into(array, slice(first, last), slice(start, stop), self.run.store_dtype, out)
+            if place.pack is not None and not unfinished:
+                out[...] = self._packs.rows(place.pack, first, last)[:, where]
+            else:
+                codecs.read_into(self.run.rows_of(name), slice(first, last), where, self.run.store_dtype, out)
         except (ValueError, RuntimeError, OSError) as error:
             raise unreadable(
                 error,
@@ -181,10 +186,12 @@ class RowStore:
     def read_unit(self, name: str, unit: Unit) -> np.ndarray:
         """Return one parameter's stored bits of a unit: (len(unit), P_k) in the stored dtype."""
         self.check_chunks(name, unit)
-        return values_of(self.run.array(f"gradients/{node_name(name)}"), slice(unit.start, unit.stop))
+        first = self.run.places[name].first
+        where = (slice(unit.start, unit.stop), slice(first, first + self.run.parameters[name]))
+        return values_of(self.run.rows_of(name), where)
 
     def _chunks(self, name: str, unit: Unit) -> Path:
-        return self.run.path / "gradients" / node_name(name) / "c" / str(unit.index)
+        return self.run.path / self.run.places[name].array / "c" / str(unit.index)
 
     def _require_bound(self, name: str) -> list[Unit]:
         """Refuse rows or factors of a parameter whose chunks are not those that were written there; once per unit.
@@ -196,11 +203,12 @@ class RowStore:
             CorruptRunError: it names the samples.
         """
         done = self.markers.done_units(stage_of(self.run.wave_of(name)))
+        what = self.run.places[name].array
         for unit in self.run.units:
-            if (name, unit.index) in self._bound or unit.index not in done:
+            if (what, unit.index) in self._bound or unit.index not in done:
                 continue
             self.check_chunks(name, unit)
-            self._bound.add((name, unit.index))
+            self._bound.add((what, unit.index))
         return [unit for unit in self.run.units if unit.index not in done]
 
     def _refuse_unfinished(self, name: str, unfinished: Sequence[Unit]) -> None:
@@ -225,7 +233,7 @@ class RowStore:
             start: column.
             unfinished: units that are not asked to be there.
         """
-        width = self.run.array(f"gradients/{node_name(name)}").chunks[1]
+        width, start = self.run.rows_of(name).chunks[1], self.run.places[name].first + start
         columns = sorted({0, *range(-start % width, read.shape[1], width)}) if read.shape[1] else []
         height = self.run.chunk_rows
         units = self.run.units[first // height : -(-(first + len(read)) // height)]
@@ -248,7 +256,9 @@ class RowStore:
         if self.representation(name) == "factors":
             check_factors(self.factors.folder(wave), name, unit.index, self.factors.entries(unit, wave))
             return
-        expected = self.markers.of_unit(unit, wave).get("chunks", {}).get(name)
+        pack = self.run.places[name].pack
+        marker = self.markers.of_unit(unit, wave)
+        expected = marker.get("chunks", {}).get(name) if pack is None else marker.get("packs", {}).get(pack, -1)
         if expected is not None and chunk_digest(self._chunks(name, unit)) != expected:
             raise CorruptRunError(
                 f"{self.run}: the chunks of {name}, samples {unit.start} to {unit.stop - 1}, are not those that were "

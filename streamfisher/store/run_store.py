@@ -3,6 +3,7 @@
     RUN.zarr/
       manifest.json            what the run is made of
       gradients/<parameter>    (N, P_k)   rows, in the stored dtype
+      packed/<pack>            (N, sum)   rows of small parameters, see `packs.py`
       factors/<wave>/...                  what rows are products of, see `factors.py`
       samples/loss             (N,)       float64
       samples/n_targets        (N,)       int64, target tokens
@@ -159,6 +160,7 @@ class RunStore:
             "samples": self.samples.digests(
                 wave, {"loss": record.losses, "n_targets": record.n_targets, "squared_norm": norms}
             ),
+            **({"packs": written.pack_digests} if written.pack_digests else {}),
             "skipped": {str(sample): reason for sample, reason in record.skipped.items()},
         }
         if record.factors:
