@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError, ConfigError, DataError, StreamfisherError
 from streamfisher.planning.accelerators import ACCELERATORS, accelerator
+from streamfisher.planning.codec_choice import choose_codec
 from streamfisher.planning.machine import Machine, this_machine
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import UNKNOWN, Rates, measure
@@ -196,7 +198,9 @@ def _rates(
     if layer is not None:
         batch = max(1, config.batch_tokens // max(round(trace.tokens), 1))
         layer = dataclasses.replace(layer, batch=min(batch, config.chunk_size, len(lengths)))
-    measured = measure(len(lengths), dtype_gram=config.dtype_gram, codec=config.codec, layer=layer, folder=folder)
+    on_device = named is not None or config.device == "cuda"
+    codec = choose_codec(config.codec, folder, math.inf, dtype=torch.float32, on_device=on_device).codec
+    measured = measure(len(lengths), dtype_gram=config.dtype_gram, codec=codec, layer=layer, folder=folder)
     here = {"chunk_seconds": 0.0, "array_seconds": 0.0} if disk is not None else {}
     known = measured.given(**device, solve=solve, write=disk, read=disk, **here)
     return known if named is None else dataclasses.replace(known, source=f"{known.source} ({named.source})")

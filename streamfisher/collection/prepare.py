@@ -167,7 +167,7 @@ def make_manifest(
             "dtype_row": dtype_name(producer.row_dtype),
             "dtype_store": dtype_name(store_dtype),
             "bitround": config.bitround,
-            "codec": config.codec,
+            "codec": "raw" if config.codec == "auto" else config.codec,  # until it is chosen
             "centered": config.store_centered,
             "arithmetic": arithmetic_of(producer.device),
             "kept_apart": data.kept_apart,

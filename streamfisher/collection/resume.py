@@ -21,8 +21,9 @@ from streamfisher.gradients import RULES, ProbeReport
 from streamfisher.gradients.groups import GENERIC
 from streamfisher.gradients.producer import GradientProducer
 from streamfisher.models.sharding import is_sharded
+from streamfisher.planning.codec_choice import choose_codec
 from streamfisher.planning.run_layout import RunLayout
-from streamfisher.runtime.disk import check_disk
+from streamfisher.runtime.disk import check_disk, disk_limit
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.store import Manifest, RunLock, RunStore, grow_run, resume_differences, units_left
 from streamfisher.store.config_file import CONFIG_FILE, write_config
@@ -75,6 +76,20 @@ def create_or_resume(
     locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
     layout = manifest.layout | new.layout()
     layout["packs"] = _packs(manifest, layout)
+    size = new.plan.disk if new.plan.hold == "disk" else 0
+    choice = choose_codec(
+        config.codec,
+        path.parent,
+        size,
+        dtype=parse_dtype(layout["dtype_store"]),
+        on_device=producer.device.type != "cpu",
+        free=disk_limit(config, path),
+        rounded=config.bitround is not None,
+    )
+    layout["codec"] = choice.codec
+    if progress and size and config.codec == "auto":
+        how = "as they are" if choice.codec == "raw" else f"packed by {choice.codec}"
+        tqdm.write(f"Gradients are stored {how}: {choice.why}")
     RunStore.create(path, dataclasses.replace(manifest, probe=new.report.to_dict(), layout=layout))
 
 

@@ -12,7 +12,7 @@ from streamfisher.config.option import Section, documented, option
 from streamfisher.errors import ConfigError
 
 StorageMode = Literal["full", "chunked", "streaming"]
-Codec = Literal["blosc-lz4", "zstd", "raw"]
+Codec = Literal["auto", "blosc-lz4", "zstd", "raw"]
 HeldAs = Literal["auto", "dense", "factors"]
 Hold = Literal["auto", "device", "host", "disk"]
 
@@ -57,7 +57,10 @@ class StorageOptions(Section):
         unset="all",
     )
     codec: Codec = option(
-        "blosc-lz4", one_of(*get_args(Codec)), "of stored chunks: blosc-lz4, zstd, raw", group="store"
+        "auto",
+        one_of(*get_args(Codec)),
+        "of stored chunks: blosc-lz4, zstd, raw; auto: packed where this disk and these cores make that faster",
+        group="store",
     )
     representation: HeldAs = option(
         "auto",

@@ -68,7 +68,7 @@ def measure(
     n_samples: int,
     *,
     dtype_gram: torch.dtype = torch.float32,
-    codec: Codec = "blosc-lz4",
+    codec: Codec = "raw",
     dtype_store: torch.dtype = torch.float32,
     layer: LayerCall | None = None,
     folder: Path | None = None,

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
+import torch
 from numcodecs import Blosc, Zstd
 
 from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.own_files import open_own, read_own
+from streamfisher.store import codecs
 from streamfisher.store.opening import ArrayFacts, largest_file, unpacked_size
 
 #: Rows of a chunk are read one by one to where they belong if they have so many bytes.
@@ -45,6 +47,7 @@ class ChunkReader:
 
         Args:
             where: a slice for each axis, with both ends, in order.
+            out: what is filled.
 
         Raises:
             CorruptRunError: a chunk is missing where none may be, or of another size.
@@ -81,7 +84,13 @@ class ChunkReader:
     def _scattered(self, inside: tuple[slice, ...], out: np.ndarray) -> bool:
         """Return whether all columns of a chunk are wanted, so that its rows can be read to where they belong."""
         whole = all(part == slice(0, size) for part, size in zip(inside[1:], self.facts.chunk[1:], strict=True))
-        return whole and inside[0].start == 0 and out.ndim == 2 and out[:1].flags.c_contiguous and out[:1].nbytes >= _LONG_ROW
+        return (
+            whole
+            and inside[0].start == 0
+            and out.ndim == 2
+            and out[:1].flags.c_contiguous
+            and out[:1].nbytes >= _LONG_ROW
+        )
 
     def _read_rows(self, path: Path, out: np.ndarray) -> None:
         """Read the first rows of a chunk that nothing packs, and check all of it."""
@@ -113,6 +122,14 @@ class ChunkReader:
 
     def _other_size(self, path: Path) -> CorruptRunError:
         return CorruptRunError(f"{path} is not a chunk of {self.facts.chunk_bytes:,} bytes, as those of its array are.")
+
+
+def read_decoded(reader: ChunkReader, rows: slice, columns: slice, dtype: torch.dtype, out: np.ndarray) -> np.ndarray:
+    """Read rows that are stored as `dtype` into `out`, float32 or float64 as `codecs.decode` returns, and return it."""
+    if reader.facts.dtype == out.dtype:
+        return reader.read_into((rows, columns), out)
+    stored = np.empty(out.shape, dtype=reader.facts.dtype)
+    return codecs.decode(reader.read_into((rows, columns), stored), dtype, out)
 
 
 def _fill(file: int, buffers: list[np.ndarray], checksum: int, path: Path) -> int:

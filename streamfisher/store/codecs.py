@@ -18,7 +18,6 @@ from numcodecs import Blosc, Zstd
 from numcodecs.bitround import BitRound
 from torch import Tensor
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
-from zarr.core.buffer.cpu import NDBuffer
 
 from streamfisher.config import Codec
 
@@ -70,7 +69,7 @@ def packer(codec: Codec, itemsize: int) -> Callable[[np.ndarray], Any] | None:
     """Return what packs the bytes of a chunk as `compressors` has it, in the calling thread; `None`: nothing does.
 
     Args:
-        codec: as configured.
+        codec: of a run, never 'auto'.
         itemsize: bytes of an element.
     """
     if codec == "raw":
@@ -119,14 +118,6 @@ def decode(stored: np.ndarray, dtype: torch.dtype, out: np.ndarray | None = None
     else:
         out[...] = stored
     return out
-
-
-def read_into(array: zarr.Array, rows: slice, columns: slice, dtype: torch.dtype, out: np.ndarray) -> np.ndarray:
-    """Read rows that are stored as `dtype` into `out`, float32 or float64 as `decode` returns, and return it."""
-    if array.dtype == out.dtype:
-        array.get_basic_selection((rows, columns), out=NDBuffer.from_numpy_array(out))
-        return out
-    return decode(np.asarray(array[rows, columns]), dtype, out)
 
 
 def checksum(array: np.ndarray) -> int:

@@ -22,13 +22,13 @@ from streamfisher.errors import CorruptRunError
 from streamfisher.gradients.factors import BatchFactors
 from streamfisher.runtime.own_files import remove_tree, require_own
 from streamfisher.store import codecs
-from streamfisher.store.arrays import values_of
+from streamfisher.store.chunk_reading import ChunkReader
 from streamfisher.store.factor_writing import FactorWriting
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.markers import Markers
 from streamfisher.store.names import node_name
-from streamfisher.store.opening import open_array
+from streamfisher.store.opening import read_facts
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,16 @@ class FactorSide:
             CorruptRunError: a chunk is missing or fails its checksum, or the array is of another shape.
         """
         try:
-            array = open_array(self.path, complete=True)
-            if array.shape != self.shape:
-                raise CorruptRunError(f"{self.path} has the shape {array.shape} where {self.shape} was written.")
-            if len(self.shape) > 1:
-                return values_of(array, np.s_[:, start:stop])
-            ids = values_of(array)
+            facts = read_facts(self.path, complete=True)
+            if facts.shape != self.shape:
+                raise CorruptRunError(f"{self.path} has the shape {facts.shape} where {self.shape} was written.")
+            last = facts.shape[-1] if stop is None else min(stop, facts.shape[-1])
+            where = (slice(0, facts.shape[0]), slice(start, last)) if len(facts.shape) > 1 else (slice(0, last),)
+            stored = np.empty([part.stop - part.start for part in where], dtype=facts.dtype)
+            ChunkReader(self.path, facts, complete=True).read_into(where, stored)
+            if len(facts.shape) > 1:
+                return stored
+            ids = stored
             if ids.min() < 0:  # no row would be theirs, as if the gradient were zero
                 raise CorruptRunError(
                     f"{self.path} has no token ids in a chunk that is missing; `streamfisher verify` finds what is "

@@ -16,10 +16,11 @@ from streamfisher.data.batches import make_units
 from streamfisher.errors import CorruptRunError, RunError, unreadable
 from streamfisher.runtime.durable import LARGEST_JSON, read_json, write_marker
 from streamfisher.store import codecs
+from streamfisher.store.chunk_reading import ChunkReader
 from streamfisher.store.integrity import check_layout, require_inside
 from streamfisher.store.manifest import LARGEST_MANIFEST, Manifest, columns_of
 from streamfisher.store.names import node_name
-from streamfisher.store.opening import open_array
+from streamfisher.store.opening import open_array, read_facts
 from streamfisher.store.packs import places_of
 
 
@@ -65,6 +66,7 @@ class RunFolder:
         self.places = places_of(self.parameters, self.packs)
         self.fsync = False  # flush the filesystem before each marker
         self.arrays: dict[str, zarr.Array] = {}
+        self._readers: dict[str, ChunkReader] = {}
 
     def __str__(self) -> str:
         return str(self.path)
@@ -101,6 +103,13 @@ class RunFolder:
     def rows_of(self, name: str) -> zarr.Array:
         """Return the array that a parameter's rows are in, from column `places[name].first` on."""
         return self.array(self.places[name].array)
+
+    def reader(self, path: str) -> ChunkReader:
+        """Return what reads parts of an array without Zarr; it is opened, and held against the manifest, once."""
+        if path not in self._readers:
+            self.array(path)
+            self._readers[path] = ChunkReader(self.path / path, read_facts(self.path / path))
+        return self._readers[path]
 
     def mark(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a marker, durably."""

@@ -147,7 +147,9 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
     if not set(layout.get("representation", {})) <= set(names):
         raise CorruptRunError("manifest.json: layout.representation is of parameters that the run does not have.")
     for key, option in (("centered", "store_centered"), ("bitround", "bitround"), ("codec", "codec")):
-        if option in config and layout[key] != config[option]:
+        stated = config.get(option)
+        right = layout[key] in ("raw", "blosc-lz4") if stated == "auto" else layout[key] == stated
+        if option in config and not right:
             raise CorruptRunError(
                 f"manifest.json contradicts itself: layout.{key} is {layout[key]!r:.40} and the option {option} was "
                 f"{config[option]!r:.40}."

@@ -12,9 +12,11 @@ import itertools
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import zarr
 from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype, default_buffer_prototype
@@ -100,8 +102,48 @@ class RunFiles(LocalStore):
     def _largest(self, key: str) -> int:
         if key.endswith("zarr.json"):
             return LARGEST_JSON
-        size = LARGEST_CHUNK if self.chunk is None else self.chunk[0]
-        return size + size // 64 + 1024  # packing may lengthen what cannot be packed
+        return largest_file(LARGEST_CHUNK if self.chunk is None else self.chunk[0])
+
+
+@dataclass(frozen=True)
+class ArrayFacts:
+    """What the metadata of an array say, once they are known to be of a form that a run has."""
+
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]  # shape of one
+    dtype: np.dtype
+    fill: float  # what a chunk that is missing reads as
+    codec: str  # that packs a chunk: 'zstd', 'blosc', or 'crc32c' for bytes as they are
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Return the bytes of a decoded chunk."""
+        return self.dtype.itemsize * math.prod(self.chunk)
+
+
+def read_facts(path: Path, *, complete: bool = False) -> ArrayFacts:
+    """Return what the metadata of an array say.
+
+    Args:
+        path: of its folder.
+        complete: it was written whole, so that its chunks bear out its shape.
+
+    Raises:
+        CorruptRunError: they are of no form that a run has, or its `zarr.json` is no regular file, or too large.
+        OSError: it is missing.
+    """
+    metadata = read_own(path / "zarr.json", LARGEST_JSON)
+    try:
+        content = json.loads(metadata)
+        facts = _facts_of(content)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
+        raise CorruptRunError(
+            f"{path} is not an array as runs have them ({error}). `streamfisher verify --repair` restores its metadata."
+        ) from error
+    count = math.prod(-(-size // chunk) for size, chunk in zip(facts.shape, facts.chunk, strict=True))
+    if complete and _files(path / "c", count) < count:
+        raise CorruptRunError(f"{path} lacks some of its {count:,} chunks.")
+    return facts
 
 
 def open_array(path: Path, mode: Literal["r", "r+"] = "r", *, complete: bool = False) -> zarr.Array:
@@ -116,21 +158,16 @@ def open_array(path: Path, mode: Literal["r", "r+"] = "r", *, complete: bool = F
         CorruptRunError: they are not, or the array's `zarr.json` is no regular file, or too large.
         OSError: it is missing.
     """
-    metadata = read_own(path / "zarr.json", LARGEST_JSON)
-    try:
-        content = json.loads(metadata)
-        chunk = _chunk_of(content)
-        chunks = content["chunk_grid"]["configuration"]["chunk_shape"]
-        count = math.prod(-(-size // chunk) for size, chunk in zip(content["shape"], chunks, strict=True))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
-        raise CorruptRunError(
-            f"{path} is not an array as runs have them ({error}). `streamfisher verify --repair` restores its metadata."
-        ) from error
-    if complete and _files(path / "c", count) < count:
-        raise CorruptRunError(f"{path} lacks some of its {count:,} chunks.")
+    facts = read_facts(path, complete=complete)
+    chunk = facts.chunk_bytes, facts.codec
     return zarr.open_array(
         RunFiles(path, read_only=mode == "r", chunk=chunk, complete=complete), mode=mode, zarr_format=3
     )
+
+
+def largest_file(chunk_bytes: int) -> int:
+    """Return the bytes that the file of a chunk may have: packing may lengthen what cannot be packed."""
+    return chunk_bytes + chunk_bytes // 64 + 1024
 
 
 def _files(folder: Path, most: int) -> int:
@@ -139,8 +176,8 @@ def _files(folder: Path, most: int) -> int:
     return sum(1 for _ in itertools.islice(files, min(most, 1 << 62)))
 
 
-def _chunk_of(metadata: Any) -> tuple[int, str]:
-    """Return the bytes of a decoded chunk and the codec that packs it; `ValueError` where no run has such an array."""
+def _facts_of(metadata: Any) -> ArrayFacts:
+    """Return what metadata say; `ValueError` where no run has such an array."""
     if metadata["zarr_format"] != 3 or metadata["node_type"] != "array":
         raise ValueError("it is none of Zarr 3")
     dtype = metadata["data_type"]
@@ -170,7 +207,8 @@ def _chunk_of(metadata: Any) -> tuple[int, str]:
         raise ValueError(f"its codecs are {', '.join(map(str, names))[:60]}")
     if metadata["codecs"][-len(names)].get("configuration", {}).get("endian", "little") != "little":
         raise ValueError("its bytes are in another order")
-    return size, names[1]
+    fill = metadata["fill_value"]
+    return ArrayFacts(tuple(shape), tuple(chunks), np.dtype(dtype), math.nan if fill == "NaN" else fill, codec=names[1])
 
 
 def unpacked_size(content: bytes, codec: str) -> int | None:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from streamfisher.store import codecs
+from streamfisher.store.chunk_reading import read_decoded
 from streamfisher.store.folder import RunFolder
 
 #: Packs that are kept: workers that reduce neighbouring parameters may be at work on two.
@@ -37,9 +37,10 @@ class PackCache:
         with self._lock:
             found = self._read.get(asked)
             if found is None:
-                array = self.run.array(f"packed/{key}")
-                found = np.empty((last - first, array.shape[1]), dtype=self.run.numpy_read_dtype)
-                codecs.read_into(array, slice(first, last), slice(None), self.run.store_dtype, found)
+                reader = self.run.reader(f"packed/{key}")
+                found = np.empty((last - first, reader.facts.shape[1]), dtype=self.run.numpy_read_dtype)
+                everything = slice(0, reader.facts.shape[1])
+                read_decoded(reader, slice(first, last), everything, self.run.store_dtype, found)
                 found.flags.writeable = False
                 while len(self._read) >= _KEPT:
                     self._read.popitem(last=False)

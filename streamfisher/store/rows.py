@@ -12,8 +12,8 @@ from torch import Tensor
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError, RunError, unreadable
 from streamfisher.gradients.factors import matrix_shape
-from streamfisher.store import codecs
 from streamfisher.store.arrays import values_of
+from streamfisher.store.chunk_reading import read_decoded
 from streamfisher.store.factors import FactorSegment, FactorStore, check_factors, columns_of_segments
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import chunk_digest
@@ -147,7 +147,7 @@ class RowStore:
             if place.pack is not None and not unfinished:
                 out[...] = self._packs.rows(place.pack, first, last)[:, where]
             else:
-                codecs.read_into(self.run.rows_of(name), slice(first, last), where, self.run.store_dtype, out)
+                read_decoded(self.run.reader(place.array), slice(first, last), where, self.run.store_dtype, out)
         except (ValueError, RuntimeError, OSError) as error:
             raise unreadable(
                 error,

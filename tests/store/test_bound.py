@@ -11,6 +11,7 @@ import tiny_runs
 import zarr
 from command_line import main
 from factored_models import convolution, images
+from small_parameters import Layers, layered
 
 import streamfisher as sf
 from streamfisher import verify
@@ -89,7 +90,10 @@ def runs(tmp_path_factory):
     config = sf.SpectralConfig(chunk_size=4, dtype_compute="float64", representation="factors")
     factored = sf.collect(convolution().double(), images(N), folder / "factored.zarr", config=config)
     factored.build_grams()
-    return {run.path.stem: run.path for run in (whole, tiled, factored)}
+    config = config.replace(representation="dense", keep_gradients=("*",))
+    packed = sf.collect(Layers().double(), layered(N), folder / "packed.zarr", config=config)
+    packed.build_grams()
+    return {run.path.stem: run.path for run in (whole, tiled, factored, packed)}
 
 
 def in_parts(path):

@@ -4,43 +4,21 @@ import json
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
+from small_parameters import Layers, layered
 
 import streamfisher as sf
 from streamfisher.errors import CorruptRunError, RunError
 from streamfisher.runtime import write_json
+from streamfisher.store.chunk_reading import ChunkReader
 from streamfisher.store.pack_cache import PackCache
 from streamfisher.store.packs import LEAST_SMALL, make_packs, places_of
 
-N, DEPTH = 12, 12
-
-
-class Deep(nn.Module):
-    """Layers with a norm each: 24 small parameters of norms and biases, and as many matrices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6)) for _ in range(DEPTH))
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = x + torch.tanh(layer(x))
-        return self.head(x)
-
-
-def samples(n=N):
-    generator = torch.Generator().manual_seed(1)
-    return torch.utils.data.TensorDataset(
-        torch.randn(32, 6, generator=generator)[:n], torch.randint(0, 3, (32,), generator=generator)[:n]
-    )
+N = 12
 
 
 def collected(path, n=N, **options):
     options = {"chunk_size": 4, "representation": "dense", "keep_gradients": ("*",), **options}
-    return sf.collect(Deep().double(), samples(n), path, config=sf.SpectralConfig(dtype_compute="float64", **options))
+    return sf.collect(Layers().double(), layered(n), path, config=sf.SpectralConfig(dtype_compute="float64", **options))
 
 
 @pytest.fixture
@@ -94,10 +72,10 @@ def test_parts_of_rows_and_samples_are_those_of_the_parameter(tmp_path, unpacked
 
 def test_a_pack_is_read_once_for_its_parameters(tmp_path, monkeypatch):
     run, read = collected(tmp_path / "run.zarr"), []
-    from streamfisher.store import codecs
-
-    plain = codecs.read_into
-    monkeypatch.setattr(codecs, "read_into", lambda array, *rest: (read.append(array.path), plain(array, *rest))[1])
+    plain = ChunkReader.read_into
+    monkeypatch.setattr(
+        ChunkReader, "read_into", lambda reader, *rest: (read.append(reader.path), plain(reader, *rest))[1]
+    )
     rows(run)
     packed = {name for names in run.store.run.packs.values() for name in names}
     assert len(read) == len(run.parameters) - len(packed) + len(run.store.run.packs)

@@ -357,7 +357,9 @@ def test_chunks_are_whole_panels_of_bounded_size(columns, samples, rows, itemsiz
     width = chunk_columns(columns, samples, rows, itemsize)
     assert width == columns or width % PANEL == 0
     assert 0 < width <= columns
-    assert width <= PANEL or (width * rows * itemsize <= 4 << 20 and width * samples * 4 <= 64 << 20)
+    assert width <= PANEL or (width * rows * itemsize <= 16 << 20 and width * samples * 4 <= 256 << 20)
+    small = chunk_columns(columns, samples, rows, itemsize, 4 << 30)
+    assert small <= PANEL or small * samples * 4 <= 64 << 20
 
 
 def test_second_writer_is_refused_until_the_first_is_done(tmp_path):
