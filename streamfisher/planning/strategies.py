@@ -199,8 +199,8 @@ class StrategyPlanner:
         memory += self.host_per_token * self.padded
         passes = sum(pass_flops(self.trace.blocks, wave) for wave in waves)
         flops = passes + forming_flops(self.trace.shapes, chosen, "dense")
-        collect = self.stages.collect(flops, total if stored else 0, memory, chosen, len(waves), stored=stored)
-        reduce = self.stages.reduce(total if stored else 0, chosen, stored=stored)
+        collect = self.stages.collect(flops, total, memory, chosen, len(waves), hold=hold)
+        reduce = self.stages.reduce(total, chosen, hold=hold)
         return Strategy(
             name=name,
             waves=len(waves),
@@ -251,7 +251,7 @@ class StrategyPlanner:
             problems += self.shortfalls.of_segments(self._weights_at_work(), activations)
         passes = streamed_flops(self.trace.blocks, every)
         flops = passes + forming_flops(self.trace.shapes, chosen, "dense")
-        collect = self.stages.collect(flops, total if stored else 0, memory, chosen, 1, stored=stored)
+        collect = self.stages.collect(flops, total, memory, chosen, 1, hold=hold)
         collect = Stage(
             "collect",
             collect.flops,
@@ -267,7 +267,7 @@ class StrategyPlanner:
             gradients=float(total) if stored else 0.0,
             disk=disk,
             weights=resident,
-            stages=(collect, self.stages.reduce(total if stored else 0, chosen, stored=stored), self.stages.solve()),
+            stages=(collect, self.stages.reduce(total, chosen, hold=hold), self.stages.solve()),
             problems=tuple(dict.fromkeys(problems)),
             representation=chosen,
             boundaries=boundaries,
