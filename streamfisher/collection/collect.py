@@ -33,7 +33,7 @@ from streamfisher.planning.run_layout import boundary_room
 from streamfisher.runtime.caller_state import modes_of_its_own
 from streamfisher.runtime.determinism import deterministic
 from streamfisher.runtime.disk import disk_limit
-from streamfisher.runtime.memory import local_ranks, of_one_rank
+from streamfisher.runtime.memory import local_ranks, of_one_rank, sparing_old_objects
 from streamfisher.runtime.printable import printable
 from streamfisher.runtime.ranks import Ranks, start_ranks
 from streamfisher.runtime.run_log import RunLog, event
@@ -67,6 +67,7 @@ def collect_gradients(
         Ranks(state, timeout=config.rank_timeout, stop=stop) as ranks,
         deterministic(config.use_deterministic, config.seed),
         without_packing(model),  # from the first pass on
+        sparing_old_objects(),
         chunks_at_a_time(len(os.sched_getaffinity(0)) // local_ranks()),
     ):
         known = RunStore(path).manifest.layout.get("kept_apart") if (path / "manifest.json").is_file() else None

@@ -52,8 +52,8 @@ def create_run(path: Path, manifest: Manifest) -> None:
     dtype = parse_dtype(layout["dtype_store"])
     gradients = root.require_group("gradients")
     for item in manifest.parameters:
-        if manifest.representation(item["name"]) != "dense":
-            continue
+        if manifest.representation(item["name"]) != "dense" or layout.get("hold", "disk") != "disk":
+            continue  # held in memory, rows are never written
         gradients.create_array(
             node_name(item["name"]),
             shape=(n, columns_of(item)),

@@ -99,7 +99,7 @@ class RowStore:
     def chunk_columns(self, name: str) -> int:
         """Return the columns of a parameter that are read together at no extra cost."""
         if self.representation(name) == "dense":
-            return self.run.array(f"gradients/{node_name(name)}").chunks[1]
+            return self.run.chunk_columns(name)
         _, width = matrix_shape(self.shape(name))
         return width * max(1, _FACTORED_SLAB // (8 * self.run.n_samples * width))
 
