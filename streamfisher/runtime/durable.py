@@ -99,6 +99,11 @@ def write_marker(path: Path, content: Any, *, fsync: bool) -> None:
     write_json(path, content)
 
 
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give a marker of a batch its name."""
+    partial.replace(path)
+
+
 class MarkerBatch:
     """Markers that become durable together: a disk flushes many files at once about as fast as one.
 
@@ -147,7 +152,7 @@ class MarkerBatch:
             with ThreadPoolExecutor(min(len(self._waiting), 16)) as threads:  # the journal takes them together
                 list(threads.map(sync_path, self._waiting.values()))
         for path, partial in self._waiting.items():
-            partial.replace(path)
+            put_in_place(partial, path)
         self._waiting.clear()
         for folder in folders:
             sync_path(folder)
