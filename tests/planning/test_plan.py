@@ -261,6 +261,19 @@ def test_what_is_held_beside_a_device_is_moved_and_reduced_by_the_host():
     assert seconds["host"]["reduce"] == pytest.approx(10 * seconds["device"]["reduce"], rel=0.01)
 
 
+def test_boundaries_of_what_a_device_holds_stay_in_host_memory_where_they_fit():
+    ways = {}
+    for memory in (200, 50):
+        options = {"memory": memory * 10**9, "disk": 10**12, "devices": 1, "device_memory": 80 * 10**9}
+        config = sf.SpectralConfig(stream="layers", hold="device", keep_gradients=())
+        ways[memory] = planned("llama-2-7b", n_samples=512, config=config, **options).chosen
+    near, far = ways[200], ways[50]
+    assert near.fits and near.hold == "device" and near.boundaries == far.boundaries
+    assert near.stages[0].written == 0 and near.disk < 1e9
+    assert far.stages[0].written == pytest.approx(far.boundaries - 0.6 * 50e9, rel=1e-6)
+    assert near.seconds < far.seconds
+
+
 def test_boundaries_that_do_not_fit_are_recomputed_at_a_price():
     wide = planned("llama-3-70b", devices=1).chosen
     tight = planned(
