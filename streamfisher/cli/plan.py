@@ -23,7 +23,7 @@ from streamfisher.planning.accelerators import ACCELERATORS, accelerator
 from streamfisher.planning.codec_choice import choose_codec
 from streamfisher.planning.machine import Machine, this_machine
 from streamfisher.planning.model_trace import ModelTrace
-from streamfisher.planning.rates import UNKNOWN, Rates, measure
+from streamfisher.planning.rates import UNKNOWN, Rates, measure, product_rates
 from streamfisher.runtime.memory import of_one_rank
 
 if TYPE_CHECKING:
@@ -192,8 +192,9 @@ def _rates(
     device = {name: flops if named is None else getattr(named, name) for name in ("passes", "products", "forming")}
     source = "given" if named is None else named.source
     passes, products, forming = device.values()
+    host = {} if named is None else {"transfer": named.transfer, **product_rates(len(lengths), config.dtype_gram)}
     if passes is not None and products is not None and forming is not None and solve is not None and disk is not None:
-        return Rates(passes, products, forming, solve=solve, write=disk, read=disk, source=source)
+        return Rates(passes, products, forming, solve=solve, write=disk, read=disk, source=source, **host)
     layer = trace.layer
     if layer is not None:
         batch = max(1, config.batch_tokens // max(round(trace.tokens), 1))
@@ -203,7 +204,9 @@ def _rates(
     measured = measure(len(lengths), dtype_gram=config.dtype_gram, codec=codec, layer=layer, folder=folder)
     here = {"chunk_seconds": 0.0, "array_seconds": 0.0} if disk is not None else {}
     known = measured.given(**device, solve=solve, write=disk, read=disk, **here)
-    return known if named is None else dataclasses.replace(known, source=f"{known.source} ({named.source})")
+    if named is None:
+        return known
+    return dataclasses.replace(known, **host, source=f"{known.source} ({named.source})")
 
 
 def _positive(option: str, value: float | None) -> float | None:

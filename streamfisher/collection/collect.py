@@ -29,11 +29,11 @@ from streamfisher.gradients.state import without_packing
 from streamfisher.models.dtypes import in_dtype
 from streamfisher.models.sharding import is_sharded, reshard
 from streamfisher.models.weights import Resident
-from streamfisher.planning.run_layout import boundary_room
+from streamfisher.planning.run_layout import boundary_memory, boundary_room
 from streamfisher.runtime.caller_state import modes_of_its_own
 from streamfisher.runtime.determinism import deterministic
 from streamfisher.runtime.disk import disk_limit
-from streamfisher.runtime.memory import local_ranks, of_one_rank
+from streamfisher.runtime.memory import local_ranks, of_one_rank, sparing_old_objects, working_memory
 from streamfisher.runtime.printable import printable
 from streamfisher.runtime.ranks import Ranks, start_ranks
 from streamfisher.runtime.run_log import RunLog, event
@@ -67,6 +67,7 @@ def collect_gradients(
         Ranks(state, timeout=config.rank_timeout, stop=stop) as ranks,
         deterministic(config.use_deterministic, config.seed),
         without_packing(model),  # from the first pass on
+        sparing_old_objects(),
         chunks_at_a_time(len(os.sched_getaffinity(0)) // local_ranks()),
     ):
         known = RunStore(path).manifest.layout.get("kept_apart") if (path / "manifest.json").is_file() else None
@@ -109,7 +110,9 @@ def collect_gradients(
             if config.store_centered:
                 collection.collect_mean()
             tokens = padded_total(data.lengths, store.units, store.batch_tokens, data.apart)
-            producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens, path / "stream")
+            memory = boundary_memory(working_memory(left.memory_budget), store.run.hold)
+            room = boundary_room(disk_limit(config, path))
+            producer.keep_between_waves(room, tokens, path / "stream", memory)
             collection.collect_waves()
             if ranks.is_main:
                 _say_what_is_zero(store)

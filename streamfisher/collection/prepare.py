@@ -24,9 +24,9 @@ from streamfisher.gradients.producer import GradientProducer
 from streamfisher.gradients.projection import projected
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.models.sharding import is_sharded
-from streamfisher.planning.run_layout import RunLayout, boundary_room, plan_layout
+from streamfisher.planning.run_layout import RunLayout, boundary_memory, boundary_room, plan_layout
 from streamfisher.runtime.disk import disk_limit
-from streamfisher.runtime.memory import give_back
+from streamfisher.runtime.memory import give_back, working_memory
 from streamfisher.store import Manifest, model_manifest, versions
 from streamfisher.store.layout import check_free, chunk_columns
 
@@ -97,7 +97,8 @@ def prepare(
     )
     units = make_units(len(data.samples), config.chunk_size)
     tokens = padded_total(data.lengths, units, plan.batch_tokens, data.apart)
-    producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens)
+    memory = boundary_memory(working_memory(config.memory_budget), plan.hold)
+    producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens, memory=memory)
     return PreparedRun(streamed, report, plan)
 
 

@@ -18,10 +18,8 @@ from streamfisher.gradients.projection import Projection
 from streamfisher.models.offload import to_model
 from streamfisher.models.sharding import is_sharded
 from streamfisher.models.weights import Resident
+from streamfisher.planning.choice import streams_layers
 from streamfisher.planning.machine import Machine, this_machine
-from streamfisher.planning.plan import streams
-from streamfisher.planning.rates import UNKNOWN
-from streamfisher.planning.strategies import StrategyPlanner
 from streamfisher.planning.tracing import captured_names, trace_model
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.store import RunStore
@@ -151,9 +149,7 @@ def planned_to_stream(model: nn.Module, data: RunData, config: SpectralConfig, p
     mean = sum(data.lengths) / len(data.lengths)
     if round(mean) != round(trace.tokens):
         trace = trace.scaled(mean)
-    machine = machine_of(model, config, path)
-    planner = StrategyPlanner(trace, data.lengths, config, machine, UNKNOWN, apart=data.apart)
-    return streams(config.stream, planner.stored("waves", config.representation, budgets=True), planner.streamed())
+    return streams_layers(trace, data.lengths, config, machine_of(model, config, path), data.apart)
 
 
 def machine_of(model: nn.Module, config: SpectralConfig, path: Path) -> Machine:

@@ -94,7 +94,9 @@ def create_or_resume(
 
 
 def _packs(manifest: Manifest, layout: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the small parameters that share arrays."""
+    """Return the small parameters that share arrays, where rows are written."""
+    if layout["hold"] != "disk":
+        return {}
     dense = [item for item in manifest.parameters if layout["representation"][item["name"]] == "dense"]
     return make_packs(
         {item["name"]: columns_of(item) for item in dense},

@@ -105,19 +105,20 @@ def reduce_held(
     if ranks.is_main:
         store.kept.delete(wave)  # before any unit counts as done
     ranks.wait("for the end of the reduction")
-    for unit in sink.own:
-        facts = sink.facts[unit.index]
-        squared = {name: values[unit.start : unit.stop].copy() for name, values in norms.items()}
-        record = UnitRecord(
-            unit,
-            {},
-            facts.losses,
-            facts.n_targets,
-            squared or facts.squared_norms,
-            facts.skipped,
-            wave=wave,
-        )
-        store.write_unit(record)
+    with store.marking_together():
+        for unit in sink.own:
+            facts = sink.facts[unit.index]
+            squared = {name: values[unit.start : unit.stop].copy() for name, values in norms.items()}
+            record = UnitRecord(
+                unit,
+                {},
+                facts.losses,
+                facts.n_targets,
+                squared or facts.squared_norms,
+                facts.skipped,
+                wave=wave,
+            )
+            store.write_unit(record)
     ranks.wait("for the end of the wave")
 
 

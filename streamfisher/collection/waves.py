@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,7 +111,8 @@ class Collection:
         if ranks.is_main:
             forget_wave(store, index)
         ranks.wait("for the beginning of the wave")
-        wave = self._wave(index, names, sink)
+        own = tuple(batch for unit in sink.own for batch in self.batches.of(unit))
+        wave = dataclasses.replace(self._wave(index, names, sink), own=own)
         self.producer.begin(wave)
         try:
             self._pass(sink, wave, title, "for the other ranks' gradients", fixed=True)

@@ -90,7 +90,7 @@ class ModelProducer:
         """Return the budget: the weights are there already."""
         return budget
 
-    def keep_between_waves(self, room: int, n_tokens: int, folder: Path | None = None) -> None:
+    def keep_between_waves(self, room: int, n_tokens: int, folder: Path | None = None, memory: int = 0) -> None:
         """Keep nothing: each wave is a pass of its own."""
 
     def allocate(

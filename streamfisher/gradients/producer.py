@@ -31,6 +31,7 @@ class Wave:
     parameters: tuple[str, ...]
     batches: ModelBatches  # of the whole run
     todo: tuple[BatchRef, ...]  # whose gradients are still to be taken, by whichever rank
+    own: tuple[BatchRef, ...] | None = None  # those that this rank takes, where it is settled
 
 
 @dataclass(frozen=True)
@@ -95,13 +96,14 @@ class GradientProducer(Protocol):
     def beside_weights(self, budget: int) -> int:
         """Return what a memory budget leaves beside weights that are read while the gradients are formed."""
 
-    def keep_between_waves(self, room: int, n_tokens: int, folder: Path | None = None) -> None:
+    def keep_between_waves(self, room: int, n_tokens: int, folder: Path | None = None, memory: int = 0) -> None:
         """Settle what is kept from wave to wave.
 
         Args:
             room: bytes on the disk for it.
             n_tokens: padded tokens of all batches.
             folder: where it is kept; `None`: it is only checked that there is room.
+            memory: bytes of host memory for it, before the disk is taken; 0: it is to be found by other processes.
 
         Raises:
             CapacityError: there is not.

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from streamfisher.config import SpectralConfig, Stream, dtype_name
+from streamfisher.config import SpectralConfig, dtype_name
+from streamfisher.planning.choice import streams_layers
 from streamfisher.planning.machine import Machine
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
 from streamfisher.planning.run_plan import RunPlan
 from streamfisher.planning.strategies import StrategyPlanner
-from streamfisher.planning.strategy import Strategy
-
-#: With 'auto', waves that fit are taken as long as they cost no more than so many times the operations of streamed
-#: layers, which trace the model first, have a wave for each layer, and read and write boundaries.
-WORTH = 1.25
 
 
 def plan_run(
@@ -34,7 +30,7 @@ def plan_run(
     Args:
         trace: of the model, at the mean length of the samples.
         lengths: tokens of each sample.
-        config: of the run; with `stream='auto'` the way is chosen, see `streams`.
+        config: of the run; with `stream='auto'` the way is chosen, see `streams_layers`.
         machine: what there is to work with.
         rates: of that machine.
         structures: how many block structures are solved.
@@ -46,7 +42,7 @@ def plan_run(
         planner.stored("waves", config.representation, budgets=True),
         planner.streamed(),
     ]
-    chosen = strategies[3] if streams(config.stream, strategies[2], strategies[3]) else strategies[2]
+    chosen = strategies[3] if streams_layers(trace, lengths, config, machine) else strategies[2]
     return RunPlan(
         trace=trace,
         n_samples=len(lengths),
@@ -70,10 +66,3 @@ def plan_run(
         },
         notes=tuple(planner.stages.notes()),
     )
-
-
-def streams(asked: Stream, waves: Strategy, layers: Strategy) -> bool:
-    """Return whether layers are streamed: as asked, or with 'auto' where they fit and waves do not, or cost more."""
-    if asked != "auto":
-        return asked == "layers"
-    return layers.fits and (not waves.fits or waves.passes > WORTH * layers.passes)

@@ -49,7 +49,16 @@ class Rates:
     chunk_seconds: float = 0.0  # beside its bytes, for each chunk that is written or read
     array_seconds: float = 0.0  # for each small array that is made or opened
     compare_seconds: float = 0.0  # for each number of a gradient that is compared in float64
+    transfer: float | None = None  # bytes/s between a device and the host
+    host_products: float | None = None  # products on the host, where `products` are those of a device
+    host_forming: float | None = None
     source: str = "given"  # 'given', or how it was measured
+
+    def on_host(self) -> Rates:
+        """Return these rates with those of the host for what gradients in its memory, or on its disk, take."""
+        return dataclasses.replace(
+            self, products=self.host_products or self.products, forming=self.host_forming or self.forming
+        )
 
     def given(self, **rates: float | None) -> Rates:
         """Return these rates with those that are not `None` replaced."""
@@ -99,6 +108,11 @@ def measure(
         array_seconds=array,
         source=f"measured here ({cores} cores; passes: {how})",
     )
+
+
+def product_rates(n_samples: int, dtype_gram: torch.dtype) -> dict[str, float]:
+    """Return how fast this host forms rows and their products: what is held beside a device is reduced there."""
+    return {"host_products": _product_rate(min(n_samples, 1024), dtype_gram), "host_forming": _forming_rate()}
 
 
 def _seconds(work: Callable[[], Any], least: int = 2) -> float:

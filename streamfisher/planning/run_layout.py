@@ -27,6 +27,8 @@ ACTIVATION_SHARE = 0.5
 _BATCH_SHARE = 0.8
 #: Of the disk, at most this share is for the boundaries of streamed layers.
 BOUNDARY_SHARE = 0.25
+#: Of the host's memory, at most these shares are for boundaries, by where gradients are held.
+_BOUNDARY_MEMORY = {"device": 0.6, "host": 0.1}
 #: Gradients held in memory take at most this share of it; the rest is for the pass and the reduction.
 HOST_SHARE = 0.6
 #: Gradients held on a device take at most this share of its room; the rest is for the pass and the reduction.
@@ -385,6 +387,14 @@ def samples_of_batches(
     """Return the samples of each batch of a run."""
     units = make_units(len(lengths), chunk_size)
     return [len(batch) for unit in units for batch in batches_of(unit, lengths, batch_tokens, apart)]
+
+
+def boundary_memory(memory: float, hold: str) -> int:
+    """Return the bytes of host memory that the boundaries of streamed layers may take, where gradients are held so.
+
+    None where gradients go to the disk: there a run that was stopped goes on with the boundaries that it left.
+    """
+    return int(_BOUNDARY_MEMORY.get(hold, 0.0) * memory)
 
 
 def boundary_room(limit: float) -> int:

@@ -89,9 +89,10 @@ class StageCosts:
         chosen: Mapping[str, Representation],
         waves: int,
         *,
-        stored: bool = True,
+        hold: str = "disk",
     ) -> Stage:
-        """Return the stage that takes gradients and writes them; `flops` of one sample, `size` in bytes."""
+        """Return the stage that takes gradients to where they are held; `flops` of one sample, `size` in bytes."""
+        stored = hold == "disk"
         guards = 0  # samples of the batches that the guard compares, in all waves
         if self.config.guard_every:
             guarded = min(2 * -(-self.n_units // self.config.guard_every), len(self.batches))
@@ -103,13 +104,22 @@ class StageCosts:
         sums = guards / waves * forming_flops(self.trace.shapes, chosen, "factors")
         dense = sum(shape.numel for shape in self.rows if chosen[shape.name] == "dense")
         compared = PROBE_SAMPLES * _PROBE_COMPARISONS * self.trace.n_params + guards / waves * dense
-        seconds = total / self.rates.passes + size / self.rates.write + _FLOAT64 * norms / self.rates.forming
+        seconds = (
+            total / self.rates.passes
+            + (size / self.rates.write if stored else 0.0)
+            + _FLOAT64 * norms / self.rates.forming
+        )
         seconds += sums / self.rates.forming + compared * self.rates.compare_seconds
         seconds += chunks * self.rates.chunk_seconds + arrays * self.rates.array_seconds
-        return Stage("collect", total + norms + sums, 0.0, size, memory, seconds)
+        if self.machine.devices and hold != "device" and self.rates.transfer:
+            seconds += size / self.rates.transfer
+        return Stage("collect", total + norms + sums, 0.0, size if stored else 0.0, memory, seconds)
 
-    def reduce(self, size: float, chosen: Mapping[str, Representation], *, stored: bool = True) -> Stage:
-        """Return the stage that forms rows of factors where needed, and multiplies."""
+    def reduce(self, size: float, chosen: Mapping[str, Representation], *, hold: str = "disk") -> Stage:
+        """Return the stage that forms rows of factors where needed, and multiplies, `size` bytes of gradients."""
+        stored = hold == "disk"
+        on_host = hold != "device" and self.config.gram_device == "cpu"
+        rates = self.rates.on_host() if on_host else self.rates
         costs = [self._product_cost(shape, chosen) for shape in self.rows]
         forming = sum(cost.forming for cost in costs)
         narrow = self.config.dtype_gram != torch.float64  # else the rate is that of float64 products already
@@ -118,10 +128,11 @@ class StageCosts:
             for shape, cost in zip(self.rows, costs, strict=True)
         )
         chunks, arrays = self._pieces(chosen) if stored else (0, 0)
-        seconds = forming / self.rates.forming + products / self.rates.products + size / self.rates.read
+        seconds = forming / rates.forming + products / rates.products + (size / rates.read if stored else 0.0)
         seconds += (chunks + arrays) * self.rates.chunk_seconds + _OF_A_GRAM * self.n_grams * self.rates.array_seconds
         seconds += self.gram_bytes / self.rates.write
-        return Stage("reduce", forming + products, size, self.gram_bytes, self._reduction_memory(chosen), seconds)
+        read = size if stored else 0.0
+        return Stage("reduce", forming + products, read, self.gram_bytes, self._reduction_memory(chosen), seconds)
 
     def solve(self) -> Stage:
         """Return the stage that solves the blocks of every structure."""

@@ -28,6 +28,7 @@ from streamfisher.planning.representation import Representation, choose_represen
 from streamfisher.planning.run_layout import (
     ACTIVATION_SHARE,
     RunLayout,
+    boundary_memory,
     boundary_room,
     fit_batches,
     layout_within,
@@ -199,8 +200,8 @@ class StrategyPlanner:
         memory += self.host_per_token * self.padded
         passes = sum(pass_flops(self.trace.blocks, wave) for wave in waves)
         flops = passes + forming_flops(self.trace.shapes, chosen, "dense")
-        collect = self.stages.collect(flops, total if stored else 0, memory, chosen, len(waves), stored=stored)
-        reduce = self.stages.reduce(total if stored else 0, chosen, stored=stored)
+        collect = self.stages.collect(flops, total, memory, chosen, len(waves), hold=hold)
+        reduce = self.stages.reduce(total, chosen, hold=hold)
         return Strategy(
             name=name,
             waves=len(waves),
@@ -228,7 +229,6 @@ class StrategyPlanner:
         read = resident < self.trace.weight_bytes  # layer by layer
         loads = 2.0 * self.trace.weight_bytes if read else 0.0
         beside = resident if read and not self.machine.devices else 0.0  # weights that the budget has room for
-        every, boundaries = self._boundaries(edges, len(segments), problems)
         hopeless = False
         try:
             check_settings(self.config)
@@ -237,12 +237,15 @@ class StrategyPlanner:
         except (CapacityError, ConfigError) as error:
             problems.append(str(error))
             hopeless = True
+        near = boundary_memory(or_any(self.machine.memory), hold)
+        every, boundaries = self._boundaries(edges, len(segments), near, problems)
+        on_disk = max(boundaries - near, 0.0)
         total, largest = sum(part.disk for part in cut), max(part.disk for part in cut)
         held, stored = largest if hold == "host" else 0, hold == "disk"
         activations = self.per_token * self.padded / max(len(segments) - 1, 1)
         on_host = 0.0 if self.machine.devices else activations
-        memory = float(max(part.memory for part in cut) + held)
-        disk = self.gram_bytes + (largest if stored else 0) + boundaries + self.stages.sample_bytes()
+        memory = float(max(part.memory for part in cut) + held) + boundaries - on_disk
+        disk = self.gram_bytes + (largest if stored else 0) + on_disk + self.stages.sample_bytes()
         if not hopeless:
             problems += self.shortfalls.of_disk(disk, self.store_dtype.itemsize)
             problems += self.shortfalls.of_memory(memory + beside + self._counted(on_host))
@@ -251,14 +254,14 @@ class StrategyPlanner:
             problems += self.shortfalls.of_segments(self._weights_at_work(), activations)
         passes = streamed_flops(self.trace.blocks, every)
         flops = passes + forming_flops(self.trace.shapes, chosen, "dense")
-        collect = self.stages.collect(flops, total if stored else 0, memory, chosen, 1, stored=stored)
+        collect = self.stages.collect(flops, total, memory, chosen, 1, hold=hold)
         collect = Stage(
             "collect",
             collect.flops,
-            collect.read + boundaries + loads,
-            collect.written + boundaries,
+            collect.read + on_disk + loads,
+            collect.written + on_disk,
             memory,
-            collect.seconds + boundaries / self.rates.write + (boundaries + loads) / self.rates.read,
+            collect.seconds + on_disk / self.rates.write + (on_disk + loads) / self.rates.read,
         )
         return Strategy(
             name="stream layers",
@@ -267,7 +270,7 @@ class StrategyPlanner:
             gradients=float(total) if stored else 0.0,
             disk=disk,
             weights=resident,
-            stages=(collect, self.stages.reduce(total if stored else 0, chosen, stored=stored), self.stages.solve()),
+            stages=(collect, self.stages.reduce(total, chosen, hold=hold), self.stages.solve()),
             problems=tuple(dict.fromkeys(problems)),
             representation=chosen,
             boundaries=boundaries,
@@ -279,12 +282,15 @@ class StrategyPlanner:
         """Return what of the activations a run counts: all within a stated budget; else they have the other half."""
         return activations if self.config.memory_budget is not None else 0.0
 
-    def _boundaries(self, edges: Sequence[float], n_segments: int, problems: list[str]) -> tuple[int, float]:
-        """Return which boundaries are kept in the run's folder, and their bytes with the gradient that goes down.
+    def _boundaries(
+        self, edges: Sequence[float], n_segments: int, memory: int, problems: list[str]
+    ) -> tuple[int, float]:
+        """Return which boundaries are kept, and their bytes with the gradient that goes down.
 
         Args:
             edges: bytes of each boundary, of a sample of the mean length.
             n_segments: how many segments there are.
+            memory: bytes of the host's memory for them, before the run's folder is taken.
             problems: told where not even one fits.
         """
         if not edges:
@@ -293,7 +299,7 @@ class StrategyPlanner:
         padded = padded_total(self.lengths, units, self.batch_tokens, self.apart)
         samples = padded / self.trace.tokens  # of the mean length
         try:
-            room = boundary_room(or_any(self.machine.disk))
+            room = boundary_room(or_any(self.machine.disk)) + memory
             every = boundary_spacing(room, int(samples * max(edges)), n_segments)
         except CapacityError as error:
             problems.append(str(error))

@@ -57,7 +57,10 @@ def build_stored_grams(
         return _build_tiles(store, config, members, subsets, budget, rebuild=rebuild, progress=progress)
     sink = GramSink(store, settings, subsampled=frozenset(subsets), compare=rebuild)
     grown = {} if rebuild or config.use_deterministic else _grown(store, settings, subsets)
-    built = grams.build_grams(store.rows, config, sink, keys=members, subsets=subsets, grown=grown, progress=progress)
+    with store.marking_together():
+        built = grams.build_grams(
+            store.rows, config, sink, keys=members, subsets=subsets, grown=grown, progress=progress
+        )
     give_back()
     return dict(built)
 
@@ -90,9 +93,10 @@ def build_held_grams(
     """
     sink = _HeldSink(store, grams.gram_settings(config), source, valid)
     members = {key: store.gram_members[key] for key in keys}
-    if isinstance(source, DeviceGradients):
-        return dict(map(sink, build_device_grams(source, config, members, progress=progress)))
-    return dict(grams.build_grams(source, config, sink, keys=members, progress=progress))
+    with store.marking_together():
+        if isinstance(source, DeviceGradients):
+            return dict(map(sink, build_device_grams(source, config, members, progress=progress)))
+        return dict(grams.build_grams(source, config, sink, keys=members, progress=progress))
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ The C library keeps what was freed, and a budget counts what is kept.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import psutil
 import torch
@@ -19,6 +20,8 @@ from streamfisher.config import SpectralConfig
 
 #: Of what is free on a device, a run takes at most this share.
 DEVICE_MARGIN = 0.9
+#: Of the free memory, what a process holds before garbage in it is worth the search.
+_MUCH = 0.125
 
 
 def local_ranks() -> int:
@@ -54,6 +57,26 @@ def give_back() -> None:
     """
     gc.collect()
     _trim()(0)
+
+
+@contextlib.contextmanager
+def sparing_old_objects() -> Iterator[None]:
+    """Let the garbage collector pass over all objects that are there already, of which the libraries made a million.
+
+    What is garbage among them is freed first, where it can be much: where this process holds more than a share of the
+    free memory, or uses a device.
+    """
+    if gc.get_freeze_count():  # somebody does so already
+        yield
+        return
+    held = psutil.Process().memory_info().rss
+    if held > _MUCH * psutil.virtual_memory().available or torch.cuda.is_initialized():
+        gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import zarr
 from streamfisher.config import parse_dtype
 from streamfisher.data.batches import make_units
 from streamfisher.errors import CorruptRunError, RunError, unreadable
-from streamfisher.runtime.durable import LARGEST_JSON, read_json, write_marker
+from streamfisher.runtime.durable import LARGEST_JSON, MarkerBatch, read_json, write_marker
 from streamfisher.store import codecs
 from streamfisher.store.chunk_reading import ChunkReader
 from streamfisher.store.integrity import check_layout, require_inside
@@ -67,6 +68,7 @@ class RunFolder:
         self.fsync = False  # flush the filesystem before each marker
         self.arrays: dict[str, zarr.Array] = {}
         self._readers: dict[str, ChunkReader] = {}
+        self._batch: MarkerBatch | None = None
 
     def __str__(self) -> str:
         return str(self.path)
@@ -78,6 +80,10 @@ class RunFolder:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a parameter."""
         return tuple(self._items[name]["shape"])
+
+    def chunk_columns(self, name: str) -> int:
+        """Return the columns of a chunk of a parameter's rows."""
+        return int(self._items[name]["chunk_columns"])
 
     def wave_of(self, name: str) -> int:
         """Return the wave that captures a parameter."""
@@ -113,7 +119,27 @@ class RunFolder:
 
     def mark(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a marker, durably."""
-        write_marker(self.path / "done" / f"{name}.json", dict(content), fsync=self.fsync)
+        self.mark_at(self.path / "done" / f"{name}.json", content)
+
+    def mark_at(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Write a marker, durably, or let it wait for the others that are written together."""
+        if self._batch is not None:
+            self._batch.add(path, dict(content))
+        else:
+            write_marker(path, dict(content), fsync=self.fsync)
+
+    @contextlib.contextmanager
+    def marking_together(self) -> Iterator[None]:
+        """Let the markers that this process writes meanwhile become durable some at a time, the last ones at the end.
+
+        Nothing that needs one of them may be done before the end.
+        """
+        batch = self._batch = MarkerBatch(fsync=self.fsync)
+        try:
+            yield
+        finally:  # what was marked is done, whatever comes next
+            self._batch = None
+            batch.commit()
 
     def array(self, path: str) -> zarr.Array:
         """Return an array of the run, opened once and as the manifest has it."""

@@ -62,8 +62,16 @@ def number(value: Any, where: str) -> None:
 
 def text(value: Any, where: str) -> None:
     """Accept text that can be written as UTF-8."""
-    if not isinstance(value, str) or any("\ud800" <= letter <= "\udfff" for letter in value):
+    if not isinstance(value, str) or not (value.isascii() or _is_utf8(value)):
         _refuse(value, where, "text")
+
+
+def _is_utf8(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def flag(value: Any, where: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import zarr
 
 from streamfisher.errors import CorruptRunError, unreadable
-from streamfisher.runtime.durable import read_json, write_marker
+from streamfisher.runtime.durable import read_json
 from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK, create_array, values_of, write_array
@@ -121,7 +121,7 @@ class GramStore:
         if moment is not None:
             content["moment_crc32c"] = self.moments.write(key, moment)
         content |= {"parameter": key, "files": chunk_digest(self.run.path / "gram" / node)}
-        write_marker(self._marker_path(key), content, fsync=self.run.fsync)
+        self.run.mark_at(self._marker_path(key), content)
 
     def read(self, key: str) -> tuple[np.ndarray, np.ndarray | None]:
         """Return one Gram (N, N) float64 and, for centered rows, its products with the mean (N + 1,).

@@ -64,8 +64,8 @@ def create_run(path: Path, manifest: Manifest) -> None:
     (path / "done").mkdir(exist_ok=True)
     root = codecs.quiet_open(path, mode="a", zarr_format=3)
     root.attrs.update({"format": manifest.format, "format_version": manifest.format_version})
-    layout = manifest.layout
     _create_row_arrays(root, manifest)
+    layout = manifest.layout
     _create_sample_arrays(root, manifest)
     if layout["centered"]:
         _create_mean_arrays(root, manifest)
@@ -97,6 +97,8 @@ def _create_row_arrays(root: zarr.Group, manifest: Manifest) -> None:
         )
 
     gradients = root.require_group("gradients")
+    if layout.get("hold", "disk") != "disk":
+        return  # held in memory, rows are never written
     packed = {name for names in packs.values() for name in names}
     for item in manifest.parameters:
         name = item["name"]

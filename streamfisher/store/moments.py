@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from streamfisher.errors import CorruptRunError, unreadable
-from streamfisher.runtime.durable import read_json, write_marker
+from streamfisher.runtime.durable import read_json
 from streamfisher.solving.centering import without_rounding
 from streamfisher.store import codecs
 from streamfisher.store.arrays import values_of, write_array
@@ -40,7 +40,7 @@ class MomentStore:
         )
         checksum = codecs.checksum(values)
         facts = {"parameter": name, "n_samples": self.run.n_samples, "count": moment.count, "crc32c": checksum}
-        write_marker(marker, facts, fsync=self.run.fsync)
+        self.run.mark_at(marker, facts)
         return checksum
 
     def has(self, name: str) -> bool:

@@ -101,7 +101,7 @@ class RowStore:
     def chunk_columns(self, name: str) -> int:
         """Return the columns of a parameter that are read together at no extra cost."""
         if self.representation(name) == "dense":
-            return min(self.run.rows_of(name).chunks[1], self.run.parameters[name])
+            return self.run.chunk_columns(name)
         _, width = matrix_shape(self.shape(name))
         return width * max(1, _FACTORED_SLAB // (8 * self.run.n_samples * width))
 

@@ -23,6 +23,7 @@ Nothing counts as written until its marker exists; a chunk that is missing reads
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,10 @@ class RunStore:
     @fsync.setter
     def fsync(self, value: bool) -> None:
         self.run.fsync = value
+
+    def marking_together(self) -> AbstractContextManager[None]:
+        """Let the markers that are written meanwhile become durable some at a time, see `RunFolder`."""
+        return self.run.marking_together()
 
     def write_unit(self, record: UnitRecord) -> None:
         """Write everything of a unit in one wave, then its marker."""

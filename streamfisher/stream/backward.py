@@ -20,7 +20,7 @@ from streamfisher.models.losses import PerSampleLoss
 from streamfisher.models.weights import AROUND
 from streamfisher.stream.boundaries import MISSING
 from streamfisher.stream.forward import Batches, ForwardStream
-from streamfisher.stream.replay import Boundary, Replay, grad_name, replay_batch, shell_loss, span_loss
+from streamfisher.stream.replay import Boundary, Replay, grad_name, replay_batch, shell_loss, span_loss, value_name
 from streamfisher.stream.routing import Names, Span
 from streamfisher.stream.segments import Segment
 from streamfisher.stream.study import EngineMaker
@@ -168,17 +168,36 @@ class OpenSegment:
             DamagedGradient: a recorded one is missing or damaged.
         """
         grads: dict[Key, Tensor] = {}
+        for key, name in self._recorded(index, keys).items():
+            grads[key] = self.boundaries.get(index, name, self.forward.device)
+            if grads[key] is MISSING:
+                raise DamagedGradient(index)
+        return grads
+
+    def _recorded(self, index: BatchRef, keys: Collection[Key]) -> dict[Key, str]:
+        """Return the names of the gradients of these values, of the latest sum of each.
+
+        Raises:
+            DamagedGradient: it is not known what was recorded.
+        """
+        names: dict[Key, str] = {}
         for position in range(self.position - 1, -1, -1):
             recorded = self.boundaries.get(index, passed(position))
             if recorded is MISSING:
                 raise DamagedGradient(index)
             recorded = recorded.split()
             for key in keys:
-                if key not in grads and grad_name(key) in recorded:
-                    grads[key] = self.boundaries.get(index, grad_at(key, position), self.forward.device)
-                    if grads[key] is MISSING:
-                        raise DamagedGradient(index)
-        return grads
+                if key not in names and grad_name(key) in recorded:
+                    names[key] = grad_at(key, position)
+        return names
+
+    def prefetch(self, index: BatchRef) -> None:
+        """Begin to take to the device what a batch needs that comes next; where something is missing, it waits."""
+        if not self.segment.calls:
+            return
+        with contextlib.suppress(DamagedGradient):
+            names = self._recorded(index, (*self.segment.inputs, *self.segment.outputs)).values()
+            self.boundaries.prefetch(index, [*map(value_name, self.segment.inputs), *names])
 
     def _run(self, loss: ReplayLoss, batch: Mapping[str, Any], rows: Any, wanted: Any) -> BatchGradients:
         """Take rows and factors; the first evaluation of `loss` collects the gradients for below."""

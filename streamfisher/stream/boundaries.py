@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.errors import CapacityError
 from streamfisher.runtime.durable import replacing
+from streamfisher.stream.host_copies import HostCopies, Parked
 
 #: What `Boundaries.get` returns for what is not there.
 MISSING = object()
@@ -57,10 +58,19 @@ class Boundaries:
         folder: for what does not fit the memory; made when it is needed. `None`: everything stays in memory.
         memory: bytes of tensors in memory; `None`: as much as there is.
         durable: write every tensor to the folder, so that another process finds it.
+        copies: take tensors of a device to host memory and back; `None`: what is in memory stays where it was made.
     """
 
-    def __init__(self, folder: Path | None = None, memory: int | None = None, *, durable: bool = False) -> None:
-        self.folder, self.memory, self.durable = folder, memory, durable
+    def __init__(
+        self,
+        folder: Path | None = None,
+        memory: int | None = None,
+        *,
+        durable: bool = False,
+        copies: HostCopies | None = None,
+    ) -> None:
+        self.folder, self.memory, self.durable, self.copies = folder, memory, durable, copies
+        self._coming: dict[tuple[Hashable, str], Tensor] = {}  # on their way to the device
         self.bytes_in_memory = 0
         self.bytes_written = 0
         self.n_damaged = 0  # files that were found damaged, and removed
@@ -79,9 +89,7 @@ class Boundaries:
         self.note_shape(batch, name, value)
         fits = self.memory is None or self.bytes_in_memory + value.nbytes <= self.memory
         if not self.durable and fits:
-            # A view would keep all of its base alive, and what was expanded is stored once.
-            small = value.untyped_storage().nbytes() <= value.nbytes
-            self._held.setdefault(batch, {})[name] = value if small else value.clone()
+            self._held.setdefault(batch, {})[name] = self._kept(value)
             self.bytes_in_memory += value.nbytes
         elif self.folder is None:
             raise CapacityError(
@@ -94,6 +102,19 @@ class Boundaries:
             head = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
             self._write(self._file(batch, name), head, data)
 
+    def _kept(self, value: Tensor) -> Tensor | Parked:
+        if self.copies is not None and value.device == self.copies.device:
+            return self.copies.park(value)
+        # A view would keep all of its base alive, and what was expanded is stored once.
+        return value if value.untyped_storage().nbytes() <= value.nbytes else value.clone()
+
+    def prefetch(self, batch: Hashable, names: Iterable[str]) -> None:
+        """Begin to take to the device what of these is in host memory, for a batch that comes next."""
+        for name in names:
+            parked = self._held.get(batch, {}).get(name)
+            if self.copies is not None and isinstance(parked, Parked) and (batch, name) not in self._coming:
+                self._coming[batch, name] = self.copies.fetch(parked)
+
     def get(self, batch: Hashable, name: str, device: torch.device | None = None) -> Any:
         """Return what was kept, or `MISSING`, also where its file is damaged."""
         held = self._held.get(batch, {})
@@ -101,6 +122,13 @@ class Boundaries:
             value = held[name]
         else:
             value = self._read(batch, name)
+        if isinstance(value, Parked):
+            assert self.copies is not None  # who else parks
+            if device != self.copies.device:
+                value = self.copies.on_host(value)
+            else:
+                coming = self._coming.pop((batch, name), None)
+                value = self.copies.arrive(self.copies.fetch(value) if coming is None else coming)
         return value.to(device) if isinstance(value, Tensor) and device is not None else value
 
     def has(self, batch: Hashable, name: str) -> bool:
@@ -110,6 +138,11 @@ class Boundaries:
     def drop(self, batch: Hashable, name: str) -> None:
         """Forget a name, if it is there."""
         value = self._held.get(batch, {}).pop(name, None)
+        self._coming.pop((batch, name), None)
+        if isinstance(value, Parked):
+            assert self.copies is not None
+            self.copies.forget(value)
+            value = value.tensor
         if isinstance(value, Tensor):
             self.bytes_in_memory -= value.nbytes
         if self.folder is not None:
@@ -135,7 +168,7 @@ class Boundaries:
 
     def clear(self) -> None:
         """Forget everything, files included."""
-        self._held, self._shapes, self.bytes_in_memory = {}, {}, 0
+        self._held, self._shapes, self._coming, self.bytes_in_memory = {}, {}, {}, 0
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 

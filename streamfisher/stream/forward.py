@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -82,7 +83,11 @@ class ForwardStream:
                 following = next((p for _, p, _ in events[at + 1 : at + 2] if p >= 0), None)
                 if following is not None:
                     self.weights.prefetch(*layers[following].modules)
-                for index in todo[event]:
+                names = [value_name(key) for key in layers[position].inputs]
+                for index, then in itertools.zip_longest(todo[event], list(todo[event])[1:]):
+                    self.boundaries.prefetch(index, names)
+                    if then is not None:
+                        self.boundaries.prefetch(then, names)
                     self._through(index, batches[index], layers[position])
                     self.after_batch()
             if everything:

@@ -8,6 +8,7 @@ its outputs; that gives the rows of its parameters and the gradient that the seg
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -94,6 +95,7 @@ class LayerStream:
         self._parts: tuple[Stack, Names, ForwardStream] | None = None
         self._undo: contextlib.ExitStack | None = None
         self._open: OpenSegment | None = None
+        self._order: tuple[Batches, dict[BatchRef, BatchRef]] | None = None  # what comes after each of these
 
     def __enter__(self) -> LayerStream:
         with contextlib.ExitStack() as stack:
@@ -204,6 +206,10 @@ class LayerStream:
         """
         if self._open is None or self._open.segment != segment:
             raise CaptureError(f"segment {segment.name} was not begun.")
+        self._open.prefetch(index)
+        following = self._following(index, batches)
+        if following is not None:
+            self._open.prefetch(following)
         try:
             return self._open.gradients(index, batches, out, factored)
         except DamagedGradient:
@@ -259,6 +265,11 @@ class LayerStream:
                 self.gradients(segment, index, members, {})
                 self.forward_stream.after_batch()
             self._close_segment()
+
+    def _following(self, index: BatchRef, batches: Batches) -> BatchRef | None:
+        if self._order is None or self._order[0] is not batches:
+            self._order = batches, dict(itertools.pairwise(batches))
+        return self._order[1].get(index)
 
     def _make_inputs(self, segment: Segment, batches: Batches) -> None:
         stack = self._studied[0]

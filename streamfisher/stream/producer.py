@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -22,6 +23,7 @@ from streamfisher.models.batches import ModelBatches
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.stream.backward import LOSSES, TARGETS
 from streamfisher.stream.boundaries import MISSING, Boundaries, boundary_spacing
+from streamfisher.stream.host_copies import HostCopies
 from streamfisher.stream.layer_stream import LayerStream
 from streamfisher.stream.segments import Segment
 
@@ -29,7 +31,8 @@ from streamfisher.stream.segments import Segment
 class StreamProducer:
     """A `GradientProducer` that has one segment of the model at work at a time; a context manager.
 
-    What segments hand on to each other is kept in a folder, so that ranks share it and a resumed run finds it.
+    What segments hand on to each other is kept in a folder, so that ranks share it and a resumed run finds it; or in
+    host memory, where a rank takes its own batches and a kill costs the wave.
 
     Args:
         stream: of the model.
@@ -48,6 +51,7 @@ class StreamProducer:
             self._row_dtype = torch.promote_types(self._row_dtype, info.dtype)
         self._wave: Wave | None = None
         self._todo: ModelBatches | None = None  # those of the wave's batches that the stream is prepared for
+        self._in_memory = False  # boundaries of this rank's own batches are, which others do not see
 
     def __enter__(self) -> Self:
         self.stream.__enter__()
@@ -127,23 +131,30 @@ class StreamProducer:
             )
         return budget - weights
 
-    def keep_between_waves(self, room: int, n_tokens: int, folder: Path | None = None) -> None:
+    def keep_between_waves(self, room: int, n_tokens: int, folder: Path | None = None, memory: int = 0) -> None:
         """Keep as many boundaries between layers as fit; the others are made again.
 
         Args:
             room: bytes on the disk for boundaries.
             n_tokens: padded tokens of all batches.
             folder: where they are kept, and found by other processes and later ones.
+            memory: bytes of host memory for those of this rank's batches, the disk being for what exceeds them; 0: all
+                are kept on the disk, for all ranks.
 
         Raises:
             CapacityError: not even two fit: one that is kept and the gradient that goes down.
         """
+        count = 1 if self._ranks is None else self._ranks.count
+        self._in_memory = memory > 0
         if folder is not None:
-            self.stream.use_boundaries(Boundaries(folder, durable=True))
+            copies = HostCopies(self.device) if self._in_memory and self.device.type != "cpu" else None
+            self.stream.use_boundaries(
+                Boundaries(folder, memory=memory or None, durable=not self._in_memory, copies=copies)
+            )
             if self._ranks is not None:
                 self.stream.forward_stream.after_batch = self._ranks.alive
         each = self.stream.boundary_bytes(n_tokens)
-        self.stream.forward_stream.keep_every = boundary_spacing(room, each, len(self.stream.segments))
+        self.stream.forward_stream.keep_every = boundary_spacing(room + count * memory, each, len(self.stream.segments))
 
     def allocate(
         self, n_rows: int, names: Collection[str] | None = None, columns: Mapping[str, int] | None = None
@@ -158,7 +169,9 @@ class StreamProducer:
     def begin(self, wave: Wave) -> None:
         """Make what the wave's segment needs of these batches; ranks divide what is missing."""
         segment = self._segment_of(wave)
-        if self._ranks is not None and self._ranks.count > 1:
+        if self._in_memory:
+            wave = dataclasses.replace(wave, todo=wave.todo if wave.own is None else wave.own)
+        elif self._ranks is not None and self._ranks.count > 1:
             own = wave.todo[self._ranks.index :: self._ranks.count]
             self.stream.begin(segment, wave.batches.only(own))
             self._ranks.wait("for the stream's boundaries")
@@ -208,14 +221,14 @@ class StreamProducer:
         """Forget what no later wave needs, once all of a segment's waves are through."""
         segment = self._segment_of(wave)
         is_main = self._ranks is None or self._ranks.is_main
-        if is_main and wave.parameters[-1] == segment.parameters[-1]:
+        if (is_main or self._in_memory) and wave.parameters[-1] == segment.parameters[-1]:
             self.stream.finish(segment, wave.batches)
         if self._ranks is not None:
             self._ranks.wait("for the end of the segment")
 
     def close(self) -> None:
         """Delete the boundaries."""
-        if self._ranks is None or self._ranks.is_main:
+        if self._ranks is None or self._ranks.is_main or self._in_memory:
             self.stream.boundaries.clear()
 
     def _segment_of(self, wave: Wave) -> Segment:

@@ -11,6 +11,7 @@ from tiny_models import TinyRegression, vectors
 
 import streamfisher as sf
 from streamfisher.errors import CapacityError, ConfigError
+from streamfisher.runtime import durable
 from streamfisher.store import GramStore, KeptGradients, RunStore
 
 
@@ -45,6 +46,14 @@ def test_what_is_held_in_memory_gives_the_bits_of_the_disk(tmp_path, name, repre
     for center in (False, True):
         one, other = (run.spectrum("layer", center).to_dict()["global"] for run in (disk, host))
         assert one == other
+
+
+def test_the_disk_is_flushed_some_times_and_not_twice_for_each_gram(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(durable, "sync_path", lambda path: flushed.append(path.name))
+    held = collected(tmp_path / "run", llama(), sequences(), hold="host")
+    grams = {name.split(".json")[0] for name in flushed if name.startswith("gram-")}
+    assert len(grams) == len(held.store.gram_members) and flushed.count("done") < 10
 
 
 @pytest.mark.parametrize("options", [{"gram_per": "layer"}, {"project": 8}, {"stream": "layers"}], ids=str)

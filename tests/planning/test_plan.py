@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from functools import cache
@@ -21,8 +22,9 @@ from streamfisher.gradients import Factor, FactorPair, GradientEngine, GradientS
 from streamfisher.gradients.factors import squared_norms
 from streamfisher.models import build_skeleton, resolve_loss
 from streamfisher.planning import Machine, ModelTrace, Rates, RunPlan, measure, plan_run, trace_model
+from streamfisher.planning.choice import streams_layers
 from streamfisher.planning.costs import forming_flops, norm_flops, pass_flops, plain_flops, product_cost
-from streamfisher.planning.plan import WORTH
+from streamfisher.planning.rates import UNKNOWN
 
 SHAPES = Path(__file__).parents[2] / "examples" / "plan"
 WAVES = sf.SpectralConfig(hold="disk")
@@ -215,14 +217,61 @@ def test_a_model_larger_than_the_device_streams_its_layers():
     assert plan.chosen.boundaries == pytest.approx(82 * hidden, rel=0.02)  # after the embedding, 80 layers, a gradient
 
 
-def test_auto_streams_layers_where_waves_cost_clearly_more_operations():
-    for disk, waves, taken in ((3000, 1, "waves"), (1500, 2, "waves"), (1000, 3, "stream layers")):
-        plan = planned("llama-2-7b", disk=disk * 10**9)
-        ordinary, layers = plan.strategies[2:]
-        assert ordinary.fits and layers.fits and ordinary.waves == waves
-        assert plan.chosen.name == taken
-        assert (ordinary.passes > WORTH * layers.passes) == (taken == "stream layers")
-    assert planned("llama-2-7b", disk=10**12, config=WAVES).chosen.name == "waves"
+@pytest.mark.parametrize(
+    ("disk", "waves", "streamed"), [(3000, 1, False), (1500, 2, False), (1000, 3, True), (500, 5, True)]
+)
+def test_auto_streams_layers_where_waves_take_clearly_longer(disk, waves, streamed):
+    config = sf.SpectralConfig(stream="auto", hold="disk")
+    plan = planned("llama-2-7b", disk=disk * 10**9, devices=0, device_memory=None, config=config)
+    ordinary, layers = plan.strategies[2:]
+    assert ordinary.fits and layers.fits and ordinary.waves == waves
+    assert plan.chosen is (layers if streamed else ordinary)
+
+
+@pytest.mark.parametrize(("hold", "name", "place"), [("auto", "stream layers", "device"), ("disk", "waves", "disk")])
+def test_auto_counts_where_each_way_holds_its_gradients(hold, name, place):
+    one_device = {"devices": 1, "device_memory": 80 * 10**9, "memory": 100 * 10**9, "disk": 3 * 10**12}
+    config = sf.SpectralConfig(stream="auto", hold=hold, keep_gradients=())
+    plan = planned("llama-2-7b", n_samples=512, config=config, **one_device)
+    waves, layers = plan.strategies[2:]
+    assert waves.fits and waves.hold == "disk" and waves.passes < layers.passes
+    assert (plan.chosen.name, plan.chosen.hold) == (name, place)
+
+
+def test_the_way_does_not_depend_on_rates_that_differ_from_one_minute_to_the_next():
+    args = ([512] * 1024, sf.SpectralConfig(stream="auto", hold="disk"))
+    machine = Machine(memory=2 * 10**12, disk=500 * 10**9)
+    names = [
+        plan_run(trace_of("llama-2-7b"), *args, machine=machine, rates=rates).chosen.name
+        for rates in (FAST, UNKNOWN, FAST.given(passes=1e15, write=1e6))
+    ]
+    assert names == ["stream layers"] * 3 and streams_layers(trace_of("llama-2-7b"), *args, machine)
+
+
+def test_what_is_held_beside_a_device_is_moved_and_reduced_by_the_host():
+    rates = dataclasses.replace(FAST, transfer=1e9, host_products=1e11, host_forming=1e11)
+    seconds = {}
+    for hold in ("device", "host"):
+        options = {"memory": 2 * 10**12, "disk": 30 * 10**12, "devices": 1, "device_memory": 10**12}
+        config = sf.SpectralConfig(stream="layers", hold=hold, keep_gradients=())
+        plan = plan_run(trace_of("llama-2-7b"), [512] * 512, config, machine=Machine(**options), rates=rates)
+        seconds[hold] = {stage.name: stage.seconds for stage in plan.chosen.stages}
+        factors = sum(block.stored for block in plan.blocks)
+    assert seconds["host"]["collect"] - seconds["device"]["collect"] == pytest.approx(factors / 1e9, rel=0.01)
+    assert seconds["host"]["reduce"] == pytest.approx(10 * seconds["device"]["reduce"], rel=0.01)
+
+
+def test_boundaries_of_what_a_device_holds_stay_in_host_memory_where_they_fit():
+    ways = {}
+    for memory in (200, 50):
+        options = {"memory": memory * 10**9, "disk": 10**12, "devices": 1, "device_memory": 80 * 10**9}
+        config = sf.SpectralConfig(stream="layers", hold="device", keep_gradients=())
+        ways[memory] = planned("llama-2-7b", n_samples=512, config=config, **options).chosen
+    near, far = ways[200], ways[50]
+    assert near.fits and near.hold == "device" and near.boundaries == far.boundaries
+    assert near.stages[0].written == 0 and near.disk < 1e9
+    assert far.stages[0].written == pytest.approx(far.boundaries - 0.6 * 50e9, rel=1e-6)
+    assert near.seconds < far.seconds
 
 
 def test_boundaries_that_do_not_fit_are_recomputed_at_a_price():
@@ -301,7 +350,7 @@ def test_rates_are_measured_and_any_of_them_may_be_given():
     trace = trace_model(tiny_llama(), ids(16), causal=True)
     rates = measure(64, layer=trace.layer)
     assert "model.layers.0" in rates.source
-    assert all(value > 0 for name, value in vars(rates).items() if name != "source")
+    assert all(value is None or value > 0 for name, value in vars(rates).items() if name != "source")
     given = rates.given(passes=1e15, write=None)
     assert (given.passes, given.write) == (1e15, rates.write)
     assert given.source.endswith("given: passes")

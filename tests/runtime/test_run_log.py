@@ -115,20 +115,28 @@ def files(run):
 @pytest.mark.parametrize("options", [{}, {"representation": "factors"}, {"store_centered": True}])
 def test_everything_a_marker_stands_for_is_flushed_before_it(options, tmp_path, monkeypatch):
     flushed, marked = [set()], []
-    sync, write = durable.sync_filesystem, durable.write_json
+    sync, write, place = durable.sync_filesystem, durable.write_json, durable.put_in_place
 
     def watched(folder):
         sync(folder)
         flushed[0] = files(tmp_path)
 
-    def watched_write(path, content):
+    def look(path):
         here = {name for name in files(tmp_path) if not name.endswith((".jsonl", "lock", ".partial"))}
         if not path.name.startswith("manifest.copy"):  # it stands for nothing
             marked.append((path.name, here - flushed[0]))
+
+    def watched_write(path, content):
+        look(path)
         write(path, content)
+
+    def watched_place(partial, path):
+        look(path)
+        place(partial, path)
 
     monkeypatch.setattr(durable, "sync_filesystem", watched)
     monkeypatch.setattr(durable, "write_json", watched_write)
+    monkeypatch.setattr(durable, "put_in_place", watched_place)
     run = make_run(tmp_path / "run.zarr", fsync=True, n_workers=1, **options)
     run.spectrum("none")
     run.eigenvectors("global", 2, block_structure="none")
