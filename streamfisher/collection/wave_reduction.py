@@ -80,24 +80,12 @@ def reduce_held(
 ) -> None:
     """Build the missing Grams of a wave where its gradients are, and then mark its units: the gradients are gone.
 
-    Several ranks have the gradients of their own samples. Each of them gets a Gram's gradients of all samples from the
-    others, one Gram after the other, and forms it as one rank would: the same bits however many there are.
-
     Raises:
         CorruptRunError: a gradient is not finite.
         CapacityError: the reduction does not fit the memory budget.
         RankError: another rank failed.
     """
-    own = _share_of_host(config)
-    done = store.grams.done(grams.gram_settings(config))
-    wanted = store.grams.keys_of(store.waves[wave])
-    keys = ranks.share(f"the Grams of wave {wave}", [key for key in wanted if key not in done])
-    skipped = {int(number) for part in ranks.gather("skipped samples", sorted(sink.skipped)) for number in part}
-    valid = np.array([number not in skipped for number in range(store.n_samples)])
-    if ranks.count == 1:
-        built = build_held_grams(store, sink.held(), valid, own, keys, progress=progress)
-    else:
-        built = _built_by_ranks(store, sink, valid, own, keys, ranks, progress=progress)
+    built = build_held(store, wave, sink, config, ranks, progress=progress)
     norms = {}
     if not sink.every_norm:
         for name in store.waves[wave]:
@@ -120,6 +108,33 @@ def reduce_held(
             )
             store.write_unit(record)
     ranks.wait("for the end of the wave")
+
+
+def build_held(
+    store: RunStore, wave: int, sink: MemorySink, config: SpectralConfig, ranks: Ranks, *, progress: bool
+) -> dict[str, np.ndarray]:
+    """Build the missing Grams of a wave where its gradients are.
+
+    Several ranks have the gradients of their own samples. Each of them gets a Gram's gradients of all samples from the
+    others, one Gram after the other, and forms it as one rank would: the same bits however many there are.
+
+    Returns:
+        Gram key -> its diagonal, (N,) float64, of those that were missing.
+
+    Raises:
+        CorruptRunError: a gradient is not finite.
+        CapacityError: the reduction does not fit the memory budget.
+        RankError: another rank failed.
+    """
+    own = _share_of_host(config)
+    done = store.grams.done(grams.gram_settings(config))
+    wanted = store.grams.keys_of(store.waves[wave])
+    keys = ranks.share(f"the Grams of wave {wave}", [key for key in wanted if key not in done])
+    skipped = {int(number) for part in ranks.gather("skipped samples", sorted(sink.skipped)) for number in part}
+    valid = np.array([number not in skipped for number in range(store.n_samples)])
+    if ranks.count == 1:
+        return build_held_grams(store, sink.held(), valid, own, keys, progress=progress)
+    return _built_by_ranks(store, sink, valid, own, keys, ranks, progress=progress)
 
 
 def _built_by_ranks(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +14,14 @@ from streamfisher.collection.claims import Claims, idle_batches, share_of
 from streamfisher.collection.guard import Guard, OwnGuard, SharedGuard
 from streamfisher.collection.passes import run_pass
 from streamfisher.collection.progress import Progress
-from streamfisher.collection.wave_reduction import forget_wave, is_reduced, reduce_held, reduce_wave, reopen_wave
+from streamfisher.collection.wave_reduction import (
+    build_held,
+    forget_wave,
+    is_reduced,
+    reduce_held,
+    reduce_wave,
+    reopen_wave,
+)
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import BatchRef, Unit
 from streamfisher.errors import CapacityError, first_line
@@ -25,6 +34,7 @@ from streamfisher.sinks.centered import CenteredSink
 from streamfisher.sinks.device import DeviceSink
 from streamfisher.sinks.disk import DiskSink
 from streamfisher.sinks.interface import GradientSink, UnitFacts
+from streamfisher.sinks.keeping import KeepingSink
 from streamfisher.sinks.mean import MeanSink
 from streamfisher.sinks.memory import MemorySink
 from streamfisher.store import RunStore, stage_of
@@ -73,6 +83,10 @@ class Collection:
             if held:
                 self._held(index, names, title, products)
                 continue
+            fresh = store.run.copy is not None and len(todo) == len(store.units)
+            if ranks.share(f"whether wave {index} begins", fresh):
+                self._kept_and_held(index, names, title, products)
+                continue
             if ranks.is_main:
                 reopen_wave(store, index, products)
             ranks.wait("for the wave")
@@ -93,39 +107,80 @@ class Collection:
         Each rank holds those of its own units. A kill costs the wave.
         """
         store, ranks = self.store, self.ranks
-        factored = [name for name in names if store.rows.representation(name) == "factors"]
         alone = all(store.gram_members[key] == [key] for key in store.grams.keys_of(names))
-        kind = DeviceSink if store.run.hold == "device" else MemorySink
+        sink = self._memory(store.run.hold, names, every_norm=not alone)
+        wave = self._begin_held(index, names, sink)
+        with self._out_of_device_memory(title):
+            self._pass(sink, wave, title, "for the other ranks' gradients", fixed=True)
+            reduce_held(store, index, sink, products, ranks, progress=self.progress)
+        del sink
+        give_back()
+        self.producer.finish(wave)
+
+    def _kept_and_held(self, index: int, names: list[str], title: str, products: SpectralConfig) -> None:
+        """Take a wave of which nothing is there yet: its gradients are held until they are reduced, and written beside.
+
+        After a kill, what was written is there, and the rest of the wave goes through the disk.
+        """
+        store, ranks = self.store, self.ranks
+        held = self._memory(store.run.copy, names, every_norm=False)
+        wave = self._begin_held(index, names, held)
+        own = RunStore(store.path, looked_over=True)  # whose markers do not wait for those of Grams
+        own.fsync = store.fsync
+        with (
+            DiskSink(own, index, self.producer, threads=write_threads(), room=self._room()) as disk,
+            self._out_of_device_memory(title),
+        ):
+            self._pass(KeepingSink(disk, held), wave, title, "for the other ranks' gradients", fixed=True)
+            build_held(store, index, held, products, ranks, progress=self.progress)
+            del held
+            disk.settle()
+        ranks.wait("for the other ranks' disks")
+        if ranks.is_main:
+            store.kept.delete(index)
+        ranks.wait("for the end of the wave")
+        give_back()
+        self.producer.finish(wave)
+
+    def _memory(self, place: str | None, names: list[str], *, every_norm: bool) -> MemorySink:
+        """Return what holds a wave's gradients, on each rank those of its own units."""
+        store, ranks = self.store, self.ranks
+        factored = [name for name in names if store.rows.representation(name) == "factors"]
+        kind = DeviceSink if place == "device" else MemorySink
         sink = kind(
             self.producer,
             store.units,
             factored,
             parameters=names,
             columns=store.parameters,
-            every_norm=not alone,
+            every_norm=every_norm,
             own=share_of(store.units, ranks.index, ranks.count),
         )
         if self.sharded:  # rows of batches that are only gone along with must not stay
             sink.through_units()
-        ranks.wait("for the wave")
-        if ranks.is_main:
-            forget_wave(store, index)
-        ranks.wait("for the beginning of the wave")
+        return sink
+
+    def _begin_held(self, index: int, names: list[str], sink: MemorySink) -> Wave:
+        """Begin a wave that is taken whole."""
+        self.ranks.wait("for the wave")
+        if self.ranks.is_main:
+            forget_wave(self.store, index)
+        self.ranks.wait("for the beginning of the wave")
         own = tuple(batch for unit in sink.own for batch in self.batches.of(unit))
         wave = dataclasses.replace(self._wave(index, names, sink), own=own)
         self.producer.begin(wave)
+        return wave
+
+    @contextlib.contextmanager
+    def _out_of_device_memory(self, title: str) -> Iterator[None]:
         try:
-            self._pass(sink, wave, title, "for the other ranks' gradients", fixed=True)
-            reduce_held(store, index, sink, products, ranks, progress=self.progress)
+            yield
         except torch.cuda.OutOfMemoryError as error:
             raise CapacityError(
                 f"{title}: {self.producer.device} ran out of memory: {first_line(error)} A run's layout does not "
                 "change; start it in another folder with a smaller --device-memory-budget or --batch-tokens, or with "
                 "--hold host."
             ) from error
-        del sink
-        give_back()
-        self.producer.finish(wave)
 
     def collect_mean(self) -> None:
         """Add up the rows of every unit in float64; the mean is their sum over the valid samples."""

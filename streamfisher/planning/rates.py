@@ -9,13 +9,13 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import zarr
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -25,9 +25,10 @@ from streamfisher.gradients.factors import FactorPair, pack
 from streamfisher.gradients.norms import norm
 from streamfisher.planning.model_trace import LayerCall
 from streamfisher.reduction.products import panel_sum
-from streamfisher.runtime.threads import chunks_at_a_time
+from streamfisher.runtime.threads import write_threads
 from streamfisher.store import codecs
-from streamfisher.store.factor_writing import write_factors
+from streamfisher.store.chunks import ChunkWriter
+from streamfisher.store.factor_writing import FactorWriting, write_factors
 from streamfisher.store.factors import segments_of
 from streamfisher.store.layout import PANEL
 
@@ -93,8 +94,7 @@ def measure(
         folder: on the disk that is meant; `None` means the one for temporary files.
     """
     cores = len(os.sched_getaffinity(0))
-    with chunks_at_a_time(cores):  # as a run does
-        write, read, chunk, array = _store_rates(codec, dtype_store, folder)
+    write, read, chunk, array = _store_rates(codec, dtype_store, folder)
     passes, how = _pass_rate(layer)
     return Rates(
         passes=passes,
@@ -157,32 +157,20 @@ def _solve_rate(n_samples: int) -> float:
 
 
 def _store_rates(codec: Codec, dtype: torch.dtype, folder: Path | None) -> tuple[float, float, float, float]:
-    """Return bytes/s written and read, seconds for each chunk, and seconds for each small array.
+    """Return bytes/s written by all threads and read by one, seconds for each chunk, and for each small array.
 
     A batch's factors are taken into fresh memory, packed, written and read as those of a run are: what lies in a cache,
     or in memory that was used before, is several times as fast.
     """
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        root = codecs.quiet_open(Path(name), mode="w", zarr_format=3)
-
-        def create(path: str, width: int) -> zarr.Array:
-            return root.create_array(
-                path,
-                shape=(32, width),
-                chunks=(32, 16),
-                dtype=codecs.stored_dtype(dtype),
-                fill_value=codecs.fill_value(dtype),
-                compressors=codecs.compressors(codec, dtype),
-                overwrite=True,
-            )
-
-        def put(array: zarr.Array, rows: torch.Tensor) -> None:
-            array[...] = codecs.encode(rows, dtype)
-
-        few = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
-        small = create("small", 256)
-        chunk = _seconds(lambda: put(small, few)) / 16
-        array = _seconds(lambda: put(create("one", 16), few[:, :16].contiguous()))
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as name,
+        ThreadPoolExecutor(write_threads()) as threads,
+    ):
+        few = torch.randn(32, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+        writer, turns = ChunkWriter((32, 16), dtype, codec), itertools.count()
+        chunk = _seconds(lambda: writer.write(Path(name) / "one", (next(turns), 0), codecs.encode(few, dtype)))
+        little = pack({"one": [FactorPair(few[None], few[None].clone())]})
+        array = _seconds(lambda: write_factors(Path(name) / "small", next(turns), 0, 0, little, codec)) / 2
 
         batches = [_factors(dtype, seed) for seed in range(3)]
         sides = [side for pairs in batches[0].values() for pair in pairs for side in (pair.left, pair.right)]
@@ -192,19 +180,21 @@ def _store_rates(codec: Codec, dtype: torch.dtype, folder: Path | None) -> tuple
         def write() -> None:
             batch = batches[len(entries) % len(batches)]
             taken = {key: [FactorPair(pair.left.clone(), pair.right.clone()) for pair in batch[key]] for key in batch}
-            entries.append(write_factors(Path(name) / "factors", len(entries), 0, 0, pack(taken), codec))
+            writing = FactorWriting(Path(name) / "factors", len(entries), 0, 0, pack(taken), codec)
+            list(threads.map(lambda part: part[0](), writing.jobs()))
+            entries.append(writing.entry())
 
-        written = _seconds(write) - len(sides) * array
-        turns = itertools.cycle(range(len(entries)))
+        written = _seconds(write)
+        read_turns = itertools.cycle(range(len(entries)))
 
         def read() -> None:
-            turn = next(turns)
+            turn = next(read_turns)
             for key in batches[0]:
                 for segment in segments_of(Path(name) / "factors", key, turn, [entries[turn]]):
                     segment.left.read()
                     segment.right.read()
 
-        taken = _seconds(read) - len(sides) * array
+        taken = _seconds(read)
     return size / max(written, 1e-9), size / max(taken, 1e-9), chunk, array
 
 

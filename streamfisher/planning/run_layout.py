@@ -51,6 +51,7 @@ class RunLayout:
     gram_bytes: int  # 8 N^2 for each Gram
     hold: str = "disk"  # where gradients are until they are reduced: 'device', 'host' or 'disk'
     unit_buffers: int = 1  # units whose rows are in memory at a time, where they are written
+    copy: str | None = None  # where gradients that are written are held too until they are reduced: 'device' or 'host'
 
     def layout(self) -> dict[str, Any]:
         """Return the part of the manifest's layout that says so, as plain JSON values."""
@@ -62,6 +63,7 @@ class RunLayout:
             "batch_tokens": self.batch_tokens,
             "hold": self.hold,
             "unit_buffers": self.unit_buffers,
+            "copy": self.copy,
         }
 
     @property
@@ -186,18 +188,31 @@ def layout_within(
         whole = sizes.of(names)
         keep = ("*",) if whole.disk <= limits.disk and whole.memory <= limits.memory else ()
     needs_disk = held_on_disk_for(config, keep, n_samples, memory)
-    waves, hold = _cut_and_hold(sizes, limits, keep, config, segments, needs_disk, device_memory)
+    copy: str | None = None
+    if keep and held_on_disk_for(config, (), n_samples, memory) is None:
+        waves, copy = _cut_and_copy(sizes, limits, keep, config, segments, device_memory)
+        hold = "disk"
+    else:
+        waves, hold = _cut_and_hold(sizes, limits, keep, config, segments, needs_disk, device_memory)
     if len(waves) > 1 and config.store_centered:
         raise ConfigError(
             f"store_centered=True takes one pass over all parameters, and within the budgets the run takes {len(waves)}"
             ". Leave it out (--center gives the covariance of uncentered gradients too), or give more disk and memory."
         )
     buffers = 1
-    if hold == "disk" and n_samples > config.chunk_size:
+    if hold == "disk" and copy is None and n_samples > config.chunk_size:
         waves, buffers = _written_behind(sizes, limits, keep, segments, waves)
     cut = [list(wave.parameters) for wave in waves]
     return RunLayout(
-        dict(chosen), waves, gram_keys(names, config.gram_per, cut), list(keep), batch_tokens, gram_bytes, hold, buffers
+        dict(chosen),
+        waves,
+        gram_keys(names, config.gram_per, cut),
+        list(keep),
+        batch_tokens,
+        gram_bytes,
+        hold,
+        buffers,
+        copy,
     )
 
 
@@ -246,19 +261,9 @@ def _cut_and_hold(
     """
     if config.hold in ("host", "device") and needs_disk is not None:
         raise ConfigError(f"hold={config.hold!r} holds gradients in memory, and {needs_disk}; leave out --hold.")
-    if config.hold == "device" and device_memory is None:
-        raise ConfigError("hold='device': the model is not on a CUDA device; --hold host holds gradients in memory.")
     places = {"disk": (sizes, limits)}
     if needs_disk is None:
-        held, joined = _of_one_rank(sizes, config, world_size())
-        places = {"host": (held, limits_in_memory(limits.memory, limits.memory_why, joined)), **places}
-        if device_memory is not None:
-            on_device = int(DEVICE_SHARE * (device_memory - 3 * 8 * sizes.n_samples**2))  # beside a sum of products
-            why = _why(config.device_memory_budget, "--device-memory-budget", "what is free on the device")
-            places = {
-                "device": (held, WaveLimits(on_device - joined, limits.memory, why, place="on the device")),
-                **places,
-            }
+        places = _places_in_memory(sizes, limits, config, device_memory) | places
     if config.hold != "auto":
         return _cut(*places[config.hold], keep, segments), config.hold
     best: tuple[list[WaveSize], str] | None = None
@@ -277,6 +282,59 @@ def _cut_and_hold(
         assert problem is not None  # the disk was tried
         raise problem
     return best
+
+
+def _places_in_memory(
+    sizes: WaveSizes, limits: WaveLimits, config: SpectralConfig, device_memory: int | None
+) -> dict[str, tuple[WaveSizes, WaveLimits]]:
+    """Return what waves take and may take on the device, if there is one, and in host memory; the nearest comes first.
+
+    Raises:
+        ConfigError: a device is asked for that there is not.
+    """
+    if config.hold == "device" and device_memory is None:
+        raise ConfigError("hold='device': the model is not on a CUDA device; --hold host holds gradients in memory.")
+    held, joined = _of_one_rank(sizes, config, world_size())
+    places = {}
+    if device_memory is not None:
+        on_device = int(DEVICE_SHARE * (device_memory - 3 * 8 * sizes.n_samples**2))  # beside a sum of products
+        why = _why(config.device_memory_budget, "--device-memory-budget", "what is free on the device")
+        places["device"] = (held, WaveLimits(on_device - joined, limits.memory, why, place="on the device"))
+    places["host"] = (held, limits_in_memory(limits.memory, limits.memory_why, joined))
+    return places
+
+
+def _cut_and_copy(
+    sizes: WaveSizes,
+    limits: WaveLimits,
+    keep: Sequence[str],
+    config: SpectralConfig,
+    segments: Sequence[Sequence[str]] | None,
+    device_memory: int | None,
+) -> tuple[list[WaveSize], str | None]:
+    """Return the waves of a run that keeps gradients, and where they are held too, so that no Gram waits for the disk.
+
+    Where it was asked for; and on a device that has room without another wave, from which reading back is far.
+
+    Raises:
+        CapacityError: what was asked for does not fit.
+        ConfigError: a device is asked for that there is not.
+    """
+    on_disk = _cut(sizes, limits, keep, segments)
+    if config.hold == "disk" or (config.hold == "auto" and device_memory is None):
+        return on_disk, None
+    places = _places_in_memory(sizes, limits, config, device_memory)
+    place = config.hold if config.hold != "auto" else "device"
+    of_place, within = places[place]
+    try:
+        held = _cut(of_place, within, (), segments)
+    except CapacityError:
+        if config.hold != "auto":
+            raise
+        return on_disk, None
+    if config.hold == "auto" and len(held) > len(on_disk):
+        return on_disk, None
+    return (held, place) if len(held) >= len(on_disk) else (on_disk, place)
 
 
 def _of_one_rank(sizes: WaveSizes, config: SpectralConfig, count: int) -> tuple[WaveSizes, int]:

@@ -35,6 +35,7 @@ from streamfisher.reduction.tiles import needs_tiles, tile_bytes, tile_workers
 from streamfisher.runtime.threads import worker_count
 from streamfisher.solving.tiled_solve import dense_bytes, solves_dense
 from streamfisher.store.layout import chunk_columns
+from streamfisher.store.packs import make_packs
 
 #: Plain passes over each of its samples that the probe takes, and how often it compares their gradients.
 _PROBE_PASSES = 8
@@ -104,15 +105,14 @@ class StageCosts:
         sums = guards / waves * forming_flops(self.trace.shapes, chosen, "factors")
         dense = sum(shape.numel for shape in self.rows if chosen[shape.name] == "dense")
         compared = PROBE_SAMPLES * _PROBE_COMPARISONS * self.trace.n_params + guards / waves * dense
-        seconds = (
-            total / self.rates.passes
-            + (size / self.rates.write if stored else 0.0)
-            + _FLOAT64 * norms / self.rates.forming
-        )
+        seconds = total / self.rates.passes + _FLOAT64 * norms / self.rates.forming
         seconds += sums / self.rates.forming + compared * self.rates.compare_seconds
-        seconds += chunks * self.rates.chunk_seconds + arrays * self.rates.array_seconds
+        behind = chunks * self.rates.chunk_seconds + arrays * self.rates.array_seconds
+        behind += size / self.rates.write if stored else 0.0
         if self.machine.devices and hold != "device" and self.rates.transfer:
-            seconds += size / self.rates.transfer
+            behind += size / self.rates.transfer
+        # Written behind: beside a device that costs what it takes longer; where the same cores compute, it adds up.
+        seconds = max(seconds, behind) if self.machine.devices and stored else seconds + behind
         return Stage("collect", total + norms + sums, 0.0, size if stored else 0.0, memory, seconds)
 
     def reduce(self, size: float, chosen: Mapping[str, Representation], *, hold: str = "disk") -> Stage:
@@ -178,14 +178,25 @@ class StageCosts:
 
     def _pieces(self, chosen: Mapping[str, Representation]) -> tuple[int, int]:
         """Return the chunks of rows, and the arrays of factors: each tensor of each batch is one."""
-        chunks = self.n_units * 4
+        dense = {shape.name: shape.columns for shape in self.rows if chosen[shape.name] == "dense"}
+        packs = make_packs(
+            dense,
+            [list(dense)],
+            dict.fromkeys(dense, True),
+            n_samples=self.n,
+            chunk_rows=self.config.chunk_size,
+            itemsize=self.stored_itemsize,
+        )
+        packed = {name for names in packs.values() for name in names}
+        chunks = self.n_units * (4 + len(packs))
         keys = set()
         for shape in self.rows:
-            if chosen[shape.name] == "dense":
-                chunks += self.n_units * -(-shape.columns // self._chunk_columns(shape))
+            if shape.name in dense:
+                alone = shape.name not in packed
+                chunks += self.n_units * -(-shape.columns // self._chunk_columns(shape)) if alone else 0
             else:
                 keys |= {side.key for pair in shape.pairs for side in pair}
-        return chunks, len(self.batches) * len(keys) + sum(held == "dense" for held in chosen.values())
+        return chunks, len(self.batches) * len(keys) + len(packs) + len(dense) - len(packed)
 
     def _chunk_columns(self, shape: GradientShape) -> int:
         return chunk_columns(shape.columns, self.n, self.config.chunk_size, self.stored_itemsize, self._budget)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import queue
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 
 import numpy as np
 from torch import Tensor
 
 from streamfisher.data.batches import BatchRef, Unit
-from streamfisher.gradients.factors import FactorPair, bytes_of, pack
+from streamfisher.gradients.factors import BatchFactors, bytes_of, pack
 from streamfisher.gradients.norms import batch_norms
 from streamfisher.gradients.producer import Asked, BatchGradients, GradientProducer
 from streamfisher.runtime.host_copies import HostCopies
@@ -87,7 +87,10 @@ class DiskSink:
     def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
         """Have the factors of a batch written; its rows wait for the unit."""
         if gradients.factors:
-            self._write_factors(batch, gradients.factors, list(dropped))
+            self._writer.make_room(bytes_of(gradients.factors))
+            packed = pack(gradients.factors, dropped=list(dropped))
+            copy = self._copies.of(packed.tensors)
+            self._write_factors(batch, dataclasses.replace(packed, tensors=copy.tensors), copy.wait, counted=True)
 
     def unit(self, unit: Unit, facts: UnitFacts) -> int:
         """Have the rows of a unit written, what is known of its samples, and last its marker."""
@@ -95,19 +98,43 @@ class DiskSink:
 
     def write(self, unit: Unit, facts: UnitFacts, rows: Mapping[str, Tensor]) -> int:
         """Have a unit written with these rows, which are the buffers' own; return the bytes of its gradients."""
+        buffers, self._rows = self.rows, None
+        return self._write(unit, facts, rows, lambda: self._free.put(buffers))
+
+    def write_held(self, unit: Unit, facts: UnitFacts, rows: Mapping[str, Tensor]) -> int:
+        """Have a unit written with rows that are held elsewhere and do not change; return the bytes of its gradients.
+
+        From a device they are copied, so that they wait until there is room.
+        """
+        size = sum(values.nbytes for values in rows.values() if values.device.type != "cpu")
+        self._writer.make_room(size)
+        return self._write(unit, facts, rows, lambda: None, size)
+
+    def write_packed(self, batch: BatchRef, packed: BatchFactors) -> None:
+        """Have the factors of a batch written that are held elsewhere, on the host, and do not change."""
+        self._write_factors(batch, packed, lambda: None, counted=False)
+
+    def _write(
+        self,
+        unit: Unit,
+        facts: UnitFacts,
+        rows: Mapping[str, Tensor],
+        release: Callable[[], None],
+        size: int = 0,
+    ) -> int:
         copy = self._copies.of(rows)
         writing = self.store.rows.writing(unit, copy.tensors, ready=copy.wait)
-        flight, writings, buffers = self._flight(unit), self._writings, self.rows
-        self._unit, self._writings, self._rows = None, [], None
-        for job, _ in writing.jobs():
-            flight.add(job)
+        flight, writings = self._flight(unit), self._writings
+        self._unit, self._writings = None, []
+        for job, part in writing.jobs():
+            flight.add(job, part if size else 0)
 
         def mark() -> None:
             entries = [part.entry() for part in writings]
             seen = (facts.losses, facts.n_targets, facts.squared_norms, facts.skipped)
             self.store.write_unit(UnitRecord(unit, {}, *seen, entries, self.wave, writing))
 
-        flight.end(mark, lambda: self._free.put(buffers))
+        flight.end(mark, release)
         dense = sum(values.numel() for values in rows.values()) * self.store.store_dtype.itemsize
         return dense + sum(part.size for part in writings)
 
@@ -120,17 +147,13 @@ class DiskSink:
         self._writer.settle()
 
     def _write_factors(
-        self, batch: BatchRef, factors: Mapping[str, Sequence[FactorPair]], dropped: Sequence[int]
+        self, batch: BatchRef, packed: BatchFactors, ready: Callable[[], None], *, counted: bool
     ) -> None:
-        self._writer.make_room(bytes_of(factors))
-        packed = pack(factors, dropped=dropped)
-        copy = self._copies.of(packed.tensors)
-        packed = dataclasses.replace(packed, tensors=copy.tensors)
         flight = self._flight(batch.unit)
-        writing = self.store.factors.writing(batch.unit, batch.index, batch.start, packed, self.wave, copy.wait)
+        writing = self.store.factors.writing(batch.unit, batch.index, batch.start, packed, self.wave, ready)
         self._writings.append(writing)
         for job, size in writing.jobs():
-            flight.add(job, size)
+            flight.add(job, size if counted else 0)
 
     def _flight(self, unit: Unit) -> UnitInFlight:
         if self._unit is None:

@@ -241,6 +241,19 @@ class MemorySink:
     def settle(self) -> None:
         """Do nothing: what was taken is held."""
 
+    def rows_of(self, unit: Unit) -> dict[str, Tensor]:
+        """Return the rows of a unit that was taken, (n, P_k) each; those of skipped samples are zero."""
+        first = self._first[unit.index]
+        rows = {name: values[first : first + len(unit)] for name, values in self._rows.items()}
+        for sample in self.facts[unit.index].skipped:
+            for values in rows.values():
+                values[sample - unit.start].zero_()
+        return rows
+
+    def packed_of(self, batch: BatchRef) -> BatchFactors | None:
+        """Return the factors of the batch that was taken last, as a store holds them; `None`: they are elsewhere."""
+        return self._factors[-1][1] if self._factors and self._factors[-1][0] == batch else None
+
     def _factor_bytes(self, unit: Unit) -> int:
         """Return the bytes of the factors of a unit."""
         of_unit = [packed.tensors.values() for batch, packed in self._factors if batch.unit == unit]

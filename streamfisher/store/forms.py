@@ -221,6 +221,7 @@ _LAYOUT = fields(
         "batch_tokens": whole(1),
         "hold": one_of("disk", "host", "device"),
         "unit_buffers": whole(1, 2),
+        "copy": nothing_or(one_of("host", "device")),
         "packs": mapped(listed(text), _pack_key),
         "streamed": flag,
         "kept_apart": nothing_or(flag),

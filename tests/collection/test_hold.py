@@ -145,7 +145,6 @@ def test_auto_holds_in_memory_what_nobody_keeps_and_stores_what_somebody_does(tm
 
 def test_what_needs_the_disk_is_refused_in_memory(tmp_path):
     for options, reason in (
-        ({"keep_gradients": "all"}, "some are to be kept"),
         ({"store_centered": True, "representation": "dense"}, "as a store would hold them"),
         ({"dtype_store": "float32"}, "as a store would hold them"),
     ):

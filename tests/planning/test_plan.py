@@ -324,10 +324,10 @@ def test_bytes_are_within_two_percent_of_what_a_run_writes(tmp_path, kind, repre
     run = sf.collect(model, samples, tmp_path / "run.zarr", config=config)
     run.spectrum("layer")
     assert plan.chosen.representation == run.store.manifest.layout["representation"]
-    written = logical_bytes(run.path, "gradients", "factors")
+    written = logical_bytes(run.path, "gradients", "packed", "factors")
     assert plan.chosen.gradients == pytest.approx(written, rel=0.02)
     assert plan.gram_bytes == logical_bytes(run.path, "gram")
-    everything = logical_bytes(run.path, "gradients", "factors", "gram", "samples")
+    everything = logical_bytes(run.path, "gradients", "packed", "factors", "gram", "samples")
     assert plan.chosen.disk == pytest.approx(everything, rel=0.02)
 
 
