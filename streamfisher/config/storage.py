@@ -36,8 +36,8 @@ class StorageOptions(Section):
     hold: Hold = option(
         "auto",
         one_of(*get_args(Hold)),
-        "where gradients that nobody keeps are until they are reduced: device: where they are made; host: in memory; "
-        "disk: in the run; auto: the nearest that has room",
+        "where gradients are until they are reduced: device: where they are made; host: in memory; disk: in the run; "
+        "auto: the nearest that has room. What is kept is written in any case",
         group="store",
     )
     dtype_store: torch.dtype | None = option(

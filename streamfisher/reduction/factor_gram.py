@@ -22,6 +22,7 @@ import numpy as np
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.errors import CapacityError
 from streamfisher.reduction.products import ArrayModule, PanelSum
+from streamfisher.reduction.read_ahead import read_ahead
 from streamfisher.reduction.slabs import sums_bytes
 from streamfisher.store.factors import FactorSegment
 from streamfisher.store.layout import PANEL
@@ -147,9 +148,12 @@ def add_slabs(
     arrays = total.arrays
     slab = arrays.empty((n_samples, height * width), dtype)
     left: _Sides | None = None
-    for start in range(0, n, width):
-        columns = min(width, n - start)
-        right = _Sides(segments, "right", start, start + columns, dtype, arrays)
+    parts = [(start, min(start + width, n)) for start in range(0, n, width)]
+    # The next columns are read while these are multiplied, where there is room for both.
+    ahead = whole + positions * width * dtype.itemsize <= budget
+    rights = read_ahead(lambda part: _Sides(segments, "right", *part, dtype, arrays), parts, ahead=ahead)
+    for (start, stop), right in zip(parts, rights, strict=True):
+        columns = stop - start
         for top in range(0, m, tall):
             if left is None or tall < m:
                 left = None  # before the next one is read, so that two are never there

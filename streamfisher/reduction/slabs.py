@@ -7,11 +7,11 @@ for the next fold when one ends: to read into fresh memory takes up to half as l
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
+from streamfisher.reduction.read_ahead import read_ahead
 from streamfisher.sinks.interface import GradientSource
 from streamfisher.store.layout import PANEL
 
@@ -128,17 +128,7 @@ def read_slabs(
         left, right = edges[turn]
         return rows.columns(name, left, right, out=buffers[turn % len(buffers)][:, : right - left])
 
-    if len(buffers) == 1:
-        for turn, (left, _) in enumerate(edges):
-            yield left, read(turn)
-        spare.give_back(buffers[0])
-        return
-    with ThreadPoolExecutor(1, thread_name_prefix="slab") as reader:
-        coming = reader.submit(read, 0)
-        for turn, (left, _) in enumerate(edges):
-            slab = coming.result()
-            if turn + 1 < len(edges):
-                coming = reader.submit(read, turn + 1)
-            yield left, slab
+    slabs = read_ahead(read, range(len(edges)), ahead=count == 2)
+    yield from zip((left for left, _ in edges), slabs, strict=True)
     for buffer in buffers:
         spare.give_back(buffer)

@@ -97,10 +97,10 @@ def stage_of(path: str, growing: bool) -> str | None:
     if first == "done" and name.startswith("deleted"):
         return "wave change"
     if path.startswith(("manifest", "config.yaml")) or (
-        path.endswith("zarr.json") and first in ("gradients", "samples")
+        path.endswith("zarr.json") and first in ("gradients", "packed", "samples")
     ):
         return "growth" if growing else "manifest"
-    if first in ("gradients", "samples", "factors") or (first == "done" and name.startswith("rows")):
+    if first in ("gradients", "packed", "samples", "factors") or (first == "done" and name.startswith("rows")):
         return "rows"
     return None
 

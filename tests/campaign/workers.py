@@ -16,6 +16,7 @@ from pathlib import Path
 #: What is compared between two runs: arrays with their metadata, and the spectrum.
 COMPARED = (
     "gradients",
+    "packed",
     "samples",
     "factors",
     "fields",

@@ -7,8 +7,10 @@ import time
 import numpy as np
 import pytest
 import tiny_models
+import torch
 
-from streamfisher import SpectralConfig, collect, open_run
+from streamfisher import SpectralConfig, collect, verify
+from streamfisher.planning import run_layout
 from streamfisher.sinks.write_behind import WriteBehind
 from streamfisher.store.chunks import ChunkWriter
 from streamfisher.store.run_store import RunStore
@@ -185,8 +187,6 @@ def test_writing_goes_on_while_gradients_are_computed(tmp_path, monkeypatch):
 
 
 def test_where_memory_is_short_of_a_second_unit_there_is_one_and_the_bits_are_the_same(tmp_path, monkeypatch):
-    from streamfisher.planning import run_layout
-
     twice = collected(tmp_path / "two.zarr", representation="dense")
     with monkeypatch.context() as patch:
         patch.setattr(run_layout, "_written_behind", lambda sizes, limits, keep, segments, waves: (waves, 1))
@@ -196,11 +196,37 @@ def test_where_memory_is_short_of_a_second_unit_there_is_one_and_the_bits_are_th
 
 
 def test_rounded_rows_are_what_verify_expects(tmp_path):
-    run = collected(tmp_path / "run.zarr", representation="dense", bitround=7)
-    for unit in run.store.units:
-        marker = run.store.markers.of_unit(unit)
-        for name, checksum in marker["crc32c"].items():
-            from streamfisher.store import codecs
+    assert verify(collected(tmp_path / "run.zarr", representation="dense", bitround=7)) == []
 
-            assert codecs.checksum(run.store.rows.read_unit(name, unit)) == checksum
-    assert open_run(run.path) is not None
+
+@pytest.mark.slow
+def test_parameters_of_several_chunks_are_written_in_pieces(tmp_path):
+    """Three parameters of 1.6 million numbers, 4 samples a unit: chunks of 16 MiB, two of each parameter."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(torch.nn.Linear(1264, 1264, bias=False) for _ in range(3)), torch.nn.Linear(1264, 2))
+    data = torch.utils.data.TensorDataset(torch.randn(6, 1264), torch.tensor([0, 1] * 3))
+    config = SpectralConfig(chunk_size=4, representation="dense", keep_gradients=("*",))
+    run = collect(model, data, tmp_path / "run.zarr", config=config)
+    assert len(list((run.path / "gradients" / "0.weight" / "c" / "0").iterdir())) == 2
+    for name in ("0.weight", "2.weight"):
+        found = run.store.rows.columns(name, 0, run.parameters[name])
+        for number, (x, y) in enumerate(data):
+            loss = torch.nn.functional.cross_entropy(model(x[None]), y[None])
+            expected = torch.autograd.grad(loss, model.get_parameter(name))[0].reshape(-1)
+            np.testing.assert_allclose(found[number], expected, rtol=1e-4, atol=1e-7)
+    assert verify(run) == []
+
+
+@pytest.mark.slow
+def test_a_disk_that_stalls_for_half_a_minute_costs_half_a_minute(tmp_path, monkeypatch):
+    write, stalled = ChunkWriter.write, []
+
+    def stalling(self, *arguments):
+        if not stalled:
+            stalled.append(True)
+            time.sleep(30)
+        return write(self, *arguments)
+
+    monkeypatch.setattr(ChunkWriter, "write", stalling)
+    run = collected(tmp_path / "run.zarr", representation="dense")
+    assert stalled and verify(run) == []

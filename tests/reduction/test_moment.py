@@ -127,14 +127,14 @@ def test_a_damaged_moment_is_refused(tmp_path):
 
 def test_it_is_written_before_the_marker_of_its_gram(tmp_path, monkeypatch):
     run = tiny_runs.make_run(tmp_path / "run.zarr", N)
-    write = durable.write_marker
+    put = durable.put_in_place
 
-    def stop(path, *arguments, **options):
+    def stop(partial, path):
         if path.name == "gram-first.bias.json":
             raise KeyboardInterrupt
-        write(path, *arguments, **options)
+        put(partial, path)
 
-    monkeypatch.setattr("streamfisher.store.grams.write_marker", stop)
+    monkeypatch.setattr(durable, "put_in_place", stop)
     with pytest.raises(KeyboardInterrupt):
         run.build_grams(run.config.replace(n_workers=1))
     monkeypatch.undo()

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from small_parameters import Layers, layered
 
 import streamfisher as sf
@@ -162,3 +163,31 @@ def test_at_most_two_packs_are_kept(tmp_path):
     assert cache.rows(key, 4, 8) is not None and cache.rows(key, 0, 4) is not first
     with pytest.raises(ValueError, match="read-only"):
         first[0] = 0
+
+
+class Many(torch.nn.Module):
+    """Two thousand parameters of five numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.parts = torch.nn.ParameterList(torch.randn(5) for _ in range(2000))
+
+    def forward(self, x):
+        return (x[:, :1] * torch.stack(list(self.parts)).tanh().mean(0)).cumsum(1)[:, :3]
+
+
+def test_a_run_of_two_thousand_small_parameters_is_a_few_files(tmp_path):
+    config = sf.SpectralConfig(chunk_size=4, representation="dense", keep_gradients=("*",), gram_per="all")
+    run = sf.collect(Many().double(), layered(8), tmp_path / "run.zarr", config=config)
+    assert len(run.parameters) == 2000
+    assert sum(1 for path in run.path.rglob("*") if path.is_file()) < 60
+    model, samples = Many().double(), layered(8)
+    for number in (0, 999, 1999):
+        expected = []
+        for x, y in zip(*samples.tensors, strict=True):
+            loss = torch.nn.functional.cross_entropy(model(x[None].double()), y[None])
+            expected.append(torch.autograd.grad(loss, model.parts[number])[0])
+        found = run.store.rows.columns(f"parts.{number}", 0, 5)
+        np.testing.assert_allclose(found, torch.stack(expected), rtol=1e-6, atol=1e-9)
+    assert sf.verify(run) == []
