@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from streamfisher.byte_sizes import format_bytes
 from streamfisher.collection.claims import Claims, idle_batches, share_of
 from streamfisher.collection.guard import Guard, OwnGuard, SharedGuard
 from streamfisher.collection.passes import run_pass
@@ -110,15 +111,22 @@ class Collection:
         own = tuple(batch for unit in sink.own for batch in self.batches.of(unit))
         wave = dataclasses.replace(self._wave(index, names, sink), own=own)
         self.producer.begin(wave)
+        full: str | None = None
         try:
             self._pass(sink, wave, title, "for the other ranks' gradients", fixed=True)
             reduce_held(store, index, sink, products, ranks, progress=self.progress)
         except torch.cuda.OutOfMemoryError as error:
+            full = first_line(error)
+        if full is not None:  # the error is gone, and with it all that it held
+            held, device = format_bytes(sink.n_bytes), self.producer.device
+            del sink, wave
+            give_back()
             raise CapacityError(
-                f"{title}: {self.producer.device} ran out of memory: {first_line(error)} A run's layout does not "
-                "change; start it in another folder with a smaller --device-memory-budget or --batch-tokens, or with "
-                "--hold host."
-            ) from error
+                f"{title}: {device} ran out of memory: {full} {held} of gradients were held there{_free_on(device)}. "
+                "What is finished is kept: free memory on the device and run the command again, which goes on with "
+                "this wave. Else, as a run's layout does not change, start it in another folder with a smaller "
+                "--device-memory-budget or --batch-tokens, or with --hold host."
+            )
         del sink
         give_back()
         self.producer.finish(wave)
@@ -182,3 +190,12 @@ class Collection:
         batch = BatchRef(0, 1, self.store.units[0], 0)
         for _ in range(count):
             guard.step(batch, self.producer.gradients(batch, sink.asks(batch)))
+
+
+def _free_on(device: torch.device) -> str:
+    """Return what is free on a device, for a message."""
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return f", and {format_bytes(free + unused)} of its {format_bytes(total)} are free now"

@@ -238,6 +238,11 @@ class MemorySink:
         rows = sum(len(unit) * values.shape[1] * values.itemsize for values in self._rows.values())
         return rows + self._factor_bytes(unit)
 
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all that is held."""
+        return sum(values.nbytes for values in self._rows.values()) + sum(map(self._factor_bytes, self.own))
+
     def _factor_bytes(self, unit: Unit) -> int:
         """Return the bytes of the factors of a unit."""
         of_unit = [packed.tensors.values() for batch, packed in self._factors if batch.unit == unit]
