@@ -84,8 +84,9 @@ def collect_gradients(
         with chosen as producer, contextlib.ExitStack() as locks:
             manifest = make_manifest(model, producer, data, stated, description)
             ranks.agree(manifest.facts() | {"folder": str(path.absolute())})
+            layout = None
             if ranks.is_main:
-                create_or_resume(
+                layout = create_or_resume(
                     path, manifest, model, producer, data, config, ranks, locks, progress, prepared, streamed
                 )
             elif sharded and not ranks.share("whether the run exists"):
@@ -98,7 +99,7 @@ def collect_gradients(
             producer.apply_routes(stored_routes(store))
             check_behaviour(store, producer, data.batches(model, config, store.batch_tokens, store.units))
             ranks.wait("for the comparison with the run")  # nothing is changed before all ranks agree
-            store = grown_to(len(data.samples), store, manifest, ranks, progress)
+            store = grown_to(len(data.samples), store, manifest, ranks, progress, layout)
             facts = {"samples": store.n_samples, "ranks": ranks.count, "waves": len(store.waves)}
             locks.enter_context(RunLog(path, "collect", ranks.index, device=str(state.device), **facts))
             if ranks.is_main:

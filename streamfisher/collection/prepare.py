@@ -81,6 +81,13 @@ def prepare(
         StreamError: the model is no stack of layers that can be streamed.
     """
     check_free(path)
+    return PreparedRun(streamed, *lay_out(path, model, producer, data, config))
+
+
+def lay_out(
+    path: Path, model: nn.Module, producer: GradientProducer, data: RunData, config: SpectralConfig
+) -> tuple[ProbeReport, RunLayout]:
+    """Probe a model, and return what was found and how a run is laid out within the budgets; raises as `prepare`."""
     config = beside_weights(producer, config)
     report, shapes, activations = probe(model, producer, config.memory_budget)
     plan = plan_layout(
@@ -98,7 +105,7 @@ def prepare(
     tokens = padded_total(data.lengths, units, plan.batch_tokens, data.apart)
     memory = boundary_memory(working_memory(config.memory_budget), plan.hold)
     producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens, memory=memory)
-    return PreparedRun(streamed, report, plan)
+    return report, plan
 
 
 def beside_weights(producer: GradientProducer, config: SpectralConfig) -> SpectralConfig:

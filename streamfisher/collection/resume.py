@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
 from streamfisher.byte_sizes import format_bytes
-from streamfisher.collection.prepare import PreparedRun, prepare
+from streamfisher.collection.prepare import PreparedRun, lay_out, prepare
 from streamfisher.collection.survey import RunData
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import make_units
@@ -22,7 +24,7 @@ from streamfisher.models.sharding import is_sharded
 from streamfisher.planning.run_layout import RunLayout
 from streamfisher.runtime.disk import check_disk
 from streamfisher.runtime.ranks import Ranks
-from streamfisher.store import Manifest, RunLock, RunStore, grow_run, resume_differences, units_left
+from streamfisher.store import Manifest, RunLock, RunStore, grow_run, grows_anew, resume_differences, units_left
 from streamfisher.store.config_file import CONFIG_FILE, write_config
 
 
@@ -38,8 +40,12 @@ def create_or_resume(
     progress: bool,
     prepared: PreparedRun | None,
     streamed: bool,
-) -> None:
-    """Make the run's folder, or check that what is there is named as this very run; lock it for all ranks."""
+) -> dict[str, Any] | None:
+    """Make the run's folder, or check that what is there is named as this very run; lock it for all ranks.
+
+    Returns:
+        The new layout of a run that gets more samples and kept no gradients: those of all samples are taken again.
+    """
     resuming = (path / "manifest.json").is_file()
     if is_sharded(model):
         ranks.share("whether the run exists", resuming)
@@ -55,12 +61,14 @@ def create_or_resume(
             )
         if (path / CONFIG_FILE).is_file():  # of a run that was killed while it grew
             write_config(path, store.manifest)
+        if grows_anew(store.manifest, len(data.samples)):
+            return _laid_out_anew(store, model, producer, data, config, progress)
         if len(store.waves) == 1:
             units = make_units(len(data.samples), config.chunk_size)
             left = units_left(store, len(data.samples)) / max(len(units), 1)
             grams = 8 * len(data.samples) ** 2 * len(store.gram_members)
             check_disk(path, int(store.rows.bytes_of(len(data.samples)) * left) + grams)
-        return
+        return None
     new = prepared or prepare(path, model, producer, data, config, streamed=streamed)
     if progress:
         tqdm.write(new.report.summary())
@@ -70,6 +78,32 @@ def create_or_resume(
     locks.enter_context(RunLock(path, ranks.processes, on_lost=ranks.fail))
     layout = manifest.layout | new.layout()
     RunStore.create(path, dataclasses.replace(manifest, probe=new.report.to_dict(), layout=layout))
+    return None
+
+
+def _laid_out_anew(
+    store: RunStore, model: nn.Module, producer: GradientProducer, data: RunData, config: SpectralConfig, progress: bool
+) -> dict[str, Any]:
+    """Return how a run that kept no gradients is laid out with more samples; they are held where they were.
+
+    Raises:
+        RunMismatchError: the weights are spread over the ranks.
+        CapacityError: so many samples do not fit the budgets.
+    """
+    n, now = store.n_samples, len(data.samples)
+    if is_sharded(model):
+        raise RunMismatchError(
+            f"{store.path} has {n} samples and kept no gradients, so with {now} those of all samples are taken again, "
+            "which --fsdp does in another folder only."
+        )
+    if progress:
+        tqdm.write(
+            f"The gradients of the {n} samples of {store.path} were not kept, and products of new samples with old "
+            f"ones need both: the pass over all {now} is taken again."
+        )
+    as_it_was = config.replace(hold=store.run.hold, keep_gradients=tuple(store.keep))
+    _, plan = lay_out(store.path, model, producer, data, as_it_was)
+    return plan.layout()
 
 
 def _remedy(path: Path, stored: int, asked: int, differences: list[str]) -> str:
@@ -82,14 +116,21 @@ def _remedy(path: Path, stored: int, asked: int, differences: list[str]) -> str:
     return "Use the same model, data and settings, or another folder."
 
 
-def grown_to(n_samples: int, store: RunStore, manifest: Manifest, ranks: Ranks, progress: bool) -> RunStore:
-    """Return the run with room for so many samples; all ranks wait until rank 0 has made it."""
+def grown_to(
+    n_samples: int,
+    store: RunStore,
+    manifest: Manifest,
+    ranks: Ranks,
+    progress: bool,
+    layout: Mapping[str, Any] | None = None,
+) -> RunStore:
+    """Return the run with room for so many samples, and with another layout; all ranks wait until rank 0 is through."""
     if n_samples <= store.n_samples:
         return store
     if ranks.is_main:
         if progress:
             tqdm.write(f"{store.path} grows from {store.n_samples} to {n_samples} samples")
-        grow_run(store, manifest)
+        grow_run(store, manifest, layout)
     ranks.wait("for the run to grow")
     grown = RunStore(store.path, looked_over=True)
     grown.fsync = store.fsync
