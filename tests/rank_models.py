@@ -77,6 +77,12 @@ def twenty_one_sequences() -> dict[str, Tensor]:
     return sequences(21)
 
 
+def slow_llama_on_a_device() -> nn.Module:
+    """Both."""
+    llama_on_a_device()
+    return slow_llama()
+
+
 def llama_on_a_device() -> nn.Module:
     """The CPU is taken for a device with memory of its own."""
     from streamfisher.planning import run_layout

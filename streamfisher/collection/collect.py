@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from streamfisher.collection.behaviour import check_behaviour
-from streamfisher.collection.prepare import beside_weights, make_manifest, prepare_either, probe
+from streamfisher.collection.prepare import beside_weights, make_manifest, prepare_either, probe, within_devices
 from streamfisher.collection.producers import check_streamable, fixed_choice, make_producer
 from streamfisher.collection.resume import create_or_resume, grown_to, stored_routes
 from streamfisher.collection.survey import survey
@@ -27,6 +27,7 @@ from streamfisher.data.batches import padded_total
 from streamfisher.errors import CorruptRunError
 from streamfisher.gradients.state import without_packing
 from streamfisher.models.dtypes import in_dtype
+from streamfisher.models.offload import input_device
 from streamfisher.models.sharding import is_sharded, reshard
 from streamfisher.models.weights import Resident
 from streamfisher.planning.run_layout import boundary_memory, boundary_room
@@ -74,6 +75,7 @@ def collect_gradients(
         data = survey(model, samples, config, loss, n_samples, known)
         reshard(model)
         sharded = is_sharded(model)
+        config = within_devices(config, input_device(model), ranks, progress=progress)
         prepared = None
         streamed = fixed_choice(path, model, config, weights) if ranks.is_main else None
         if ranks.is_main and streamed is None:
@@ -84,8 +86,9 @@ def collect_gradients(
         with chosen as producer, contextlib.ExitStack() as locks:
             manifest = make_manifest(model, producer, data, stated, description)
             ranks.agree(manifest.facts() | {"folder": str(path.absolute())})
+            layout = None
             if ranks.is_main:
-                create_or_resume(
+                layout = create_or_resume(
                     path, manifest, model, producer, data, config, ranks, locks, progress, prepared, streamed
                 )
             elif sharded and not ranks.share("whether the run exists"):
@@ -98,7 +101,7 @@ def collect_gradients(
             producer.apply_routes(stored_routes(store))
             check_behaviour(store, producer, data.batches(model, config, store.batch_tokens, store.units))
             ranks.wait("for the comparison with the run")  # nothing is changed before all ranks agree
-            store = grown_to(len(data.samples), store, manifest, ranks, progress)
+            store = grown_to(len(data.samples), store, manifest, ranks, progress, layout)
             facts = {"samples": store.n_samples, "ranks": ranks.count, "waves": len(store.waves)}
             locks.enter_context(RunLog(path, "collect", ranks.index, device=str(state.device), **facts))
             if ranks.is_main:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from streamfisher.byte_sizes import parse_bytes
+from streamfisher.byte_sizes import format_bytes, parse_bytes
 from streamfisher.collection.behaviour import arithmetic_of
 from streamfisher.collection.producers import REFUSALS, make_producer, planned_to_stream
 from streamfisher.collection.survey import RunData
@@ -24,9 +26,11 @@ from streamfisher.gradients.producer import GradientProducer
 from streamfisher.gradients.projection import projected
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.models.sharding import is_sharded
+from streamfisher.planning import run_layout
 from streamfisher.planning.run_layout import RunLayout, boundary_memory, boundary_room, plan_layout
 from streamfisher.runtime.disk import disk_limit
 from streamfisher.runtime.memory import give_back, working_memory
+from streamfisher.runtime.ranks import Ranks
 from streamfisher.store import Manifest, model_manifest, versions
 from streamfisher.store.layout import check_free, chunk_columns
 
@@ -42,6 +46,50 @@ class PreparedRun:
     def layout(self) -> dict[str, Any]:
         """Return the part of the manifest's layout that says so, as plain JSON values."""
         return self.plan.layout() | {"streamed": self.streamed}
+
+
+def within_devices(
+    config: SpectralConfig, device: torch.device | None, ranks: Ranks, *, progress: bool
+) -> SpectralConfig:
+    """Return the config with what every rank may take on its device: the least, a share where several have the same.
+
+    A layout is for all ranks alike. Without devices, or with a single rank, the config is as it was.
+    """
+    if ranks.count == 1 or device is None:
+        return config
+    own = run_layout.device_room(device, config.device_memory_budget)
+    found = [(str(name), room) for name, room in ranks.gather("devices", [_name_of(device), own]) if room is not None]
+    if not found:
+        return config
+    room, said = least_room(found)
+    if said and progress and ranks.is_main:
+        tqdm.write(said)
+    return config.replace(device_memory_budget=room)
+
+
+def least_room(rooms: Sequence[tuple[str, int]]) -> tuple[int, str | None]:
+    """Return the bytes that each rank may take on its device, and what is to be said of it.
+
+    Args:
+        rooms: for each rank, the name of its device, and what it alone might take there.
+    """
+    ranks_on = Counter(name for name, _ in rooms)
+    shares = [room // ranks_on[name] for name, room in rooms]
+    least, most = min(shares), max(shares)
+    crowded = [f"{count} ranks share {name}" for name, count in ranks_on.items() if count > 1]
+    if crowded:
+        return least, f"{', '.join(crowded)}: each rank takes at most {format_bytes(least)} there."
+    if least < 0.9 * most:
+        name = rooms[shares.index(least)][0]
+        return least, f"The devices of the ranks differ: each rank takes at most {format_bytes(least)}, as {name} has."
+    return least, None
+
+
+def _name_of(device: torch.device) -> str:
+    """Return a name that two ranks have for the same device only."""
+    if device.type != "cuda":
+        return f"{device} of {platform.node()}"
+    return f"{device} of {platform.node()} ({getattr(torch.cuda.get_device_properties(device), 'uuid', 'no uuid')})"
 
 
 def prepare_either(
@@ -82,6 +130,13 @@ def prepare(
         StreamError: the model is no stack of layers that can be streamed.
     """
     check_free(path)
+    return PreparedRun(streamed, *lay_out(path, model, producer, data, config))
+
+
+def lay_out(
+    path: Path, model: nn.Module, producer: GradientProducer, data: RunData, config: SpectralConfig
+) -> tuple[ProbeReport, RunLayout]:
+    """Probe a model, and return what was found and how a run is laid out within the budgets; raises as `prepare`."""
     config = beside_weights(producer, config)
     report, shapes, activations = probe(model, producer, config.memory_budget)
     plan = plan_layout(
@@ -99,7 +154,7 @@ def prepare(
     tokens = padded_total(data.lengths, units, plan.batch_tokens, data.apart)
     memory = boundary_memory(working_memory(config.memory_budget), plan.hold)
     producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens, memory=memory)
-    return PreparedRun(streamed, report, plan)
+    return report, plan
 
 
 def beside_weights(producer: GradientProducer, config: SpectralConfig) -> SpectralConfig:

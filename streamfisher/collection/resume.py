@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from streamfisher.byte_sizes import format_bytes
-from streamfisher.collection.prepare import PreparedRun, prepare
+from streamfisher.collection.prepare import PreparedRun, lay_out, prepare
 from streamfisher.collection.survey import RunData
 from streamfisher.config import SpectralConfig, parse_dtype
 from streamfisher.data.batches import make_units
@@ -25,7 +25,7 @@ from streamfisher.planning.codec_choice import choose_codec
 from streamfisher.planning.run_layout import RunLayout
 from streamfisher.runtime.disk import check_disk, disk_limit
 from streamfisher.runtime.ranks import Ranks
-from streamfisher.store import Manifest, RunLock, RunStore, grow_run, resume_differences, units_left
+from streamfisher.store import Manifest, RunLock, RunStore, grow_run, grows_anew, resume_differences, units_left
 from streamfisher.store.config_file import CONFIG_FILE, write_config
 from streamfisher.store.kept import is_kept
 from streamfisher.store.manifest import columns_of
@@ -44,8 +44,12 @@ def create_or_resume(
     progress: bool,
     prepared: PreparedRun | None,
     streamed: bool,
-) -> None:
-    """Make the run's folder, or check that what is there is named as this very run; lock it for all ranks."""
+) -> dict[str, Any] | None:
+    """Make the run's folder, or check that what is there is named as this very run; lock it for all ranks.
+
+    Returns:
+        The new layout of a run that gets more samples and kept no gradients: those of all samples are taken again.
+    """
     resuming = (path / "manifest.json").is_file()
     if is_sharded(model):
         ranks.share("whether the run exists", resuming)
@@ -61,12 +65,14 @@ def create_or_resume(
             )
         if (path / CONFIG_FILE).is_file():  # of a run that was killed while it grew
             write_config(path, store.manifest)
+        if grows_anew(store.manifest, len(data.samples)):
+            return _laid_out_anew(store, model, producer, data, config, progress)
         if len(store.waves) == 1:
             units = make_units(len(data.samples), config.chunk_size)
             left = units_left(store, len(data.samples)) / max(len(units), 1)
             grams = 8 * len(data.samples) ** 2 * len(store.gram_members)
             check_disk(path, int(store.rows.bytes_of(len(data.samples)) * left) + grams)
-        return
+        return None
     new = prepared or prepare(path, model, producer, data, config, streamed=streamed)
     if progress:
         tqdm.write(new.report.summary())
@@ -91,6 +97,34 @@ def create_or_resume(
         how = "as they are" if choice.codec == "raw" else f"packed by {choice.codec}"
         tqdm.write(f"Gradients are stored {how}: {choice.why}")
     RunStore.create(path, dataclasses.replace(manifest, probe=new.report.to_dict(), layout=layout))
+    return None
+
+
+def _laid_out_anew(
+    store: RunStore, model: nn.Module, producer: GradientProducer, data: RunData, config: SpectralConfig, progress: bool
+) -> dict[str, Any]:
+    """Return how a run that kept no gradients is laid out with more samples; they are held where they were.
+
+    Raises:
+        RunMismatchError: the weights are spread over the ranks.
+        CapacityError: so many samples do not fit the budgets.
+    """
+    n, now = store.n_samples, len(data.samples)
+    if is_sharded(model):
+        raise RunMismatchError(
+            f"{store.path} has {n} samples and kept no gradients, so with {now} those of all samples are taken again, "
+            "which --fsdp does in another folder only."
+        )
+    if progress:
+        tqdm.write(
+            f"The gradients of the {n} samples of {store.path} were not kept, and products of new samples with old "
+            f"ones need both: the pass over all {now} is taken again."
+        )
+    as_it_was = config.replace(hold=store.run.hold, keep_gradients=tuple(store.keep))
+    _, plan = lay_out(store.path, model, producer, data, as_it_was)
+    grown = dataclasses.replace(store.manifest, data={**store.manifest.data, "n_samples": now})
+    layout = plan.layout()
+    return layout | {"packs": _packs(grown, grown.layout | layout)}
 
 
 def _packs(manifest: Manifest, layout: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -118,14 +152,21 @@ def _remedy(path: Path, stored: int, asked: int, differences: list[str]) -> str:
     return "Use the same model, data and settings, or another folder."
 
 
-def grown_to(n_samples: int, store: RunStore, manifest: Manifest, ranks: Ranks, progress: bool) -> RunStore:
-    """Return the run with room for so many samples; all ranks wait until rank 0 has made it."""
+def grown_to(
+    n_samples: int,
+    store: RunStore,
+    manifest: Manifest,
+    ranks: Ranks,
+    progress: bool,
+    layout: Mapping[str, Any] | None = None,
+) -> RunStore:
+    """Return the run with room for so many samples, and with another layout; all ranks wait until rank 0 is through."""
     if n_samples <= store.n_samples:
         return store
     if ranks.is_main:
         if progress:
             tqdm.write(f"{store.path} grows from {store.n_samples} to {n_samples} samples")
-        grow_run(store, manifest)
+        grow_run(store, manifest, layout)
     ranks.wait("for the run to grow")
     grown = RunStore(store.path, looked_over=True)
     grown.fsync = store.fsync

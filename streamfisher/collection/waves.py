@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from streamfisher.byte_sizes import format_bytes
 from streamfisher.collection.claims import Claims, idle_batches, share_of
 from streamfisher.collection.guard import Guard, OwnGuard, SharedGuard
 from streamfisher.collection.passes import run_pass
@@ -110,9 +109,17 @@ class Collection:
         alone = all(store.gram_members[key] == [key] for key in store.grams.keys_of(names))
         sink = self._memory(store.run.hold, names, every_norm=not alone)
         wave = self._begin_held(index, names, sink)
-        with self._out_of_device_memory(title):
+        full: str | None = None
+        try:
             self._pass(sink, wave, title, "for the other ranks' gradients", fixed=True)
             reduce_held(store, index, sink, products, ranks, progress=self.progress)
+        except torch.cuda.OutOfMemoryError as error:
+            full = first_line(error)
+        if full is not None:  # the error is gone, and with it all that it held
+            n_bytes = sink.n_bytes
+            del sink, wave
+            give_back()
+            raise self._full(title, full, n_bytes)
         del sink
         give_back()
         self.producer.finish(wave)
@@ -127,14 +134,20 @@ class Collection:
         wave = self._begin_held(index, names, held)
         own = RunStore(store.path, looked_over=True)  # whose markers do not wait for those of Grams
         own.fsync = store.fsync
-        with (
-            DiskSink(own, index, self.producer, threads=write_threads(), room=self._room()) as disk,
-            self._out_of_device_memory(title),
-        ):
-            self._pass(KeepingSink(disk, held), wave, title, "for the other ranks' gradients", fixed=True)
-            build_held(store, index, held, products, ranks, progress=self.progress)
+        full: str | None = None
+        with DiskSink(own, index, self.producer, threads=write_threads(), room=self._room()) as disk:
+            try:
+                self._pass(KeepingSink(disk, held), wave, title, "for the other ranks' gradients", fixed=True)
+                build_held(store, index, held, products, ranks, progress=self.progress)
+            except torch.cuda.OutOfMemoryError as error:
+                full = first_line(error)
+            n_bytes = held.n_bytes
             del held
             disk.settle()
+        if full is not None:
+            del wave
+            give_back()
+            raise self._full(title, full, n_bytes)
         ranks.wait("for the other ranks' disks")
         if ranks.is_main:
             store.kept.delete(index)
@@ -171,16 +184,15 @@ class Collection:
         self.producer.begin(wave)
         return wave
 
-    @contextlib.contextmanager
-    def _out_of_device_memory(self, title: str) -> Iterator[None]:
-        try:
-            yield
-        except torch.cuda.OutOfMemoryError as error:
-            raise CapacityError(
-                f"{title}: {self.producer.device} ran out of memory: {first_line(error)} A run's layout does not "
-                "change; start it in another folder with a smaller --device-memory-budget or --batch-tokens, or with "
-                "--hold host."
-            ) from error
+    def _full(self, title: str, why: str, held: int) -> CapacityError:
+        """Return the error of a device that is full, once what was held on it is gone."""
+        device = self.producer.device
+        return CapacityError(
+            f"{title}: {device} ran out of memory: {why} {format_bytes(held)} of gradients were held there"
+            f"{_free_on(device)}. What is finished is kept: free memory on the device and run the command again, which "
+            "goes on with this wave. Else, as a run's layout does not change, start it in another folder with a smaller "
+            "--device-memory-budget or --batch-tokens, or with --hold host."
+        )
 
     def collect_mean(self) -> None:
         """Add up the rows of every unit in float64; the mean is their sum over the valid samples."""
@@ -246,3 +258,12 @@ class Collection:
         batch = BatchRef(0, 1, self.store.units[0], 0)
         for _ in range(count):
             guard.step(batch, self.producer.gradients(batch, sink.asks(batch)))
+
+
+def _free_on(device: torch.device) -> str:
+    """Return what is free on a device, for a message."""
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return f", and {format_bytes(free + unused)} of its {format_bytes(total)} are free now"

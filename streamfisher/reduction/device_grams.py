@@ -3,13 +3,15 @@
 Rows of all samples are formed a slab of columns at a time, from factors or from rows that are there, and multiplied in
 panels; the panels' products are added up in float64. Only blocks on and below the diagonal are formed. Nothing in a
 parameter waits for the device: float32 products are scaled by a power of two that stays there. Slabs and panels follow
-from sizes alone, so what memory there is changes no bit.
+from sizes alone, so what memory there is changes no bit; where a device runs out of it, slabs are made smaller once,
+which may change the last one.
 
 It is torch code and runs on any device, the CPU included.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,11 +25,14 @@ from streamfisher.gradients.factors import matrix_shape
 from streamfisher.reduction.gram import ParameterGram, dtype_of_products, finished
 from streamfisher.reduction.products import SAFE_PEAK, full_precision
 from streamfisher.runtime.bars import Bar
+from streamfisher.runtime.run_log import event
 from streamfisher.sinks.device import DeviceGradients, PlacedPair
 from streamfisher.store.layout import PANEL
 
 #: Bytes of a slab of formed rows.
 _SLAB_BYTES = 256 << 20
+#: So many times smaller are slabs once the device ran out of memory.
+_SMALLER = 8
 #: Samples of one block of a product: what lies above the blocks on the diagonal is not formed.
 _BLOCK = 256
 #: Size of the products by which float32 and float64 are compared.
@@ -45,24 +50,46 @@ def build_device_grams(
 
     Args:
         held: the gradients.
-        config: `dtype_gram` counts.
+        config: `dtype_gram` counts, and `use_deterministic`: then slabs are not made smaller where memory runs out.
         keys: Gram key -> parameters whose Grams it sums.
         progress: show a bar.
 
     Raises:
         CorruptRunError: a Gram is not finite.
+        torch.cuda.OutOfMemoryError: the device is full, also with smaller slabs.
     """
+    slab_bytes = _SLAB_BYTES
     with Bar(total=len(keys), desc="Gram", unit="Gram", disable=not progress) as bar:
         for key, members in keys.items():
-            total = _SymmetricSum(held.n_samples, held.device)
-            dtypes = [product_dtype(held.parameters[name], config.dtype_gram, held) for name in members]
-            for name, dtype in zip(members, dtypes, strict=True):
-                for slab in _slabs(held, name):
-                    for first in range(0, slab.shape[1], PANEL):
-                        total.add(slab[:, first : first + PANEL], dtype)
-                    del slab  # before the next one is made
-            yield finished(key, total.result(), None, single=torch.float32 in dtypes)
+            dtypes = {name: product_dtype(held.parameters[name], config.dtype_gram, held) for name in members}
+            total = None
+            if slab_bytes == _SLAB_BYTES and not config.use_deterministic:
+                with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                    total = _sum_of(held, dtypes, slab_bytes)
+                if total is None:  # what the error held is free by now
+                    slab_bytes //= _SMALLER
+                    event("smaller slabs", stage="grams", gram=key, bytes=slab_bytes)
+                    _empty_cache(held.device)
+            if total is None:
+                total = _sum_of(held, dtypes, slab_bytes)
+            yield finished(key, total, None, single=torch.float32 in dtypes.values())
             bar.update()
+
+
+def _sum_of(held: DeviceGradients, dtypes: Mapping[str, torch.dtype], slab_bytes: int) -> np.ndarray:
+    """Return the sum of the Grams of some parameters, (N, N) float64; the products of each are formed in its dtype."""
+    total = _SymmetricSum(held.n_samples, held.device)
+    for name, dtype in dtypes.items():
+        for slab in _slabs(held, name, slab_bytes):
+            for first in range(0, slab.shape[1], PANEL):
+                total.add(slab[:, first : first + PANEL], dtype)
+            del slab  # before the next one is made
+    return total.result()
+
+
+def _empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def product_dtype(columns: int, dtype_gram: torch.dtype, held: DeviceGradients) -> torch.dtype:
@@ -133,9 +160,9 @@ def _exponent(panel: Tensor) -> Tensor:
     return torch.where(left, torch.floor(torch.log2(peak)), 0.0)
 
 
-def _slabs(held: DeviceGradients, name: str) -> Iterator[Tensor]:
+def _slabs(held: DeviceGradients, name: str, slab_bytes: int) -> Iterator[Tensor]:
     """Yield the rows of a parameter, (N, some columns) float32 or float64, all columns that are not zero throughout."""
-    columns = max(_SLAB_BYTES // (4 * max(held.n_samples, 1)) // PANEL, 1) * PANEL
+    columns = max(slab_bytes // (4 * max(held.n_samples, 1)) // PANEL, 1) * PANEL
     rows = held.rows.get(name)
     if rows is not None:
         for first in range(0, rows.shape[1], columns):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamfisher.data.batches import BatchRef, Unit
-from streamfisher.gradients.factors import BatchFactors, matrix_shape, on_host, pack
+from streamfisher.gradients.factors import BatchFactors, FactorPair, matrix_shape, on_host, pack
 from streamfisher.gradients.norms import batch_norms, squared_norms_of
 from streamfisher.gradients.producer import Asked, BatchGradients, GradientProducer
 from streamfisher.runtime.exchange import Parcel
@@ -207,16 +207,10 @@ class MemorySink:
         if self.every_norm:
             return batch_norms(gradients.rows, gradients.factors, n_samples)
         norms = squared_norms_of({name: values[:n_samples] for name, values in gradients.rows.items()})
-        finite: dict[str, Tensor] = {}
-        for name, pairs in gradients.factors.items():
-            for pair in pairs:
-                side = pair.right if pair.by_index else pair.left  # a loss that is finite has finite inputs
-                here = torch.isfinite(side).flatten(1).all(dim=1)
-                finite[name] = finite[name] & here if name in finite else here
-        if finite:  # one wait for the device
-            flags = torch.stack(list(finite.values())).cpu().numpy()
-            norms |= {name: np.where(of, 0.0, np.nan) for name, of in zip(finite, flags, strict=True)}
-        return norms
+        finite = _finite(gradients.factors, _sum_is_finite)
+        unsure = [name for name, flags in finite.items() if not flags.all()]  # numbers that are finite may have no sum
+        finite |= _finite({name: gradients.factors[name] for name in unsure}, _is_finite)
+        return norms | {name: np.where(flags, 0.0, np.nan) for name, flags in finite.items()}
 
     def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
         """Take the factors of a batch, without padding; its rows are in their buffers."""
@@ -253,6 +247,11 @@ class MemorySink:
     def packed_of(self, batch: BatchRef) -> BatchFactors | None:
         """Return the factors of the batch that was taken last, as a store holds them; `None`: they are elsewhere."""
         return self._factors[-1][1] if self._factors and self._factors[-1][0] == batch else None
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all that is held."""
+        return sum(values.nbytes for values in self._rows.values()) + sum(map(self._factor_bytes, self.own))
 
     def _factor_bytes(self, unit: Unit) -> int:
         """Return the bytes of the factors of a unit."""
@@ -346,6 +345,26 @@ class MemorySink:
                     factors[name].append(FactorSegment(start, lengths, sides[left], sides[right]))
         arrays = {name: values.numpy() for name, values in rows.items()}
         return MemoryGradients(arrays, factors, self._shapes(self.parameters), len(valid), self._producer.row_dtype)
+
+
+def _finite(factors: Mapping[str, Sequence[FactorPair]], check: Callable[[Tensor], Tensor]) -> dict[str, np.ndarray]:
+    """Return (B,) bool of each parameter: whether a sample's factors pass a check; one wait for the device."""
+    found: dict[str, Tensor] = {}
+    for name, pairs in factors.items():
+        for pair in pairs:
+            side = pair.right if pair.by_index else pair.left  # a loss that is finite has finite inputs
+            found[name] = found[name] & check(side) if name in found else check(side)
+    flags = torch.stack(list(found.values())).cpu().numpy() if found else ()
+    return dict(zip(found, flags, strict=True))
+
+
+def _sum_is_finite(side: Tensor) -> Tensor:
+    """Return (B,) bool: true only where all are finite. A sum takes a fortieth of the time."""
+    return torch.isfinite(side.flatten(1).sum(dim=1, dtype=torch.promote_types(side.dtype, torch.float32)))
+
+
+def _is_finite(side: Tensor) -> Tensor:
+    return torch.isfinite(side).flatten(1).all(dim=1)
 
 
 def joined_segments(parcels: Sequence[Parcel], name: str) -> list[tuple[int, list[int], Tensor, Tensor]]:

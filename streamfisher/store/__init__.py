@@ -3,7 +3,7 @@
 from streamfisher.models.fingerprint import model_fingerprint, model_manifest
 from streamfisher.store.eigenvectors import open_eigenvectors
 from streamfisher.store.grams import GramStore
-from streamfisher.store.growth import grow_run, resume_differences, units_left
+from streamfisher.store.growth import grow_run, grows_anew, resume_differences, units_left
 from streamfisher.store.kept import KeptGradients
 from streamfisher.store.layout import PANEL, chunk_columns
 from streamfisher.store.lock import RankLock, RunLock
@@ -40,6 +40,7 @@ __all__ = [
     "RankLock",
     "RunLock",
     "grow_run",
+    "grows_anew",
     "resume_differences",
     "units_left",
 ]

@@ -75,6 +75,11 @@ def create_run(path: Path, manifest: Manifest) -> None:
     write_marker(path / "manifest.json", manifest.to_dict(), fsync=bool(manifest.config.get("fsync")))
 
 
+def create_row_arrays(path: Path, manifest: Manifest) -> None:
+    """Lay out the arrays of rows of a run that is there, instead of any that were."""
+    _create_row_arrays(codecs.quiet_open(path, mode="a", zarr_format=3), manifest)
+
+
 def _create_row_arrays(root: zarr.Group, manifest: Manifest) -> None:
     n, layout = manifest.data["n_samples"], manifest.layout
     dtype = parse_dtype(layout["dtype_store"])

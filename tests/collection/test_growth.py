@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from factored_models import llama
+from factored_models import sequences as lines
 from tiny_models import TinyCausal, TinyRegression, sequences, vectors
 
 import streamfisher as sf
-from streamfisher.errors import RunError, RunMismatchError
+from streamfisher.errors import CapacityError, RunError, RunMismatchError
 from streamfisher.reduction import gram as grams
 from streamfisher.store import RunStore
 
@@ -47,6 +49,64 @@ def test_a_grown_run_is_one_from_scratch(before, after, deterministic, tmp_path)
     assert_like(run, whole, exact=deterministic)
     eigenvalues = [r.spectrum("none").blocks["global"].eigenvalues for r in (run, whole)]
     np.testing.assert_allclose(*eigenvalues, rtol=1e-6, atol=1e-9 * eigenvalues[0][0])
+
+
+def unkept(path, n, **options):
+    settings = {"keep_gradients": "none", "dtype_compute": "float64", "use_deterministic": True} | options
+    settings = sf.SpectralConfig(**{"chunk_size": 4, "n_workers": 1} | settings)
+    return sf.collect(llama().double(), lines(21), path, config=settings, n_samples=n, progress=True)
+
+
+def reduced(run):
+    values = {what: run.store.samples.per_sample(what) for what in ("loss", "n_targets", "valid", "squared_norm")}
+    return {key: run.gram(key).tobytes() for key in run.store.gram_members} | {
+        k: v.tobytes() for k, v in values.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"hold": "disk"},
+        {"hold": "disk", "disk_budget": 280_000, "representation": "dense"},
+        {"hold": "host"},
+        {"hold": "host", "stream": "layers"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("after", [19, 21])
+def test_a_run_that_kept_no_gradients_takes_its_pass_again_and_says_so(options, after, tmp_path, capsys):
+    unkept(tmp_path / "run", 10, **options).spectrum("layer")
+    capsys.readouterr()
+    run = unkept(tmp_path / "run", after, **options)
+    said = capsys.readouterr().out
+    assert "The gradients of the 10 samples" in said and f"the pass over all {after} is taken again" in said
+    assert run.n_samples == after and run.info()["complete"] and sf.verify(run) == []
+    assert reduced(run) == reduced(unkept(tmp_path / "whole", after, **options))
+    assert (len(run.store.waves) > 1) == ("disk_budget" in options or "stream" in options)
+
+
+def test_stopped_while_it_takes_its_pass_again_it_goes_on(tmp_path, monkeypatch):
+    whole = unkept(tmp_path / "whole", 21, hold="host")
+    unkept(tmp_path / "run", 10, hold="host")
+    write, count = RunStore.write_unit, iter(range(100))
+
+    def stopped(store, record):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        write(store, record)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunStore, "write_unit", stopped)
+        unkept(tmp_path / "run", 21, hold="host")
+    assert reduced(unkept(tmp_path / "run", 21, hold="host")) == reduced(whole)
+
+
+def test_more_samples_than_fit_where_gradients_were_held_are_refused_and_the_run_stays(tmp_path):
+    before = reduced(unkept(tmp_path / "run", 4, hold="host"))
+    with pytest.raises(CapacityError):
+        unkept(tmp_path / "run", 21, hold="host", memory_budget="5kB")
+    assert reduced(sf.open_run(tmp_path / "run")) == before
 
 
 def test_full_units_are_not_computed_again_and_a_partial_one_is(tmp_path):

@@ -10,8 +10,13 @@ from factored_models import MODELS, llama, sequences
 from tiny_models import TinyRegression, vectors
 
 import streamfisher as sf
+from streamfisher.data.batches import Unit
 from streamfisher.errors import CapacityError, ConfigError
+from streamfisher.gradients.factors import FactorPair
+from streamfisher.gradients.producer import BatchGradients
 from streamfisher.runtime import durable
+from streamfisher.sinks import memory
+from streamfisher.sinks.memory import MemorySink
 from streamfisher.store import GramStore, KeptGradients, RunStore
 
 
@@ -132,6 +137,26 @@ def test_a_sample_that_is_not_finite_is_named_or_skipped(tmp_path):
         one, other = (each.spectrum("parameter", center).blocks for each in (disk, run))
         for block in one:
             np.testing.assert_allclose(other[block].eigenvalues, one[block].eigenvalues, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_finite_numbers_whose_sum_is_not_are_finite(dtype):
+    side = torch.full((3, 4, 5), 3e38, dtype=dtype)
+    side[1, 2, 3] = float("nan")
+    pair = FactorPair(side, torch.ones(3, 4, 2, dtype=dtype))
+    sum_only, exact = (
+        memory._finite({"w": [pair]}, check)["w"] for check in (memory._sum_is_finite, memory._is_finite)
+    )
+    assert not sum_only.any() and exact.tolist() == [True, False, True]
+    sink = MemorySink(Producer(), [Unit(0, 0, 3)], ["w"], parameters=["w"])
+    norms = sink.norms(BatchGradients(torch.zeros(3), torch.ones(3), {"w": [pair]}, {}), 3)["w"]
+    assert np.isfinite(norms).tolist() == [True, False, True]
+
+
+class Producer:
+    """What a sink asks of a producer before it has rows."""
+
+    device = torch.device("cpu")
 
 
 def test_auto_holds_in_memory_what_nobody_keeps_and_stores_what_somebody_does(tmp_path):

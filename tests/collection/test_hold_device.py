@@ -10,6 +10,8 @@ import streamfisher as sf
 from streamfisher.errors import CapacityError, ConfigError
 from streamfisher.planning import run_layout
 from streamfisher.reduction import device_grams
+from streamfisher.runtime.run_log import read_log
+from streamfisher.sinks.device import DeviceSink
 
 SETTINGS = {"chunk_size": 4, "batch_tokens": 25, "dtype_compute": "float64", "keep_gradients": "none"}
 
@@ -149,10 +151,47 @@ def test_without_a_device_it_is_refused(tmp_path):
         collected(tmp_path / "run", llama(), sequences(), hold="device")
 
 
-def test_a_device_that_runs_out_of_memory_midway_says_what_to_do(tmp_path, room, monkeypatch):
-    def full(*_):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+def full(*_, **__):
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(device_grams, "_slabs", full)
-    with pytest.raises(CapacityError, match=r"ran out of memory: CUDA out of memory.*smaller --device-memory-budget"):
+
+def test_a_device_that_runs_out_of_memory_midway_stops_and_can_go_on(tmp_path, room, monkeypatch):
+    said = r"ran out of memory: CUDA out of memory.* kB of gradients were held .* goes on .*--device-memory-budget"
+    with monkeypatch.context() as patch, pytest.raises(CapacityError, match=said):
+        patch.setattr(device_grams, "_slabs", full)
         collected(tmp_path / "run", llama(), sequences(), hold="device")
+    run = collected(tmp_path / "run", llama(), sequences(), hold="device")
+    assert run.info()["complete"]
+    close(collected(tmp_path / "disk", llama(), sequences(), hold="disk"), run)
+
+
+def test_out_of_memory_in_a_pass_stops_and_can_go_on(tmp_path, room, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(CapacityError, match="ran out of memory"):
+        patch.setattr(DeviceSink, "batch", full)
+        collected(tmp_path / "run", llama(), sequences(), hold="device")
+    assert collected(tmp_path / "run", llama(), sequences(), hold="device").info()["complete"]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_where_memory_runs_out_slabs_are_made_smaller_once_unless_all_bits_are_to_be_the_same(
+    tmp_path, room, monkeypatch, deterministic
+):
+    sizes = []
+    slabs = device_grams._slabs
+
+    def nearly_full(held, name, slab_bytes):
+        sizes.append(slab_bytes)
+        if slab_bytes == device_grams._SLAB_BYTES:
+            full()
+        return slabs(held, name, slab_bytes)
+
+    monkeypatch.setattr(device_grams, "_slabs", nearly_full)
+    options = {"hold": "device", "use_deterministic": deterministic}
+    if deterministic:
+        with pytest.raises(CapacityError, match="ran out of memory"):
+            collected(tmp_path / "run", llama(), sequences(), **options)
+        return
+    run = collected(tmp_path / "run", llama(), sequences(), **options)
+    assert sizes.count(device_grams._SLAB_BYTES) == 1 and len(set(sizes)) == 2  # and stay so
+    assert any(line["event"] == "smaller slabs" for line in read_log(run.path)[0])
+    close(collected(tmp_path / "disk", llama(), sequences(), hold="disk"), run)

@@ -10,6 +10,7 @@ from forked_commands import forked
 from rank_processes import bytes_of, command, finished, wait_for
 
 import streamfisher as sf
+from streamfisher.collection.prepare import least_room, within_devices
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import make_units
 from streamfisher.gradients.shapes import GradientShape
@@ -81,15 +82,22 @@ def logged(out):
     return (out / "log.jsonl").stat().st_size if (out / "log.jsonl").exists() else 0
 
 
+WAYS = {
+    "waves": ("slow_llama", ("--memory-budget", "6MB", "--representation", "dense")),
+    "layers": ("slow_llama", ("--stream", "layers", "--representation", "factors")),
+    "device": ("slow_llama_on_a_device", ("--hold", "device")),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
-def test_killed_at_random_moments_on_1_to_3_ranks_the_bytes_are_the_same(tmp_path, seed):
-    alone = held(tmp_path / "undisturbed.zarr", 1, "--memory-budget", "6MB", "--representation", "dense")
-    dice, out, hits = random.Random(seed), tmp_path / "run.zarr", 0
-    for _ in range(6):
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_at_random_moments_on_1_to_3_ranks_the_bytes_are_the_same(tmp_path, way):
+    model, options = WAYS[way]
+    alone = held(tmp_path / "undisturbed.zarr", 1, *options, model=model)
+    dice, out, hits = random.Random(way), tmp_path / "run.zarr", 0
+    for _ in range(7):
         count = dice.choice([1, 2, 3])
-        arguments = command(out, "slow_llama", "twenty_one_sequences", *HELD)
-        arguments += ["--memory-budget", "6MB", "--representation", "dense"]
+        arguments = command(out, model, "twenty_one_sequences", *HELD, *options)
         before = logged(out)
         process = forked(count, arguments, SECONDS="0.02")
         # Once its log says that it began: before, ranks wait for one another as torch lets them.
@@ -102,7 +110,40 @@ def test_killed_at_random_moments_on_1_to_3_ranks_the_bytes_are_the_same(tmp_pat
             process.send_signal(signal.SIGTERM)
         process.communicate(timeout=120)
     assert hits >= 3
-    assert held(out, 2, "--memory-budget", "6MB", "--representation", "dense", model="slow_llama") == alone
+    assert held(out, 2, *options, model=model) == alone
+
+
+@pytest.mark.parametrize(
+    ("rooms", "room", "said"),
+    [
+        ([("a", 100), ("b", 100)], 100, None),
+        ([("a", 100), ("a", 100)], 50, "2 ranks share a: each rank takes at most 50 B there."),
+        ([("a", 100), ("b", 60)], 60, "The devices of the ranks differ: each rank takes at most 60 B, as b has."),
+        ([("a", 100), ("a", 90), ("b", 40)], 40, "2 ranks share a: each rank takes at most 40 B there."),
+    ],
+)
+def test_ranks_take_what_the_least_of_their_devices_has_for_each_of_them(rooms, room, said):
+    assert least_room(rooms) == (room, said)
+
+
+class TwoRanks:
+    """The first of two, as one process has them."""
+
+    count, is_main = 2, True
+
+    def gather(self, name, value):
+        return [value, value]
+
+
+def test_ranks_that_share_a_device_share_what_is_free_there_and_say_so(monkeypatch, capsys):
+    monkeypatch.setattr(run_layout, "device_room", lambda device, budget: budget or 1000)
+    for budget, each in ((None, 500), (300, 150)):
+        config = SpectralConfig(device_memory_budget=budget)
+        shared = within_devices(config, torch.device("cpu"), TwoRanks(), progress=True)
+        assert int(shared.device_memory_budget) == each
+        assert f"each rank takes at most {each} B there" in capsys.readouterr().out
+    monkeypatch.setattr(run_layout, "device_room", lambda device, budget: None)  # no devices
+    assert within_devices(config, torch.device("cpu"), TwoRanks(), progress=True) == config
 
 
 def test_a_rank_plans_for_its_own_samples_and_for_what_comes_of_one_gram(monkeypatch):

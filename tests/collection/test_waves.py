@@ -13,7 +13,7 @@ from rank_processes import bytes_of, command, finished, launch, wait_for
 import streamfisher as sf
 from streamfisher import verify
 from streamfisher.collection import wave_reduction as reduction
-from streamfisher.errors import CapacityError, ConfigError, RunError, RunMismatchError
+from streamfisher.errors import CapacityError, ConfigError, RunError
 from streamfisher.gradients import Factor, GradientShape
 from streamfisher.planning.waves import WaveLimits, WaveSizes, cut_waves
 from streamfisher.store import KeptGradients, RunStore
@@ -128,11 +128,13 @@ def test_a_damaged_gram_costs_its_wave_and_no_other(whole, tmp_path, monkeypatch
     assert np.array_equal(again.gram(key), whole.gram(key)) and not verify(again)
 
 
-def test_a_run_whose_gradients_were_deleted_cannot_grow(whole, tmp_path):
+def test_a_run_whose_gradients_were_deleted_grows_by_taking_its_waves_again(whole, tmp_path):
     options = {"representation": held_as(whole), "disk_budget": budget(whole)}
-    collected(tmp_path / "run.zarr", samples=sequences()[:8], **options)
-    with pytest.raises(RunMismatchError, match=r"deleted after .*only a run with --keep-gradients all can grow"):
-        collected(tmp_path / "run.zarr", **options)
+    before = collected(tmp_path / "run.zarr", samples=sequences()[:8], **options)
+    after = collected(tmp_path / "run.zarr", **options)
+    assert (before.n_samples, after.n_samples) == (8, 11) and verify(after) == []
+    for name in whole.parameters:
+        np.testing.assert_allclose(after.gram(name), whole.gram(name), rtol=1e-6, atol=1e-12)
 
 
 def test_an_unfinished_run_of_waves_says_how_far_it_is(whole, tmp_path):
