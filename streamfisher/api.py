@@ -15,7 +15,9 @@ from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConfigError
 from streamfisher.models.weights import Resident
 from streamfisher.runtime.paths import expanded
+from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.store.eigenvectors import Eigenvectors
+from streamfisher.store.layout import check_free
 
 
 class Run(StoredRun):
@@ -142,6 +144,8 @@ def collect(
         CapacityError: there is no room on the disk, or no memory for one chunk of rows.
     """
     path = expanded(path)
+    if isinstance(path, RemotePath):
+        check_free(path)
     collect_gradients(
         model,
         samples,
@@ -159,7 +163,12 @@ def collect(
 def open_run(path: str | Path) -> Run:
     """Open a stored run for reading.
 
+    Args:
+        path: its folder; or the URL of one on a store that fsspec knows, as `s3://bucket/run.zarr` (extra `remote`).
+
     Raises:
+        RemoteError: the store of a URL does not answer, refuses access, or has no such place.
+        MissingExtraError: what a URL takes is not installed.
         RunError: the folder does not exist or is not a run.
         CorruptRunError: its manifest is damaged or of another format version.
     """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from streamfisher.cli.data import samples_of, say_tokenizer
@@ -13,6 +12,7 @@ from streamfisher.cli.options import RunOptions, read_model_options, read_replay
 from streamfisher.cli.output import analyse, print_info
 from streamfisher.cli.plan import announce_plan
 from streamfisher.runtime.dask_pool import dask_client
+from streamfisher.runtime.paths import expanded
 from streamfisher.runtime.printable import printable
 from streamfisher.runtime.run_log import RunLog
 
@@ -81,9 +81,10 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     from streamfisher.store.layout import check_free
 
     config = options.config
-    new = not (Path(options.out) / "manifest.json").is_file()
+    out = expanded(options.out)
+    new = not (out / "manifest.json").is_file()
     if new:
-        check_free(Path(options.out))  # before a large model is loaded for nothing
+        check_free(out)  # before a large model is loaded for nothing
     state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
     device = state.device if config.device == "auto" else pick_device(config.device)
     model = returned = weights = None

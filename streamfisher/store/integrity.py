@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import reprlib
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.durable import LARGEST_JSON
 from streamfisher.runtime.own_files import open_own, require_own
+from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.store import codecs
 from streamfisher.store.forms import MANIFEST, require_form
 from streamfisher.store.opening import LARGEST_CHUNK
@@ -32,6 +33,13 @@ def chunk_digest(folder: Path) -> int:
         CorruptRunError: there is a link among them.
     """
     digest = google_crc32c.Checksum()
+    for name, content in _remote_ends(folder) if isinstance(folder, RemotePath) else _ends(folder):
+        digest.update(name.encode() + b"\0" + content)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _ends(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield name and last 4 bytes of each chunk below a folder, and metadata whole."""
     for path in sorted(_files(folder)):
         with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
             if path.name != "zarr.json":
@@ -39,8 +47,20 @@ def chunk_digest(folder: Path) -> int:
                 file.seek(max(size - 4, 0))
             elif os.fstat(file.fileno()).st_size > LARGEST_JSON:
                 raise CorruptRunError(f"{path} is larger than the metadata of any run.")
-            digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + file.read())
-    return int.from_bytes(digest.digest(), "big")
+            yield path.relative_to(folder).as_posix(), file.read()
+
+
+def _remote_ends(folder: RemotePath) -> Iterator[tuple[str, bytes]]:
+    """Yield the same of a folder below a URL: the ends of all chunks in one batch of requests."""
+    keys = [key for key in folder.store.below(folder.key) if not key.endswith(".partial")]
+    chunks = [key for key in keys if key.rpartition("/")[2] != "zarr.json"]
+    try:
+        ends = dict(zip(chunks, folder.store.ends(chunks), strict=True))
+    except FileNotFoundError as error:
+        raise CorruptRunError(f"{error} is missing; it was there before.") from error
+    for key in keys:
+        content = ends[key] if key in ends else folder.store.read(key, LARGEST_JSON)
+        yield key.removeprefix(f"{folder.key}/"), content
 
 
 def _files(folder: Path) -> list[Path]:

@@ -12,6 +12,7 @@ from streamfisher.data.batches import make_units
 from streamfisher.errors import ConfigError, CorruptRunError, RunError
 from streamfisher.runtime.durable import write_json, write_marker
 from streamfisher.runtime.own_files import require_own_files
+from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.store import codecs
 from streamfisher.store.config_file import CONFIG_FILE, write_config
 from streamfisher.store.manifest import Manifest, columns_of
@@ -97,8 +98,13 @@ def check_free(path: Path) -> None:
     """Refuse a path that holds something which is not a run.
 
     Raises:
-        RunError: it is a file, or a folder with other contents.
+        RunError: it is a URL, a file, or a folder with other contents.
     """
+    if isinstance(path, RemotePath):
+        raise RunError(
+            f"{path}: a run is collected into a local folder. Name one, and copy it to the store when it is finished: "
+            "a copy is read as a run is."
+        )
     if path.is_file():
         raise RunError(f"{path} is a file; --out names a folder that does not exist yet, or a run.")
     if path.is_dir() and any(path.iterdir()):

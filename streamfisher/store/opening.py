@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ from zarr.storage import LocalStore
 from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.durable import LARGEST_JSON
 from streamfisher.runtime.own_files import read_own
+from streamfisher.runtime.remote_path import RemotePath
+from streamfisher.store.remote_files import RemoteFiles
 
 #: Bytes of one chunk, at most: no run has larger ones.
 LARGEST_CHUNK = 2 << 30
@@ -82,26 +85,39 @@ class RunFiles(LocalStore):
         return await asyncio.to_thread(self._content, key, prototype, byte_range)
 
     def _content(self, key: str, prototype: BufferPrototype | None, byte_range: ByteRequest | None) -> Buffer | None:
-        path = self.root / key
-        if byte_range is not None:
-            raise CorruptRunError(f"{path} is asked for in parts; no run has chunks of such a kind.")
-        try:
-            content = read_own(path, self._largest(key))
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            if self.complete and key.startswith("c/"):
-                raise CorruptRunError(f"{path} is missing.") from None
-            return None
-        if self.chunk is not None and key.startswith("c/"):
-            size, codec = self.chunk
-            if unpacked_size(content, codec) != size:
-                raise CorruptRunError(f"{path} is not a chunk of {size:,} bytes, as those of its array are.")
-        return (prototype or default_buffer_prototype()).buffer.from_bytes(content)
+        return _content(self.root, self.chunk, self.complete, key, prototype, byte_range)
 
-    def _largest(self, key: str) -> int:
-        if key.endswith("zarr.json"):
-            return LARGEST_JSON
-        size = LARGEST_CHUNK if self.chunk is None else self.chunk[0]
-        return size + size // 64 + 1024  # packing may lengthen what cannot be packed
+
+def _content(
+    root: Path,
+    chunk: tuple[int, str] | None,
+    complete: bool,
+    key: str,
+    prototype: BufferPrototype | None,
+    byte_range: ByteRequest | None,
+) -> Buffer | None:
+    """Return the content of a file of an array or group, `None` where there is none; see `RunFiles`."""
+    path = root / key
+    if byte_range is not None:
+        raise CorruptRunError(f"{path} is asked for in parts; no run has chunks of such a kind.")
+    try:
+        content = read_own(path, _largest(key, chunk))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        if complete and key.startswith("c/"):
+            raise CorruptRunError(f"{path} is missing.") from None
+        return None
+    if chunk is not None and key.startswith("c/"):
+        size, codec = chunk
+        if unpacked_size(content, codec) != size:
+            raise CorruptRunError(f"{path} is not a chunk of {size:,} bytes, as those of its array are.")
+    return (prototype or default_buffer_prototype()).buffer.from_bytes(content)
+
+
+def _largest(key: str, chunk: tuple[int, str] | None) -> int:
+    if key.endswith("zarr.json"):
+        return LARGEST_JSON
+    size = LARGEST_CHUNK if chunk is None else chunk[0]
+    return size + size // 64 + 1024  # packing may lengthen what cannot be packed
 
 
 def open_array(path: Path, mode: Literal["r", "r+"] = "r", *, complete: bool = False) -> zarr.Array:
@@ -109,7 +125,7 @@ def open_array(path: Path, mode: Literal["r", "r+"] = "r", *, complete: bool = F
 
     Args:
         path: of its folder.
-        mode: to read, or to write too.
+        mode: to read, or to write too; what lies below a URL is only read.
         complete: it was written whole, so that its chunks bear out its shape, and none may be missing.
 
     Raises:
@@ -128,6 +144,8 @@ def open_array(path: Path, mode: Literal["r", "r+"] = "r", *, complete: bool = F
         ) from error
     if complete and _files(path / "c", count) < count:
         raise CorruptRunError(f"{path} lacks some of its {count:,} chunks.")
+    if isinstance(path, RemotePath):
+        return zarr.open_array(RemoteFiles(path, partial(_content, path, chunk, complete)), mode="r", zarr_format=3)
     return zarr.open_array(
         RunFiles(path, read_only=mode == "r", chunk=chunk, complete=complete), mode=mode, zarr_format=3
     )
@@ -135,6 +153,8 @@ def open_array(path: Path, mode: Literal["r", "r+"] = "r", *, complete: bool = F
 
 def _files(folder: Path, most: int) -> int:
     """Return how many files lie below a folder, counting no further than `most`."""
+    if isinstance(folder, RemotePath):
+        return min(len(folder.store.below(folder.key)), most)
     files = (None for _, _, names in os.walk(folder) for _ in names)
     return sum(1 for _ in itertools.islice(files, min(most, 1 << 62)))
 
