@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import urllib.request
 
 import pytest
 
@@ -19,6 +20,7 @@ def s3_server():
     server.start()
     host, port = server.get_host_and_port()
     settings = SETTINGS | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"")  # what an earlier server held stays
     before = {name: os.environ.get(name) for name in settings}
     os.environ |= settings
     try:

@@ -196,14 +196,16 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _gram(arguments: argparse.Namespace) -> int:
     from streamfisher import open_run
+    from streamfisher.store.staged import written
 
-    run = open_run(arguments.run)
-    options = read_run_options(arguments, base=run.config)
-    with dask_client(options.dask_scheduler):
-        config = options.analysis_config(run.config)
-        if arguments.rebuild:
-            return _print_rebuilt(run.rebuild_grams(config, progress=not arguments.quiet), arguments)
-        built = run.build_grams(config, progress=not arguments.quiet)
+    with written(arguments.run) as folder:
+        run = open_run(folder)
+        options = read_run_options(arguments, base=run.config)
+        with dask_client(options.dask_scheduler):
+            config = options.analysis_config(run.config)
+            if arguments.rebuild:
+                return _print_rebuilt(run.rebuild_grams(config, progress=not arguments.quiet), arguments)
+            built = run.build_grams(config, progress=not arguments.quiet)
     print(f"{len(built)} Gram matrices built, {len(run.store.gram_members) - len(built)} were there already.")
     return 0
 

@@ -32,7 +32,7 @@ from streamfisher.models.weights import Resident
 from streamfisher.planning.run_layout import boundary_room
 from streamfisher.runtime.caller_state import modes_of_its_own
 from streamfisher.runtime.determinism import deterministic
-from streamfisher.runtime.disk import disk_limit
+from streamfisher.runtime.disk import disk_limit, free_disk
 from streamfisher.runtime.memory import local_ranks, of_one_rank
 from streamfisher.runtime.printable import printable
 from streamfisher.runtime.ranks import Ranks, start_ranks
@@ -109,7 +109,9 @@ def collect_gradients(
             if config.store_centered:
                 collection.collect_mean()
             tokens = padded_total(data.lengths, store.units, store.batch_tokens, data.apart)
-            producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens, path / "stream")
+            producer.keep_between_waves(
+                boundary_room(min(disk_limit(config, path), free_disk(path))), tokens, path / "stream"
+            )
             collection.collect_waves()
             if ranks.is_main:
                 _say_what_is_zero(store)

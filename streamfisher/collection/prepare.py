@@ -24,7 +24,7 @@ from streamfisher.gradients.projection import projected
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.models.sharding import is_sharded
 from streamfisher.planning.run_layout import RunLayout, boundary_room, plan_layout
-from streamfisher.runtime.disk import disk_limit
+from streamfisher.runtime.disk import disk_limit, free_disk
 from streamfisher.runtime.memory import give_back
 from streamfisher.store import Manifest, model_manifest, versions
 from streamfisher.store.layout import check_free, chunk_columns
@@ -96,7 +96,7 @@ def prepare(
     )
     units = make_units(len(data.samples), config.chunk_size)
     tokens = padded_total(data.lengths, units, plan.batch_tokens, data.apart)
-    producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens)
+    producer.keep_between_waves(boundary_room(min(disk_limit(config, path), free_disk(path))), tokens)
     return PreparedRun(streamed, report, plan)
 
 

@@ -19,6 +19,7 @@ from streamfisher.gradients.producer import GradientProducer, Wave
 from streamfisher.models.batches import ModelBatches
 from streamfisher.runtime.memory import give_back
 from streamfisher.runtime.ranks import Ranks
+from streamfisher.runtime.staging import staging_of
 from streamfisher.sinks.centered import CenteredSink
 from streamfisher.sinks.device import DeviceSink
 from streamfisher.sinks.disk import DiskSink
@@ -155,10 +156,13 @@ class Collection:
         if self.sharded:
             guard = SharedGuard(self.producer, self.batches, claims.units, ranks, *guarded)
         todo = sum(len(unit) for unit in claims.units)
+        staging = staging_of(self.store.path)
         with Progress(ranks, title, todo=todo, total=self.store.n_samples, shown=self.progress) as bar:
 
             def note(unit: Unit, facts: UnitFacts, size: int) -> None:
                 bar.done(unit, int(facts.n_targets.sum()), size)
+                if staging is not None:
+                    staging.made(size)
 
             run_pass(
                 self.producer,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.remote_path import RemotePath, read_only
+from streamfisher.runtime.staging import forget_freed, staging_of
 
 _KINDS = {
     stat.S_IFLNK: "a link",
@@ -92,6 +93,7 @@ def remove_tree(root: Path, path: Path) -> None:
         raise read_only(path)
     require_own(root, path)
     shutil.rmtree(path, ignore_errors=True)
+    forget_freed(path)
 
 
 def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
@@ -131,7 +133,14 @@ def read_own(path: Path, largest: int) -> bytes:
     """
     if isinstance(path, RemotePath):
         return path.read(largest)
-    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+    try:
+        descriptor = open_own(path, os.O_RDONLY)
+    except FileNotFoundError:
+        staging = staging_of(path)
+        if staging is None:
+            raise
+        return staging.read(staging.folder_name(path), largest)
+    with os.fdopen(descriptor, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
             raise CorruptRunError(f"{path} has {size:,} bytes, more than any run of this size.")

@@ -23,6 +23,7 @@ from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError
 from streamfisher.gradients.factors import BatchFactors
 from streamfisher.runtime.own_files import remove_tree, require_own
+from streamfisher.runtime.staging import forget_freed
 from streamfisher.store import codecs
 from streamfisher.store.arrays import values_of
 from streamfisher.store.folder import RunFolder
@@ -153,6 +154,7 @@ def _write(path: Path, stored: np.ndarray, dtype: torch.dtype | None, codec: Cod
     columns = min(stored.shape[1], _CHUNK_COLUMNS) if stored.ndim > 1 else 1
     rows = max(1, min(stored.shape[0], _CHUNK_BYTES // (columns * stored.itemsize)))
     fill = codecs.fill_value(dtype) if dtype is not None else -1
+    forget_freed(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=UserWarning)
         array = zarr.create_array(

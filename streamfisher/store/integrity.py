@@ -21,6 +21,7 @@ from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.durable import LARGEST_JSON
 from streamfisher.runtime.own_files import open_own, require_own
 from streamfisher.runtime.remote_path import RemotePath
+from streamfisher.runtime.staging import staging_of
 from streamfisher.store import codecs
 from streamfisher.store.forms import MANIFEST, require_form
 from streamfisher.store.opening import LARGEST_CHUNK
@@ -40,14 +41,24 @@ def chunk_digest(folder: Path) -> int:
 
 def _ends(folder: Path) -> Iterator[tuple[str, bytes]]:
     """Yield name and last 4 bytes of each chunk below a folder, and metadata whole."""
-    for path in sorted(_files(folder)):
-        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+    staging = staging_of(folder)
+    away = {} if staging is None else {folder / name: staging for name in staging.away_below(folder)}
+    for path in sorted({*_files(folder), *away}):
+        name = path.relative_to(folder).as_posix()
+        try:
+            descriptor = open_own(path, os.O_RDONLY)
+        except FileNotFoundError:
+            if path not in away:
+                raise
+            yield name, away[path].end(away[path].folder_name(path))
+            continue
+        with os.fdopen(descriptor, "rb") as file:
             if path.name != "zarr.json":
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(size - 4, 0))
             elif os.fstat(file.fileno()).st_size > LARGEST_JSON:
                 raise CorruptRunError(f"{path} is larger than the metadata of any run.")
-            yield path.relative_to(folder).as_posix(), file.read()
+            yield name, file.read()
 
 
 def _remote_ends(folder: RemotePath) -> Iterator[tuple[str, bytes]]:

@@ -12,7 +12,6 @@ from streamfisher.data.batches import make_units
 from streamfisher.errors import ConfigError, CorruptRunError, RunError
 from streamfisher.runtime.durable import write_json, write_marker
 from streamfisher.runtime.own_files import require_own_files
-from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.store import codecs
 from streamfisher.store.config_file import CONFIG_FILE, write_config
 from streamfisher.store.manifest import Manifest, columns_of
@@ -23,6 +22,9 @@ from streamfisher.store.opening import LARGEST_CHUNK
 PANEL = 4096
 #: What a damaged manifest is restored from.
 MANIFEST_COPY = "manifest.copy.json"
+#: What may lie in a run's folder before its manifest does.
+OWN_NAMES = {"zarr.json", "gradients", "samples", "mean", "mean_parts", "gram", "gram_mean", "moment", "done"}
+OWN_NAMES |= {MANIFEST_COPY, CONFIG_FILE, "factors", "fields", "lock", "lock.ranks", "log.jsonl"}
 _CHUNK_BYTES = 4 << 20
 _SLAB_BYTES = 64 << 20
 
@@ -98,21 +100,14 @@ def check_free(path: Path) -> None:
     """Refuse a path that holds something which is not a run.
 
     Raises:
-        RunError: it is a URL, a file, or a folder with other contents.
+        RunError: it is a file, or a folder with other contents.
     """
-    if isinstance(path, RemotePath):
-        raise RunError(
-            f"{path}: a run is collected into a local folder. Name one, and copy it to the store when it is finished: "
-            "a copy is read as a run is."
-        )
     if path.is_file():
         raise RunError(f"{path} is a file; --out names a folder that does not exist yet, or a run.")
     if path.is_dir() and any(path.iterdir()):
         require_own_files(path)
-        ours = {"zarr.json", "gradients", "samples", "mean", "mean_parts", "gram", "gram_mean", "moment", "done"}
-        ours |= {MANIFEST_COPY, CONFIG_FILE, "factors", "fields", "lock", "lock.ranks", "log.jsonl"}
         entries = (entry.name for entry in path.iterdir() if not entry.name.endswith(".partial"))
-        foreign = sorted(name for name in entries if name not in ours)
+        foreign = sorted(name for name in entries if name not in OWN_NAMES)
         if not foreign and (path / "zarr.json").exists() and not (path / "done").is_dir():
             foreign = ["another Zarr hierarchy"]
         if foreign:

@@ -25,6 +25,7 @@ from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.durable import LARGEST_JSON
 from streamfisher.runtime.own_files import read_own
 from streamfisher.runtime.remote_path import RemotePath
+from streamfisher.runtime.staging import staging_of
 from streamfisher.store.remote_files import RemoteFiles
 
 #: Bytes of one chunk, at most: no run has larger ones.
@@ -133,6 +134,8 @@ def open_array(path: Path, mode: Literal["r", "r+"] = "r", *, complete: bool = F
         OSError: it is missing.
     """
     metadata = read_own(path / "zarr.json", LARGEST_JSON)
+    if staging_of(path) is not None:
+        path.mkdir(parents=True, exist_ok=True)  # of an array whose files were freed
     try:
         content = json.loads(metadata)
         chunk = _chunk_of(content)
@@ -156,7 +159,9 @@ def _files(folder: Path, most: int) -> int:
     if isinstance(folder, RemotePath):
         return min(len(folder.store.below(folder.key)), most)
     files = (None for _, _, names in os.walk(folder) for _ in names)
-    return sum(1 for _ in itertools.islice(files, min(most, 1 << 62)))
+    staging = staging_of(folder)
+    away = 0 if staging is None else len(staging.away_below(folder))
+    return away + sum(1 for _ in itertools.islice(files, min(most, 1 << 62)))
 
 
 def _chunk_of(metadata: Any) -> tuple[int, str]:

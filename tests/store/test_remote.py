@@ -115,16 +115,12 @@ def test_commands_that_read_take_a_url(there, tmp_path, monkeypatch, capsys):
 
 def test_what_would_be_written_is_refused_and_not_written(there, tmp_path, capsys):
     before = content(there)
-    block = ("--block", "global", "--blocks", "none")
-    for command in (["gram", "memory://dense.zarr", "--rebuild"], ["eigenvectors", "memory://dense.zarr", *block]):
-        assert cli(*command, "--quiet") == 2
-        assert "is open for reading only" in capsys.readouterr().err
+    assert cli("eigenvectors", "memory://dense.zarr", "--block", "global", "--blocks", "none", "--quiet") == 2
+    assert "is open for reading only" in capsys.readouterr().err
     there.store["/dense.zarr/gram/first.weight/c/0/0"].write(b"x")
     before = content(there)
     assert cli("verify", "memory://dense.zarr", "--repair", "--quiet") == 2
     assert "is open for reading only" in capsys.readouterr().err
-    with pytest.raises(RunError, match="is collected into a local folder"):
-        make_run("memory://new.zarr")
     assert content(there) == before
 
 
@@ -314,8 +310,8 @@ def test_what_is_not_installed_is_named(monkeypatch):
 def test_the_page_on_object_stores_runs(there, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = (Path(__file__).parents[2] / "docs" / "remote.md").read_text()
-    for code in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
-        exec(compile(code, "docs/remote.md", "exec"), {"__name__": "documentation"})
+    code = "".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
+    exec(compile(code, "docs/remote.md", "exec"), {"__name__": "documentation"})
 
 
 def test_results_say_where_the_run_is(there, capsys):
