@@ -7,6 +7,7 @@ checksums. What is where stands in a ledger beside the folder, a line for each f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -133,18 +134,18 @@ class Staging:
 
     def files(self) -> Iterator[tuple[str, os.stat_result]]:
         """Return the files that are here, without those that are only of this machine."""
-        folders = [self.folder]
+        folders = [""]
         while folders:
-            for entry in os.scandir(folders.pop()):
-                name = self.folder_name(Path(entry.path))
-                if entry.is_dir(follow_symlinks=False):
-                    if name != "stream":
-                        folders.append(Path(entry.path))
-                elif not (name in ("lock", "lock.ranks") or name.endswith(".partial")):
-                    try:
-                        yield name, entry.stat(follow_symlinks=False)
-                    except FileNotFoundError:  # deleted meanwhile
-                        continue
+            folder = folders.pop()
+            with contextlib.suppress(FileNotFoundError), os.scandir(self.folder / folder) as entries:
+                for entry in entries:
+                    name = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        if name != "stream":
+                            folders.append(name)
+                    elif name not in ("lock", "lock.ranks") and not name.endswith(".partial"):
+                        with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                            yield name, entry.stat(follow_symlinks=False)
 
 
 def forget_freed(path: Path) -> None:

@@ -38,7 +38,7 @@ class Upload:
         self._failed: BaseException | None = None
         self._here, self._since = 0, 0  # bytes here when it was looked last, and those that came since
         self._pass = threading.Lock()
-        self._wake, self._left = threading.Event(), threading.Event()
+        self._left = threading.Event()
         self._thread = threading.Thread(target=self._go_on, name="streamfisher-upload", daemon=True)
 
     def __enter__(self) -> Upload:
@@ -47,7 +47,8 @@ class Upload:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self._left.set()
-        self._wake.set()
+        if kind is not None and issubclass(kind, KeyboardInterrupt):  # which ends a command at once
+            return
         self._thread.join()
         deadline = time.monotonic() + (_PATIENCE if error is None else 0.0)
         while True:
@@ -71,7 +72,8 @@ class Upload:
             RunError: nothing may be written any more.
             RemoteError: there is no room, and the store does not answer.
         """
-        self.check()
+        with contextlib.suppress(RemoteError):  # there may be room for some time
+            self.check()
         if isinstance(self._failed, RunError):
             raise self._failed
         self._since += size
@@ -113,15 +115,12 @@ class Upload:
 
     def _go_on(self) -> None:
         pause = _LOOK
-        while not self._left.is_set():
-            self._wake.wait(pause)
-            self._wake.clear()
-            if self._left.is_set():
-                return
+        while not self._left.wait(pause):
+            started = time.monotonic()
             try:
                 self.sync()
-                self._failed, pause = None, _LOOK
-            except (RemoteError, RunError, OSError) as error:  # the next look tries again; the end says what remains
+                self._failed, pause = None, _LOOK + 4 * (time.monotonic() - started)
+            except Exception as error:  # the next look tries again, and the end raises what remains
                 self._failed, pause = error, _PAUSE
 
     def _new_markers(self) -> dict[str, tuple[bytes, tuple[int, int]]]:

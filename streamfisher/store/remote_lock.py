@@ -57,6 +57,7 @@ class RemoteLock:
         self._record: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot()}
         self._record |= {"token": self.token, "beat": 0, "released": False}
         self._turn = 0
+        self._seen = time.time()  # when it was looked whether this is still the last turn
         self._left = threading.Event()
         self._heart = threading.Thread(target=self._beat_on, name="streamfisher-remote-lock", daemon=True)
 
@@ -102,11 +103,14 @@ class RemoteLock:
             raise RunError(self.lost)
 
     def check(self) -> None:
-        """Refuse to go on once another process has taken the lock over.
+        """Refuse to go on once another process has taken the lock over; look, where it was not looked for long.
 
         Raises:
             RunError: it has; the message names it.
+            RemoteError: the store does not answer.
         """
+        if self.locked and time.time() - self._seen > 2 * _BEAT:  # as after this machine has slept
+            self._look_whether_lost()
         if self.lost is not None:
             raise RunError(self.lost)
 
@@ -171,6 +175,7 @@ class RemoteLock:
 
     def _look_whether_lost(self) -> None:
         last = self._last()
+        self._seen = time.time()
         if last != self._turn and self.lost is None:
             who = _words(self._read(last)) if last else "somebody who deleted it"
             self.lost = (

@@ -115,7 +115,8 @@ def _bring(staged: Staging, store: RemoteStore) -> None:
         if name.split("/")[0] in (TURNS, "lock", "lock.ranks", "stream") or name.endswith(".partial"):
             continue
         if "manifest.json" not in there:  # the remains of a run that never began: noted, and so deleted or replaced
-            staged.note(name, [size, 0])
+            if staged.sent.get(name, (0, 0))[0] != size:
+                staged.note(name, [size, 0])
             continue
         path = staged.folder / name
         if path.exists() or (name in staged.sent and not may_be_freed(name)):  # deleted here, and there before long

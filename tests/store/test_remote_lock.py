@@ -147,6 +147,15 @@ def test_a_writer_that_was_taken_for_dead_finds_out_and_stops(url, quick):
     assert json.loads(place(url)[0].cat_file(f"{place(url)[1]}/writers/000002.json"))["host"] == "elsewhere"
 
 
+def test_one_that_slept_looks_before_it_goes_on(url, monkeypatch):
+    with pytest.raises(RunError, match="was taken over by process 4711"), RemoteLock(url) as lock:
+        lock.check()
+        record(url, turn=2)
+        lock.check()  # it has looked just now
+        lock._seen -= 3600
+        lock.check()
+
+
 def test_a_turn_is_renewed(url, quick):
     with RemoteLock(url) as lock:
         time.sleep(0.5)

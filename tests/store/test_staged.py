@@ -19,7 +19,7 @@ from s3_server import bucket, s3_server
 from tiny_runs import make_run
 
 import streamfisher as sf
-from streamfisher.errors import ConfigError, RemoteError, RunError
+from streamfisher.errors import ConfigError, RemoteError, RunError, StoppedError
 from streamfisher.runtime import staging as staging_module
 from streamfisher.runtime import upload
 from streamfisher.store import open_eigenvectors, written
@@ -196,6 +196,18 @@ def test_a_local_run_takes_no_staging_and_ranks_take_no_url(memory, tmp_path, mo
         make_run(URL)
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StoppedError(signal.SIGTERM)])
+def test_what_a_signal_ends_is_sent_or_stays(error, memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(upload, "_LOOK", 60.0)
+    with pytest.raises(type(error)), written(URL) as folder:
+        make_run(folder)
+        raise error
+    sent = [name for name in stored(memory) if name.startswith("done/rows")]
+    assert len(sent) == (0 if isinstance(error, KeyboardInterrupt) else 3)
+    assert (tmp_path / "run.zarr.staging" / "run.zarr" / "manifest.json").is_file()
+    assert sf.verify(make_run(URL)) == []
+
+
 # A store that does not answer.
 
 
@@ -264,12 +276,18 @@ _PATHS = f"{Path(__file__).parents[1]}:{Path(sf.__file__).parents[1]}"
 _COLLECT = """
 import sys
 sys.path[:0] = sys.argv[1].split(":")
+import time
 from streamfisher.runtime import upload
-upload._LOOK = 0.05
+from streamfisher.sinks.disk import DiskSink
+upload._LOOK, plain = 0.02, DiskSink.unit
+DiskSink.unit = lambda *unit: time.sleep(0.2) or plain(*unit)  # so that not all are sent at once
 from tiny_runs import make_run
-print("ready", flush=True)
 make_run(sys.argv[2], 64, chunk_size=4, representation=sys.argv[3])
 """
+
+
+def lines(path):
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 @pytest.mark.slow
@@ -277,25 +295,26 @@ make_run(sys.argv[2], 64, chunk_size=4, representation=sys.argv[3])
 @pytest.mark.parametrize("how", ["dense", "factors"])
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(how, kept, tmp_path):
     """At every kill, what the store has is intact, and says how far it is."""
-    url, draw, kills = "s3://runs/killed.zarr", random.Random(how), 0
+    url, draw, seen = "s3://runs/killed.zarr", random.Random(how), []
+    ledger = tmp_path / "killed.zarr.staging" / "sent.jsonl"
     with s3_server() as settings:
         store = bucket("runs")
         environment = os.environ | settings | {"OMP_NUM_THREADS": "1"}
         words = [sys.executable, "-c", _COLLECT, _PATHS, url, how]
-        for _ in range(20):
-            process = subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
-            process.stdout.readline()
-            time.sleep(draw.uniform(0.0, 2.5) if kills < 6 else 0)
-            if kills < 6 and process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-            if process.wait() == 0:
-                break
+        for _ in range(4):
+            process = subprocess.Popen(words, cwd=tmp_path, env=environment)
+            more = lines(ledger) + draw.randint(30, 150)
+            while process.poll() is None and lines(ledger) < more:
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
             if store.exists("runs/killed.zarr/manifest.json"):
                 assert sf.verify(sf.open_run(url)) == []
+                seen.append(len([name for name in store.find("runs/killed.zarr/done") if "/rows-" in name]))
             if kept != "the staging folder is kept":
                 shutil.rmtree(tmp_path / "killed.zarr.staging", ignore_errors=True)
-        assert process.returncode == 0 and kills
+        assert seen == sorted(seen) and any(0 < count < 16 for count in seen)
+        subprocess.run(words, cwd=tmp_path, env=environment, check=True)
         here = make_run(tmp_path / "here.zarr", 64, chunk_size=4, representation=how)
         here.build_grams()
         names = [name.removeprefix("runs/killed.zarr/") for name in store.find("runs/killed.zarr")]
