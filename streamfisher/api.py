@@ -15,7 +15,9 @@ from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConfigError
 from streamfisher.models.weights import Resident
 from streamfisher.runtime.paths import expanded
+from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.store.eigenvectors import Eigenvectors
+from streamfisher.store.staged import written
 
 
 class Run(StoredRun):
@@ -107,6 +109,7 @@ def collect(
     description: str | Mapping[str, Any] | None = None,
     progress: bool = False,
     weights: Resident | None = None,
+    staging: str | Path | None = None,
 ) -> Run:
     """Write the gradient of every sample with respect to every selected parameter; resume where a run was stopped.
 
@@ -117,13 +120,15 @@ def collect(
         samples: a map-style dataset of dicts of tensors without batch axis, or one dict of batched tensors; also an
             iterator of such dicts, of which no more than `n_samples` are read, or a DataLoader that does not shuffle.
         path: the run's folder; it is made, resumed if it is a run of the same model, samples and settings, or grown if
-            its samples are the first of these.
+            its samples are the first of these. Below a URL, as `s3://bucket/run.zarr`, its Grams are built too.
         config: `None` means the defaults.
         loss: `(model, batch) -> (B,)` per-sample losses; `None` means chosen from the model's output and labels.
         n_samples: how many samples to use, from the first; `None` means all.
         description: what the samples are, in words or as options, for the manifest.
         progress: show bars.
         weights: what `load_skeleton` returned beside the model, where weights are read layer by layer.
+        staging: local folder for a run below a URL while it is written, deleted in the end; `None` means
+            `<name of the run>.staging` in the working folder.
 
     Returns:
         The open run, complete.
@@ -139,27 +144,36 @@ def collect(
         RunError: the folder is not a run, or another process writes it.
         RankError: another rank failed, died, or was given other work.
         StoppedError: SIGTERM or SIGUSR1 came; the units in flight are finished and marked.
+        RemoteError: the store of a URL does not answer, or refuses access; what is finished is in the staging folder.
         CapacityError: there is no room on the disk, or no memory for one chunk of rows.
     """
     path = expanded(path)
-    collect_gradients(
-        model,
-        samples,
-        path,
-        config=config,
-        loss=loss,
-        n_samples=n_samples,
-        description=description,
-        progress=progress,
-        weights=weights,
-    )
-    return Run(path)
+    with written(path, staging=staging) as folder:
+        collect_gradients(
+            model,
+            samples,
+            folder,
+            config=config,
+            loss=loss,
+            n_samples=n_samples,
+            description=description,
+            progress=progress,
+            weights=weights,
+        )
+        if isinstance(path, RemotePath):  # while what they are made of is here
+            Run(folder).build_grams(progress=progress)
+    return Run(str(path) if isinstance(path, RemotePath) else path)
 
 
 def open_run(path: str | Path) -> Run:
     """Open a stored run for reading.
 
+    Args:
+        path: its folder; or the URL of one on a store that fsspec knows, as `s3://bucket/run.zarr` (extra `remote`).
+
     Raises:
+        RemoteError: the store of a URL does not answer, refuses access, or has no such place.
+        MissingExtraError: what a URL takes is not installed.
         RunError: the folder does not exist or is not a run.
         CorruptRunError: its manifest is damaged or of another format version.
     """

@@ -85,6 +85,13 @@ class CapacityError(StreamfisherError, OSError):
     exit_code = 5
 
 
+class RemoteError(StreamfisherError):
+    """A store behind a URL does not answer, refuses access, or has no such place. Nothing is damaged by that.
+
+    It is none of the kinds of error that reading damaged files ends in, so nobody takes an outage for damage.
+    """
+
+
 class ConvergenceError(StreamfisherError, RuntimeError):
     """An iterative solver did not reach its tolerance; the message says how far it came."""
 
@@ -110,6 +117,8 @@ def no_memory(error: BaseException) -> bool:
 
 def unreadable(error: Exception, message: str) -> StreamfisherError:
     """Return the error to raise where stored data could not be read: damage, unless there was no memory to read it."""
+    if isinstance(error, RemoteError):
+        return error
     if no_memory(error):
         return CapacityError(f"no memory is left ({error}). What is finished is kept; give less work at a time.")
     return CorruptRunError(message)

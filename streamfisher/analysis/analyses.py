@@ -25,6 +25,7 @@ from streamfisher.reduction.gram import gram_settings
 from streamfisher.reduction.product_dtypes import float32_grams
 from streamfisher.results.analyses import Alignment, Growth, Scale, SpectralDensity
 from streamfisher.results.spectrum import Spectrum
+from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.solving.selection import Normalization, SampleChoice, select
 from streamfisher.solving.solve import RowPrecision
 from streamfisher.store import Manifest, RunStore
@@ -154,7 +155,8 @@ class Analyses:
         done = self.store.grams.done(settings)
         if len(done) == len(self.store.gram_members):
             return self.store.grams
-        if settings == gram_settings(self.config) and not self._would_replace() and os.access(self.store.path, os.W_OK):
+        may_write = not isinstance(self.store.path, RemotePath) and os.access(self.store.path, os.W_OK)
+        if settings == gram_settings(self.config) and not self._would_replace() and may_write:
             self.build_grams(config, progress=progress)
             return self.store.grams
         unstored = UnstoredGrams(self.store, config, progress=progress)
@@ -249,6 +251,7 @@ class Analyses:
             config=config,
             progress=progress,
         )
+        self.store.grams.read_ahead(name for names in found.blocks.values() for name in names)
         spectrum = with_error_bars(self.manifest, self.store, found, found.spectrum(top_k, whole=True))
         if bootstrap:
             spectrum = dataclasses.replace(

@@ -19,6 +19,7 @@ from streamfisher.influence.damped import MeanProducts, damped_products
 from streamfisher.reduction.joined_rows import build_cross_grams
 from streamfisher.results.influence import BlockInfluence, Influence
 from streamfisher.runtime.determinism import one_thread
+from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.solving.selection import SampleChoice, select
 from streamfisher.solving.solve import add
 from streamfisher.store import RunStore
@@ -127,7 +128,7 @@ class InfluenceAnalyses(SampleAnalyses):
         query_samples: SampleChoice,
     ) -> tuple[np.ndarray, RunStore, BlockGrams]:
         """Return the numbers of the queries, the run that they are in, and the Grams of the training samples."""
-        if isinstance(queries, Analyses | str | Path):
+        if isinstance(queries, Analyses | str | Path | RemotePath):
             of_queries = queries.store if isinstance(queries, Analyses) else RunStore(queries)
             self._require_same_model(of_queries)
             valid = of_queries.samples.per_sample("valid") == 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import os
 import sys
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from streamfisher.cli.data import samples_of, say_tokenizer
@@ -13,7 +15,9 @@ from streamfisher.cli.options import RunOptions, read_model_options, read_replay
 from streamfisher.cli.output import analyse, print_info
 from streamfisher.cli.plan import announce_plan
 from streamfisher.runtime.dask_pool import dask_client
+from streamfisher.runtime.paths import expanded
 from streamfisher.runtime.printable import printable
+from streamfisher.runtime.remote_filesystem import is_url
 from streamfisher.runtime.run_log import RunLog
 
 
@@ -55,7 +59,10 @@ def replay_command(arguments: argparse.Namespace) -> int:
 
 def _run(options: RunOptions, arguments: argparse.Namespace) -> int:
     # From the start: an address that does not answer is found before days of gradients, and waves are reduced between.
-    with dask_client(options.dask_scheduler if os.environ.get("RANK", "0") == "0" else None):
+    with (
+        dask_client(options.dask_scheduler if os.environ.get("RANK", "0") == "0" else None),
+        _written(options) as options,
+    ):
         run = _collected(options, arguments)
         if run is None:
             return 0
@@ -65,10 +72,23 @@ def _run(options: RunOptions, arguments: argparse.Namespace) -> int:
 
 def collect_command(arguments: argparse.Namespace) -> int:
     """Collect only."""
-    run = _collected(read_run_options(arguments), arguments)
-    if run is not None:
-        print_info(run, arguments)
+    with _written(read_run_options(arguments)) as options:
+        run = _collected(options, arguments)
+        if run is not None:
+            print_info(run, arguments)
     return 0
+
+
+@contextlib.contextmanager
+def _written(options: RunOptions) -> Iterator[RunOptions]:
+    """Yield the options with the folder that a run is written in, where they name a URL, and say that it was sent."""
+    from streamfisher.store.staged import written
+
+    budget, locked = options.staging_budget, not options.no_lock
+    with written(options.out, staging=options.staging, budget=budget, locked=locked) as folder:
+        yield dataclasses.replace(options, out=str(folder)) if is_url(options.out) else options
+    if is_url(options.out):
+        print(f"The run is at {options.out}", file=sys.stderr)
 
 
 def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
@@ -81,9 +101,10 @@ def _collected(options: RunOptions, arguments: argparse.Namespace) -> Any:
     from streamfisher.store.layout import check_free
 
     config = options.config
-    new = not (Path(options.out) / "manifest.json").is_file()
+    out = expanded(options.out)
+    new = not (out / "manifest.json").is_file()
     if new:
-        check_free(Path(options.out))  # before a large model is loaded for nothing
+        check_free(out)  # before a large model is loaded for nothing
     state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
     device = state.device if config.device == "auto" else pick_device(config.device)
     model = returned = weights = None

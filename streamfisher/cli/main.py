@@ -35,6 +35,7 @@ from streamfisher.errors import CapacityError, ConfigError, RunError, Streamfish
 from streamfisher.runtime.dask_pool import dask_client
 from streamfisher.runtime.paths import expanded
 from streamfisher.runtime.printable import printable, printable_message
+from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.runtime.signals import die_with_launcher, stopping_at_once
 
 #: Of more samples a report solves layers and the whole only, unless more is asked for.
@@ -148,7 +149,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_options(report, *ANALYSIS)
     add_selection_options(report)
     report.add_argument(
-        "--out", default=None, help=".html, .png, .svg or .pdf (default: report.html and spectrum.png in the run)"
+        "--out",
+        default=None,
+        help=".html, .png, .svg or .pdf (default: report.html and spectrum.png in the run, here where it is a URL)",
     )
 
     report.add_argument(
@@ -193,14 +196,16 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _gram(arguments: argparse.Namespace) -> int:
     from streamfisher import open_run
+    from streamfisher.store.staged import written
 
-    run = open_run(arguments.run)
-    options = read_run_options(arguments, base=run.config)
-    with dask_client(options.dask_scheduler):
-        config = options.analysis_config(run.config)
-        if arguments.rebuild:
-            return _print_rebuilt(run.rebuild_grams(config, progress=not arguments.quiet), arguments)
-        built = run.build_grams(config, progress=not arguments.quiet)
+    with written(arguments.run) as folder:
+        run = open_run(folder)
+        options = read_run_options(arguments, base=run.config)
+        with dask_client(options.dask_scheduler):
+            config = options.analysis_config(run.config)
+            if arguments.rebuild:
+                return _print_rebuilt(run.rebuild_grams(config, progress=not arguments.quiet), arguments)
+            built = run.build_grams(config, progress=not arguments.quiet)
     print(f"{len(built)} Gram matrices built, {len(run.store.gram_members) - len(built)} were there already.")
     return 0
 
@@ -241,7 +246,8 @@ def _report(arguments: argparse.Namespace) -> int:
 
     run = open_run(arguments.run)
     options = read_run_options(arguments, base=run.config)
-    targets = [Path(arguments.out)] if arguments.out else [run.path / "spectrum.png", run.path / "report.html"]
+    folder = Path() if isinstance(run.path, RemotePath) else run.path
+    targets = [Path(arguments.out)] if arguments.out else [folder / "spectrum.png", folder / "report.html"]
     for target in targets:
         check_target(target, (".html", ".png", ".svg", ".pdf"))
     chosen = selection_options(arguments, run.n_samples, run)
@@ -274,7 +280,7 @@ def _info(arguments: argparse.Namespace) -> int:
     if arguments.watch:
         if not arguments.interval > 0:
             raise ConfigError(f"--interval {arguments.interval}: give seconds, more than 0.")
-        complete = follow(Path(arguments.run), lambda line: print(line, flush=True), interval=arguments.interval)
+        complete = follow(expanded(arguments.run), lambda line: print(line, flush=True), interval=arguments.interval)
         return 0 if complete else RunError.exit_code
     print_info(open_run(arguments.run), arguments)
     return 0

@@ -80,6 +80,28 @@ class RunOptions:
         metavar="DATA",
     )
     out: str = option("", _TEXT, "the run's folder; an unfinished run there is resumed", metavar="RUN.zarr")
+    staging: str | None = option(
+        None,
+        _ANY,
+        "local folder for a run whose --out is a URL, while it is written",
+        group="store",
+        metavar="DIR",
+        unset="<name of the run>.staging, here",
+    )
+    staging_budget: str | None = option(
+        None,
+        _ANY,
+        "bytes that it may take there, as 200GB; chunks of gradients that were sent are freed beyond it",
+        group="store",
+        metavar="SIZE",
+        unset="what is free",
+    )
+    no_lock: bool = option(
+        False,
+        FLAG,
+        "write to a URL whose store has no conditional puts; nothing keeps two writers apart",
+        group="store",
+    )
     samples: int | None = option(
         None,
         _at_least(2, "a spectrum needs at least 2 samples"),

@@ -14,6 +14,7 @@ from streamfisher.cli.options import RunOptions, read_run_options
 from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.cli.selection import add_selection_options, check_target, chosen_samples, selection_options
 from streamfisher.errors import ConfigError, DataError
+from streamfisher.runtime.remote_filesystem import is_url
 
 _SUFFIXES = (".csv", ".parquet", ".json")
 _SCORES = ("influence", "inner", "cosine")
@@ -118,8 +119,10 @@ def read_dampings(text: str | None) -> list[float] | None:
         raise ConfigError(f"--damping {text!r} must be numbers with commas, for example 1e-3,1e-2.") from None
 
 
-def read_queries(text: str, run: StoredRun) -> Path | slice | np.ndarray | None:
+def read_queries(text: str, run: StoredRun) -> str | Path | slice | np.ndarray | None:
     """Return the folder of another run, or samples of this one, that `--queries` names."""
+    if is_url(text):
+        return text
     if text.rstrip("/").endswith(".zarr") or Path(text).is_dir():
         return Path(text)
     return chosen_samples(text, run, "--queries", least=1)

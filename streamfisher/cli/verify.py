@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from streamfisher.cli.collect import load_what_it_was_made_with
 from streamfisher.cli.options import check_deep
+from streamfisher.runtime.paths import expanded
 from streamfisher.runtime.printable import printable
 
 #: Exit code for a run that is intact and not finished.
@@ -24,7 +24,7 @@ def verify_command(arguments: argparse.Namespace) -> int:
 
     run, state = None, None
     deep: dict[str, Any] = {}
-    problems: list[Problem] = verify_manifest(Path(arguments.run), repair=arguments.repair)
+    problems: list[Problem] = verify_manifest(expanded(arguments.run), repair=arguments.repair)
     if not problems or arguments.repair:
         run = open_run(arguments.run)
         state = unfinished(run)

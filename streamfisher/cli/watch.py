@@ -10,6 +10,7 @@ from typing import Any
 from streamfisher.errors import RunError
 from streamfisher.runtime.own_files import require_own
 from streamfisher.runtime.printable import printable
+from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.runtime.run_log import read_log
 from streamfisher.store import RunStore, stage_of
 
@@ -42,6 +43,8 @@ def follow(
     """
     before, offset, heard, silent = "", 0, clock(), False
     while True:
+        if isinstance(path, RemotePath):
+            path.store.forget()
         lines, offset = read_log(path, offset)
         for line in lines:
             text = _words(line)

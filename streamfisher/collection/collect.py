@@ -33,7 +33,7 @@ from streamfisher.models.weights import Resident
 from streamfisher.planning.run_layout import boundary_memory, boundary_room
 from streamfisher.runtime.caller_state import modes_of_its_own
 from streamfisher.runtime.determinism import deterministic
-from streamfisher.runtime.disk import disk_limit
+from streamfisher.runtime.disk import disk_limit, free_disk
 from streamfisher.runtime.memory import local_ranks, of_one_rank, sparing_old_objects, working_memory
 from streamfisher.runtime.printable import printable
 from streamfisher.runtime.ranks import Ranks, start_ranks
@@ -114,7 +114,7 @@ def collect_gradients(
                 collection.collect_mean()
             tokens = padded_total(data.lengths, store.units, store.batch_tokens, data.apart)
             memory = boundary_memory(working_memory(left.memory_budget), store.run.hold)
-            room = boundary_room(disk_limit(config, path))
+            room = boundary_room(min(disk_limit(config, path), free_disk(path)))
             producer.keep_between_waves(room, tokens, path / "stream", memory)
             collection.collect_waves()
             if ranks.is_main:

@@ -28,7 +28,7 @@ from streamfisher.gradients.shapes import GradientShape
 from streamfisher.models.sharding import is_sharded
 from streamfisher.planning import run_layout
 from streamfisher.planning.run_layout import RunLayout, boundary_memory, boundary_room, plan_layout
-from streamfisher.runtime.disk import disk_limit
+from streamfisher.runtime.disk import disk_limit, free_disk
 from streamfisher.runtime.memory import give_back, working_memory
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.store import Manifest, model_manifest, versions
@@ -153,7 +153,8 @@ def lay_out(
     units = make_units(len(data.samples), config.chunk_size)
     tokens = padded_total(data.lengths, units, plan.batch_tokens, data.apart)
     memory = boundary_memory(working_memory(config.memory_budget), plan.hold)
-    producer.keep_between_waves(boundary_room(disk_limit(config, path)), tokens, memory=memory)
+    room = boundary_room(min(disk_limit(config, path), free_disk(path)))
+    producer.keep_between_waves(room, tokens, memory=memory)
     return report, plan
 
 

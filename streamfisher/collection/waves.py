@@ -28,6 +28,7 @@ from streamfisher.gradients.producer import GradientProducer, Wave
 from streamfisher.models.batches import ModelBatches
 from streamfisher.runtime.memory import give_back, working_memory
 from streamfisher.runtime.ranks import Ranks
+from streamfisher.runtime.staging import staging_of
 from streamfisher.runtime.threads import write_threads
 from streamfisher.sinks.centered import CenteredSink
 from streamfisher.sinks.device import DeviceSink
@@ -190,8 +191,8 @@ class Collection:
         return CapacityError(
             f"{title}: {device} ran out of memory: {why} {format_bytes(held)} of gradients were held there"
             f"{_free_on(device)}. What is finished is kept: free memory on the device and run the command again, which "
-            "goes on with this wave. Else, as a run's layout does not change, start it in another folder with a smaller "
-            "--device-memory-budget or --batch-tokens, or with --hold host."
+            "goes on with this wave. Else, as a run's layout does not change, start it in another folder with a "
+            "smaller --device-memory-budget or --batch-tokens, or with --hold host."
         )
 
     def collect_mean(self) -> None:
@@ -232,10 +233,13 @@ class Collection:
         if self.sharded:
             guard = SharedGuard(self.producer, self.batches, claims.units, ranks, *guarded)
         todo = sum(len(unit) for unit in claims.units)
+        staging = staging_of(self.store.path)
         with Progress(ranks, title, todo=todo, total=self.store.n_samples, shown=self.progress) as bar:
 
             def note(unit: Unit, facts: UnitFacts, size: int) -> None:
                 bar.done(unit, int(facts.n_targets.sum()), size)
+                if staging is not None:
+                    staging.made(size)
 
             run_pass(
                 self.producer,

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from streamfisher.errors import CorruptRunError
+from streamfisher.runtime.remote_path import RemotePath, read_only
+from streamfisher.runtime.staging import forget_freed, staging_of
 
 _KINDS = {
     stat.S_IFLNK: "a link",
@@ -33,6 +35,8 @@ def require_own_files(root: Path) -> None:
     Raises:
         CorruptRunError: it names the first thing that is neither.
     """
+    if isinstance(root, RemotePath):  # object stores have nothing else
+        return
     for entry in _entries(root):
         if not (entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)):
             raise _foreign(Path(entry.path))
@@ -66,6 +70,8 @@ def require_own(root: Path, path: Path) -> None:
         raise CorruptRunError(f"{path} is not in {root}; nothing is read or written there.") from None
     if ".." in parts:
         raise CorruptRunError(f"{path} is not in {root}; nothing is read or written there.")
+    if isinstance(root, RemotePath):
+        return
     here = root
     for part in parts:
         here = here / part
@@ -83,8 +89,11 @@ def remove_tree(root: Path, path: Path) -> None:
     Raises:
         CorruptRunError: the path passes through a link.
     """
+    if isinstance(path, RemotePath):
+        raise read_only(path)
     require_own(root, path)
     shutil.rmtree(path, ignore_errors=True)
+    forget_freed(path)
 
 
 def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
@@ -93,7 +102,10 @@ def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
     Raises:
         CorruptRunError: it is something else; or it is to be written in place and has a name elsewhere too.
         OSError: as `os.open`.
+        RunError: it lies below a URL.
     """
+    if isinstance(path, RemotePath):
+        raise read_only(path)
     writing = flags & (os.O_WRONLY | os.O_RDWR)
     try:
         facts = os.lstat(path)
@@ -117,8 +129,18 @@ def read_own(path: Path, largest: int) -> bytes:
     Raises:
         CorruptRunError: it is something else, or has more than `largest` bytes.
         OSError: it cannot be read.
+        RemoteError: it lies below a URL, and the store does not answer.
     """
-    with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+    if isinstance(path, RemotePath):
+        return path.read(largest)
+    try:
+        descriptor = open_own(path, os.O_RDONLY)
+    except FileNotFoundError:
+        staging = staging_of(path)
+        if staging is None:
+            raise
+        return staging.read(staging.folder_name(path), largest)
+    with os.fdopen(descriptor, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
             raise CorruptRunError(f"{path} has {size:,} bytes, more than any run of this size.")

@@ -13,6 +13,7 @@ from streamfisher.store.names import node_name
 from streamfisher.store.rows import RowStore
 from streamfisher.store.run_store import RunStore, UnitRecord
 from streamfisher.store.samples import SampleStore
+from streamfisher.store.staged import written
 from streamfisher.version import versions
 
 __all__ = [
@@ -36,7 +37,8 @@ __all__ = [
     "model_fingerprint",
     "model_manifest",
     "versions",
-    # One writer, and more samples
+    # One writer, wherever the run is, and more samples
+    "written",
     "RankLock",
     "RunLock",
     "grow_run",

@@ -12,6 +12,7 @@ import torch
 import zarr
 
 from streamfisher.runtime.own_files import require_own
+from streamfisher.runtime.staging import forget_freed
 from streamfisher.store import codecs
 
 #: Rows and columns of one chunk.
@@ -35,6 +36,7 @@ def create_array(
 ) -> zarr.Array:
     """Lay out a float64 array of a run, instead of any that was there; what is not written reads as NaN."""
     require_own(run, run / path)  # what is there is deleted
+    forget_freed(run / path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=UserWarning)
         return zarr.create_array(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from numcodecs import Blosc, Zstd
 
 from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.own_files import open_own, read_own
+from streamfisher.runtime.remote_path import RemotePath
+from streamfisher.runtime.staging import staging_of
 from streamfisher.store import codecs
 from streamfisher.store.opening import ArrayFacts, largest_file, unpacked_size
 
@@ -26,6 +29,8 @@ from streamfisher.store.opening import ArrayFacts, largest_file, unpacked_size
 _LONG_ROW = 16 << 10
 #: Buffers of one system call.
 _MOST_BUFFERS = 512
+#: Chunks of a run on a store of objects that are asked for at a time.
+_REQUESTS = 8
 
 
 @dataclass(frozen=True)
@@ -59,20 +64,28 @@ class ChunkReader:
             range(part.start // size, -(-part.stop // size)) if part.stop > part.start else range(0)
             for part, size in zip(where, self.facts.chunk, strict=True)
         ]
-        for index in itertools.product(*spans):
+
+        def read(index: tuple[int, ...]) -> None:
             inside, target = [], []
             for part, size, place in zip(where, self.facts.chunk, index, strict=True):
                 start, stop = max(part.start, place * size), min(part.stop, (place + 1) * size)
                 inside.append(slice(start - place * size, stop - place * size))
                 target.append(slice(start - part.start, stop - part.start))
             self._read(index, tuple(inside), out[tuple(target)])
+
+        if isinstance(self.path, RemotePath) or staging_of(self.path) is not None:
+            with ThreadPoolExecutor(_REQUESTS, thread_name_prefix="request") as requests:
+                list(requests.map(read, itertools.product(*spans)))
+        else:
+            for index in itertools.product(*spans):
+                read(index)
         return out
 
     def _read(self, index: tuple[int, ...], inside: tuple[slice, ...], out: np.ndarray) -> None:
         """Read the part `inside` of a chunk into `out`."""
-        path = self.path.joinpath("c", *map(str, index))
+        path = self.path / "/".join(("c", *map(str, index)))
         try:
-            if self.facts.codec == "crc32c" and self._scattered(inside, out):
+            if self.facts.codec == "crc32c" and self._scattered(inside, out) and is_here(path):
                 self._read_rows(path, out)
             else:
                 out[...] = self._decoded(path)[inside]
@@ -122,6 +135,11 @@ class ChunkReader:
 
     def _other_size(self, path: Path) -> CorruptRunError:
         return CorruptRunError(f"{path} is not a chunk of {self.facts.chunk_bytes:,} bytes, as those of its array are.")
+
+
+def is_here(path: Path) -> bool:
+    """Return whether a file is one of this machine, and not at a store."""
+    return not isinstance(path, RemotePath) and (staging_of(path) is None or path.exists())
 
 
 def read_decoded(reader: ChunkReader, rows: slice, columns: slice, dtype: torch.dtype, out: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from streamfisher.errors import CorruptRunError, DataError, RunError, StreamfisherError, unreadable
 from streamfisher.runtime.durable import read_json
+from streamfisher.runtime.paths import expanded
 from streamfisher.store.arrays import values_of
 from streamfisher.store.forms import EIGENVECTORS, FINISHED_EIGENVECTORS, GRAM, require_form
 from streamfisher.store.gram_tiles import gram_checksums
@@ -155,7 +156,7 @@ def open_eigenvectors(run: str | Path, block: str, *, center: bool = False) -> E
     Raises:
         RunError: there are none, they are not finished, or the Grams changed since.
     """
-    run = Path(run)
+    run = expanded(run)
     folder = folder_name(block, center)
     marks = run / "done" / "eigenvectors" / folder
     if not (marks / "finished.json").is_file():

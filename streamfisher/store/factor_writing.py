@@ -20,6 +20,7 @@ from streamfisher.config import Codec, dtype_name
 from streamfisher.gradients.factors import BatchFactors
 from streamfisher.runtime.durable import replacing
 from streamfisher.runtime.own_files import remove_tree
+from streamfisher.runtime.staging import forget_freed
 from streamfisher.store import codecs
 from streamfisher.store.chunks import ChunkWriter
 from streamfisher.store.integrity import digest_of_ends
@@ -107,6 +108,7 @@ def _write_array(path: Path, stored: np.ndarray, dtype: torch.dtype | None, code
     chunk = (rows, columns)[: stored.ndim]
     if os.path.lexists(path):
         remove_tree(path.parent, path)
+    forget_freed(path)
     path.mkdir(parents=True)
     metadata = _metadata(stored.shape, chunk, stored.dtype, dtype, codec)
     with replacing(path / "zarr.json") as partial:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import zarr
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.runtime.durable import read_json
 from streamfisher.runtime.own_files import remove_tree
+from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.store import codecs
 from streamfisher.store.arrays import CHUNK, create_array, values_of, write_array
 from streamfisher.store.folder import RunFolder
@@ -197,6 +198,12 @@ class GramStore:
     def checksums(self, key: str) -> int | list[int]:
         """Return the CRC-32C of a Gram, or of each of its tiles, as it was written."""
         return gram_checksums(self._finished(key), self.tile_folder(key))
+
+    def read_ahead(self, keys: Iterable[str]) -> None:
+        """Let Grams that are going to be read in this order come before they are asked for, where they are far away."""
+        if isinstance(self.run.path, RemotePath):
+            store = self.run.path.store
+            store.expect(chunk for key in keys for chunk in store.below(f"gram/{node_name(key)}/c"))
 
     def keys_of(self, parameters: Sequence[str]) -> list[str]:
         """Return the Gram keys that any of these parameters is part of."""

@@ -13,6 +13,7 @@ from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store.config_file import write_config
 from streamfisher.store.layout import MANIFEST_COPY, create_row_arrays
 from streamfisher.store.manifest import Manifest, differences
+from streamfisher.store.names import node_name
 from streamfisher.store.run_store import RunStore
 
 

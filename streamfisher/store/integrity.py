@@ -11,7 +11,7 @@ import math
 import os
 import reprlib
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -21,6 +21,8 @@ import numpy as np
 from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.durable import LARGEST_JSON
 from streamfisher.runtime.own_files import open_own, require_own
+from streamfisher.runtime.remote_path import RemotePath
+from streamfisher.runtime.staging import staging_of
 from streamfisher.store import codecs
 from streamfisher.store.forms import MANIFEST, require_form
 from streamfisher.store.opening import LARGEST_CHUNK
@@ -32,16 +34,32 @@ def chunk_digest(folder: Path) -> int:
     Raises:
         CorruptRunError: there is a link among them.
     """
-    ends: dict[PurePath, bytes] = {}
-    for path in _files(folder):
-        with os.fdopen(open_own(path, os.O_RDONLY), "rb") as file:
+    digest = google_crc32c.Checksum()
+    for name, content in _remote_ends(folder) if isinstance(folder, RemotePath) else _ends(folder):
+        digest.update(name.encode() + b"\0" + content)
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _ends(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield name and last 4 bytes of each chunk below a folder, and metadata whole."""
+    staging = staging_of(folder)
+    away = {} if staging is None else {folder / name: staging for name in staging.away_below(folder)}
+    for path in sorted({*_files(folder), *away}):
+        name = path.relative_to(folder).as_posix()
+        try:
+            descriptor = open_own(path, os.O_RDONLY)
+        except FileNotFoundError:
+            if path not in away:
+                raise
+            yield name, away[path].end(away[path].folder_name(path))
+            continue
+        with os.fdopen(descriptor, "rb") as file:
             if path.name != "zarr.json":
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(size - 4, 0))
             elif os.fstat(file.fileno()).st_size > LARGEST_JSON:
                 raise CorruptRunError(f"{path} is larger than the metadata of any run.")
-            ends[path.relative_to(folder)] = file.read()
-    return digest_of_ends(ends)
+            yield name, file.read()
 
 
 def digest_of_ends(ends: Mapping[PurePath, bytes]) -> int:
@@ -54,6 +72,19 @@ def digest_of_ends(ends: Mapping[PurePath, bytes]) -> int:
     for path in sorted(ends):
         digest.update(path.as_posix().encode() + b"\0" + ends[path])
     return int.from_bytes(digest.digest(), "big")
+
+
+def _remote_ends(folder: RemotePath) -> Iterator[tuple[str, bytes]]:
+    """Yield the same of a folder below a URL: the ends of all chunks in one batch of requests."""
+    keys = [key for key in folder.store.below(folder.key) if not key.endswith(".partial")]
+    chunks = [key for key in keys if key.rpartition("/")[2] != "zarr.json"]
+    try:
+        ends = dict(zip(chunks, folder.store.ends(chunks), strict=True))
+    except FileNotFoundError as error:
+        raise CorruptRunError(f"{error} is missing; it was there before.") from error
+    for key in keys:
+        content = ends[key] if key in ends else folder.store.read(key, LARGEST_JSON)
+        yield key.removeprefix(f"{folder.key}/"), content
 
 
 def _files(folder: Path) -> list[Path]:

@@ -24,6 +24,9 @@ from streamfisher.store.opening import LARGEST_CHUNK
 PANEL = 4096
 #: What a damaged manifest is restored from.
 MANIFEST_COPY = "manifest.copy.json"
+#: What may lie in a run's folder before its manifest does.
+OWN_NAMES = {"zarr.json", "gradients", "packed", "samples", "mean", "mean_parts", "gram", "gram_mean", "moment", "done"}
+OWN_NAMES |= {MANIFEST_COPY, CONFIG_FILE, "factors", "fields", "lock", "lock.ranks", "log.jsonl"}
 _CHUNK_BYTES = 16 << 20
 #: Bytes of a full-height slab of one chunk column, which is what the reduction reads at a time.
 _SLAB_BYTES = 256 << 20
@@ -139,21 +142,8 @@ def check_free(path: Path) -> None:
         raise RunError(f"{path} is a file; --out names a folder that does not exist yet, or a run.")
     if path.is_dir() and any(path.iterdir()):
         require_own_files(path)
-        ours = {
-            "zarr.json",
-            "gradients",
-            "packed",
-            "samples",
-            "mean",
-            "mean_parts",
-            "gram",
-            "gram_mean",
-            "moment",
-            "done",
-        }
-        ours |= {MANIFEST_COPY, CONFIG_FILE, "factors", "fields", "lock", "lock.ranks", "log.jsonl"}
         entries = (entry.name for entry in path.iterdir() if not entry.name.endswith(".partial"))
-        foreign = sorted(name for name in entries if name not in ours)
+        foreign = sorted(name for name in entries if name not in OWN_NAMES)
         if not foreign and (path / "zarr.json").exists() and not (path / "done").is_dir():
             foreign = ["another Zarr hierarchy"]
         if foreign:

@@ -24,6 +24,7 @@ import psutil
 
 from streamfisher.errors import RunError
 from streamfisher.runtime.own_files import open_own, read_own
+from streamfisher.runtime.remote_path import RemotePath, read_only
 
 #: Seconds to wait for ranks that are just being killed with their launcher.
 _PATIENCE = 10.0
@@ -75,6 +76,8 @@ class RunLock(_FileLock):
         *,
         on_lost: Callable[[str], None] | None = None,
     ):
+        if isinstance(run, RemotePath):
+            raise read_only(run)
         super().__init__(run / "lock")
         self.ranks = [dict(rank) for rank in ranks or [{"host": socket.gethostname(), "pid": os.getpid()}]]
         self.lost: str | None = None

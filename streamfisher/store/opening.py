@@ -13,6 +13,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,9 @@ from zarr.storage import LocalStore
 from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.durable import LARGEST_JSON
 from streamfisher.runtime.own_files import read_own
+from streamfisher.runtime.remote_path import RemotePath
+from streamfisher.runtime.staging import staging_of
+from streamfisher.store.remote_files import RemoteFiles
 
 #: Bytes of one chunk, at most: no run has larger ones.
 LARGEST_CHUNK = 2 << 30
@@ -84,25 +88,7 @@ class RunFiles(LocalStore):
         return await asyncio.to_thread(self._content, key, prototype, byte_range)
 
     def _content(self, key: str, prototype: BufferPrototype | None, byte_range: ByteRequest | None) -> Buffer | None:
-        path = self.root / key
-        if byte_range is not None:
-            raise CorruptRunError(f"{path} is asked for in parts; no run has chunks of such a kind.")
-        try:
-            content = read_own(path, self._largest(key))
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            if self.complete and key.startswith("c/"):
-                raise CorruptRunError(f"{path} is missing.") from None
-            return None
-        if self.chunk is not None and key.startswith("c/"):
-            size, codec = self.chunk
-            if unpacked_size(content, codec) != size:
-                raise CorruptRunError(f"{path} is not a chunk of {size:,} bytes, as those of its array are.")
-        return (prototype or default_buffer_prototype()).buffer.from_bytes(content)
-
-    def _largest(self, key: str) -> int:
-        if key.endswith("zarr.json"):
-            return LARGEST_JSON
-        return largest_file(LARGEST_CHUNK if self.chunk is None else self.chunk[0])
+        return _content(self.root, self.chunk, self.complete, key, prototype, byte_range)
 
 
 @dataclass(frozen=True)
@@ -133,6 +119,8 @@ def read_facts(path: Path, *, complete: bool = False) -> ArrayFacts:
         OSError: it is missing.
     """
     metadata = read_own(path / "zarr.json", LARGEST_JSON)
+    if staging_of(path) is not None:
+        path.mkdir(parents=True, exist_ok=True)  # of an array whose files were freed
     try:
         content = json.loads(metadata)
         facts = _facts_of(content)
@@ -146,12 +134,43 @@ def read_facts(path: Path, *, complete: bool = False) -> ArrayFacts:
     return facts
 
 
+def _content(
+    root: Path,
+    chunk: tuple[int, str] | None,
+    complete: bool,
+    key: str,
+    prototype: BufferPrototype | None,
+    byte_range: ByteRequest | None,
+) -> Buffer | None:
+    """Return the content of a file of an array or group, `None` where there is none; see `RunFiles`."""
+    path = root / key
+    if byte_range is not None:
+        raise CorruptRunError(f"{path} is asked for in parts; no run has chunks of such a kind.")
+    try:
+        content = read_own(path, _largest(key, chunk))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        if complete and key.startswith("c/"):
+            raise CorruptRunError(f"{path} is missing.") from None
+        return None
+    if chunk is not None and key.startswith("c/"):
+        size, codec = chunk
+        if unpacked_size(content, codec) != size:
+            raise CorruptRunError(f"{path} is not a chunk of {size:,} bytes, as those of its array are.")
+    return (prototype or default_buffer_prototype()).buffer.from_bytes(content)
+
+
+def _largest(key: str, chunk: tuple[int, str] | None) -> int:
+    if key.endswith("zarr.json"):
+        return LARGEST_JSON
+    return largest_file(LARGEST_CHUNK if chunk is None else chunk[0])
+
+
 def open_array(path: Path, mode: Literal["r", "r+"] = "r", *, complete: bool = False) -> zarr.Array:
     """Open an array of a run, once its metadata are known to be of a form that a run has.
 
     Args:
         path: of its folder.
-        mode: to read, or to write too.
+        mode: to read, or to write too; what lies below a URL is only read.
         complete: it was written whole, so that its chunks bear out its shape, and none may be missing.
 
     Raises:
@@ -160,6 +179,8 @@ def open_array(path: Path, mode: Literal["r", "r+"] = "r", *, complete: bool = F
     """
     facts = read_facts(path, complete=complete)
     chunk = facts.chunk_bytes, facts.codec
+    if isinstance(path, RemotePath):
+        return zarr.open_array(RemoteFiles(path, partial(_content, path, chunk, complete)), mode="r", zarr_format=3)
     return zarr.open_array(
         RunFiles(path, read_only=mode == "r", chunk=chunk, complete=complete), mode=mode, zarr_format=3
     )
@@ -172,8 +193,12 @@ def largest_file(chunk_bytes: int) -> int:
 
 def _files(folder: Path, most: int) -> int:
     """Return how many files lie below a folder, counting no further than `most`."""
+    if isinstance(folder, RemotePath):
+        return min(len(folder.store.below(folder.key)), most)
     files = (None for _, _, names in os.walk(folder) for _ in names)
-    return sum(1 for _ in itertools.islice(files, min(most, 1 << 62)))
+    staging = staging_of(folder)
+    away = 0 if staging is None else len(staging.away_below(folder))
+    return away + sum(1 for _ in itertools.islice(files, min(most, 1 << 62)))
 
 
 def _facts_of(metadata: Any) -> ArrayFacts:

@@ -1,0 +1,149 @@
+"""A run below a URL, opened for writing: locked there, staged in a local folder, and sent as it is written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from streamfisher.byte_sizes import parse_bytes
+from streamfisher.errors import ConfigError, RunError
+from streamfisher.runtime.disk import DISK_MARGIN, free_disk
+from streamfisher.runtime.durable import write_json
+from streamfisher.runtime.memory import world_size
+from streamfisher.runtime.paths import expanded
+from streamfisher.runtime.remote_path import RemotePath
+from streamfisher.runtime.remote_store import RemoteStore
+from streamfisher.runtime.staging import Staging, may_be_freed
+from streamfisher.runtime.upload import Upload
+from streamfisher.store.layout import OWN_NAMES
+from streamfisher.store.remote_lock import TURNS, RemoteLock
+
+_LEDGER, _RECORD = "sent.jsonl", "staging.json"
+_AT_A_TIME = 16
+
+
+@contextlib.contextmanager
+def written(
+    path: str | os.PathLike[str],
+    *,
+    staging: str | os.PathLike[str] | None = None,
+    budget: str | int | None = None,
+    locked: bool = True,
+) -> Iterator[Path]:
+    """Let a run be written, wherever it is: yield the local folder that stands for it.
+
+    That of a local run is its own. One below a URL is locked there; what it has is brought here but for gradients,
+    which are read from there when they are asked for; and what is written is sent until the folder is left, which is
+    then deleted. After an error it stays, and the next one goes on with it.
+
+    Args:
+        path: of the run, or its URL.
+        staging: folder for the run while it is written; `None` means `<name of the run>.staging` in the working folder.
+        budget: bytes that it may take there, as '200GB'; `None` means what is free.
+        locked: take the lock of the URL. Without it nothing keeps two writers apart.
+
+    Raises:
+        RunError: another process writes the run, or there is something else at the URL or in the staging folder.
+        RemoteError: the store does not answer.
+        ConfigError: there are several ranks.
+    """
+    run = expanded(path)
+    if not isinstance(run, RemotePath):
+        if staging is not None or budget is not None:
+            raise ConfigError(f"{run} is a local folder, which takes no staging; leave --staging out.")
+        yield run
+        return
+    if world_size() > 1:
+        raise ConfigError(
+            f"{run} cannot be written by {world_size()} ranks; give a folder that all of them see, and copy the run "
+            "when it is finished."
+        )
+    place = Path(f"{run.name}.staging") if staging is None else expanded(staging)
+    with RemoteLock(str(run), locked=locked) as lock:
+        folder = _prepared(place, run, lock)
+        with Staging(folder, run.store, place / _LEDGER) as staged:
+            _bring(staged, run.store)
+            room = free_disk(place) - DISK_MARGIN if budget is None else parse_bytes(budget)
+            with Upload(staged, lock.check, room) as upload:
+                staged.made = upload.made
+                yield folder
+        shutil.rmtree(place)
+
+
+def _prepared(place: Path, run: RemotePath, lock: RemoteLock) -> Path:
+    """Return the folder of the run in a staging folder, empty where another process has written the run since."""
+    folder, record = place / run.name, place / _RECORD
+    if place.exists() and not record.is_file() and (not place.is_dir() or any(place.iterdir())):
+        raise RunError(f"{place} exists and is no staging folder; name another with --staging.")
+    if record.is_file():
+        try:
+            content = json.loads(record.read_bytes())
+            url, token = content["url"], content["token"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{record} is damaged ({error}); delete {place}, or name another with --staging.") from error
+        if url != str(run):
+            raise RunError(f"{place} holds what {url} still lacks; name another folder with --staging.")
+        if token != lock.before:
+            warnings.warn(
+                f"{run} was written by another process since {place} was: what was not sent from there is computed "
+                "again.",
+                stacklevel=4,
+            )
+            shutil.rmtree(folder, ignore_errors=True)
+            (place / _LEDGER).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(record, {"url": str(run), "token": lock.token if lock.locked else lock.before})
+    return folder
+
+
+def _bring(staged: Staging, store: RemoteStore) -> None:
+    """Bring what the store has and this folder lacks, but for chunks of gradients, which are only noted."""
+    there = {name: store.size(name) or 0 for name in store.below("")}
+    foreign = sorted({name.split("/")[0] for name in there} - OWN_NAMES - {TURNS, "manifest.json", "stream"})
+    if foreign and "manifest.json" not in there:
+        raise RunError(
+            f"{store.url} is not a streamfisher run (it holds {', '.join(foreign[:3])}); name another place."
+        )
+    wanted = []
+    for name, size in there.items():
+        if name.split("/")[0] in (TURNS, "lock", "lock.ranks", "stream") or name.endswith(".partial"):
+            continue
+        if "manifest.json" not in there:  # the remains of a run that never began: noted, and so deleted or replaced
+            if staged.sent.get(name, (0, 0))[0] != size:
+                staged.note(name, [size, 0])
+            continue
+        path = staged.folder / name
+        if path.exists() or (name in staged.sent and not may_be_freed(name)):  # deleted here, and there before long
+            continue
+        if not may_be_freed(name):
+            wanted.append(name)
+        elif name not in staged.away or staged.away[name] != size:
+            staged.note(name, [size, 0])
+            staged.note(name, "away")
+    for name in [name for name in staged.away if name not in there]:
+        staged.note(name, "gone")
+    for name in staged.away:
+        if "/c/" in name and not name.startswith("factors/"):
+            (staged.folder / "/".join(name.split("/")[:3])).mkdir(parents=True, exist_ok=True)
+
+    def bring(name: str) -> None:
+        path = staged.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_bytes(store.read(name, 1 << 40))
+        partial.replace(path)
+        facts = path.stat()
+        staged.note(name, [facts.st_size, facts.st_mtime_ns])
+
+    with ThreadPoolExecutor(_AT_A_TIME, thread_name_prefix="streamfisher-bring") as pool:
+        for _ in pool.map(bring, (name for name in wanted if name != "manifest.json")):
+            pass
+    if "manifest.json" in wanted:  # last of all: without one there is no run
+        bring("manifest.json")
+    store.forget()
