@@ -1,6 +1,7 @@
 """What a person reads: tables, pictures, one HTML page, exports."""
 
 from streamfisher.reports.comparison import comparison_picture, comparison_table
+from streamfisher.reports.series_page import comparison_page
 from streamfisher.reports.directions import direction_table, directions_text, export_directions
 from streamfisher.reports.export import FORMATS, eigenvalue_table, metric_table, to_frame
 from streamfisher.reports.figures import picture
@@ -16,6 +17,7 @@ __all__ = [
     "picture",
     "comparison_table",
     "comparison_picture",
+    "comparison_page",
     "samples_text",
     "influence_text",
     "directions_text",

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +12,20 @@ from streamfisher.analysis.growth import grow
 from streamfisher.analysis.run import StoredRun
 from streamfisher.reports import figures
 from streamfisher.reports.layer_maps import layer_maps
-from streamfisher.reports.verdict import Finding, verdict
+from streamfisher.reports.page_parts import Report, Section, write_page
+from streamfisher.reports.page_parts import figures_html as _figures
+from streamfisher.reports.page_parts import rendered as _rendered
+from streamfisher.reports.verdict import verdict
 from streamfisher.results.analyses import Growth
-from streamfisher.results.notebook import fact_table, metrics_table, run_facts, structure_name, templates
+from streamfisher.results.notebook import fact_table, metrics_table, run_facts, structure_name
 from streamfisher.results.notebook import title as spectrum_title
 from streamfisher.results.panels import eigenvalue_unit
 from streamfisher.results.spectrum import Spectrum
-from streamfisher.runtime.durable import replacing
 
 #: Alignment of more blocks than that is not drawn.
 _MOST_ALIGNED = 64
 #: Seconds that growth curves may take, and intervals, unless it is said otherwise.
 BUDGET_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of the page, with its line in the contents."""
-
-    title: str
-    content: str  # HTML; what is not ours in it was escaped by the template that made it
-
-    @property
-    def id(self) -> str:
-        """Return what links name it by."""
-        return "section-" + re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
-
-
-@dataclass(frozen=True)
-class Report:
-    """A page that was written."""
-
-    path: Path
-    verdict: tuple[Finding, ...]  # as at the top of the page
 
 
 def html_report(
@@ -74,29 +50,23 @@ def html_report(
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    path = Path(path)
     facts = spectra[0].metadata
     grams = run.block_grams("layer", bool(facts.get("centered")), progress=progress, **options)
     growth = grow(grams, seed=grams.config.seed, seconds=seconds, known=_of_layers(spectra, grams))
     findings = tuple(verdict(spectra[0], growth))
-    script = (resources.files("streamfisher.reports") / "templates" / "page.js").read_text(encoding="utf-8")
     whole = spectra[0].whole or spectra[0].global_
-    page = _rendered(
+    return write_page(
+        path,
         "page.html",
+        findings,
+        sections(run, spectra, grams, growth, seconds),
         run=run.path.name,
         model=str(run.manifest.model["class"]).rsplit(".", 1)[-1],
         n_samples=f"{whole.n_samples:,}",
         n_params=f"{whole.n_params:,}",
         unit=facts.get("sample_unit", "sample"),
         partial=f"{facts['samples_collected']} of {facts['n_samples_stored']}" if facts.get("partial") else None,
-        verdict=findings,
-        sections=sections(run, spectra, grams, growth, seconds),
-        script=script,
-        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    with replacing(path) as partial:
-        partial.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
-    return Report(path, findings)
 
 
 def sections(
@@ -120,14 +90,6 @@ def _of_layers(spectra: Sequence[Spectrum], grams: BlockGrams) -> Spectrum | Non
         if same and list(spectrum.blocks) == list(grams.blocks) and not spectrum.global_.truncated:
             return spectrum
     return None
-
-
-def _rendered(template: str, **values: Any) -> str:
-    return templates("streamfisher.reports").get_template(template).render(values)
-
-
-def _figures(*drawn: tuple[str, str], texts: Sequence[str] = ()) -> str:
-    return _rendered("figures.html", figures=drawn, texts=texts)
 
 
 def _name(spectrum: Spectrum) -> str:
