@@ -1,13 +1,13 @@
 """What a person reads: tables, pictures, one HTML page, exports."""
 
 from streamfisher.reports.comparison import comparison_picture, comparison_table
-from streamfisher.reports.series_page import comparison_page
 from streamfisher.reports.directions import direction_table, directions_text, export_directions
 from streamfisher.reports.export import FORMATS, eigenvalue_table, metric_table, to_frame
 from streamfisher.reports.figures import picture
 from streamfisher.reports.influence import export_influence, influence_table, influence_text
 from streamfisher.reports.page import html_report
 from streamfisher.reports.samples import export_samples, sample_table, samples_text
+from streamfisher.reports.series_page import comparison_page
 from streamfisher.reports.text import table
 
 __all__ = [
