@@ -15,6 +15,8 @@ from streamfisher.runtime.stage_progress import steps
 
 #: An eigensolve of twice the size takes eight times as long.
 _DOUBLED = 8.0
+#: How subsets are solved, for what the run keeps of them.
+_BY = "Grams of a subset"
 
 
 def grow(
@@ -48,19 +50,28 @@ def grow(
     spectra = {n: known} if known is not None and sizes[-1] == n else {}
     missing = [size for size in sizes if size not in spectra]
     order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
-    if missing:
-        first = np.sort(order[: missing[-1]])
-        within = grams.subset(first).held()
-        place = {sample: number for number, sample in enumerate(first.tolist())}
-        last, took = 0, 0.0
-        for size in steps(missing, "growth curves", show=grams.progress, n_samples=missing[-1]):
-            expected = took * _DOUBLED ** np.log2(size / last) if last else 0.0
+    within: tuple[dict[int, int], BlockGrams] | None = None  # places of samples, and their Grams, once they are read
+    last, took = 0, 0.0
+    for size in steps(missing, "growth curves", show=grams.progress, n_samples=missing[-1] if missing else 0):
+        first = np.sort(order[:size])
+        subset = grams.subset(first)
+        known_solutions = subset.kept(whole=True, by=_BY)
+        if known_solutions is not None:
+            spectra[size] = subset.combined(known_solutions, whole=True)
+            continue
+        expected = took * _DOUBLED ** np.log2(size / last) if last else 0.0
+        begun = time.monotonic()
+        if seconds is not None and begun - start + expected > seconds:
+            break
+        if within is None:
+            most = np.sort(order[: missing[-1]])
+            within = {sample: place for place, sample in enumerate(most.tolist())}, grams.subset(most).held()
             begun = time.monotonic()
-            if seconds is not None and begun - start + expected > seconds:
-                break
-            chosen = np.sort([place[sample] for sample in order[:size].tolist()])
-            spectra[size] = within.subset(chosen).spectrum(whole=True)
-            last, took = size, time.monotonic() - begun
+        places, held = within
+        solutions = held.subset(np.array([places[sample] for sample in first.tolist()])).solutions(whole=True)
+        last, took = size, time.monotonic() - begun
+        subset.keep(solutions, took, whole=True, by=_BY)
+        spectra[size] = subset.combined(solutions, whole=True)
     solved = tuple(sorted(spectra))
     left_out = tuple(size for size in sizes if size not in spectra)
     return Growth(solved, tuple(spectra[size] for size in solved), seed, left_out)

@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from streamfisher.analysis.alignment import align
 from streamfisher.analysis.block_grams import BlockGrams
 from streamfisher.analysis.growth import grow
 from streamfisher.analysis.run import StoredRun
 from streamfisher.reports import figures
-from streamfisher.reports.layer_maps import layer_maps
+from streamfisher.reports.layer_maps import Cells, cells_and_alignment, layer_maps
 from streamfisher.reports.page_parts import Report, Section, write_page
 from streamfisher.reports.page_parts import figures_html as _figures
 from streamfisher.reports.page_parts import rendered as _rendered
 from streamfisher.reports.verdict import verdict
-from streamfisher.results.analyses import Growth
+from streamfisher.results.analyses import Alignment, Growth
 from streamfisher.results.notebook import fact_table, metrics_table, run_facts, structure_name
 from streamfisher.results.notebook import title as spectrum_title
 from streamfisher.results.panels import eigenvalue_unit
@@ -73,11 +72,13 @@ def sections(
     run: StoredRun, spectra: Sequence[Spectrum], grams: BlockGrams, growth: Growth, seconds: float
 ) -> list[Section]:
     """Return the parts of the page in their order."""
-    found = [Section("Layers and modules", _maps(grams))]
+    several = 1 < len(grams.blocks) <= _MOST_ALIGNED
+    cells, aligned = cells_and_alignment(grams) if several else (None, None)
+    found = [Section("Layers and modules", _maps(grams, cells))]
     found += [Section(f"{_name(spectrum)}: curves", _curves(spectrum, n)) for n, spectrum in enumerate(spectra)]
     found += [Section("Was N enough?", _growth(growth, seconds)), Section("Spectral density", _density(spectra))]
-    if 1 < len(grams.blocks) <= _MOST_ALIGNED:
-        found.append(Section("Block alignment", _alignment(grams)))
+    if aligned is not None:
+        found.append(Section("Block alignment", _alignment(aligned)))
     found += [Section(f"{_name(spectrum)}: metrics", _table(spectrum)) for spectrum in spectra]
     return [*found, Section("Facts", _facts(run, spectra[0]))]
 
@@ -99,8 +100,8 @@ def _name(spectrum: Spectrum) -> str:
     return f"{kind} {of}{' (partial run)' if spectrum.metadata.get('partial') else ''}"
 
 
-def _maps(grams: BlockGrams) -> str:
-    maps, notes = layer_maps(grams)
+def _maps(grams: BlockGrams, cells: Cells | None) -> str:
+    maps, notes = layer_maps(grams, cells)
     return _rendered("heat.html", maps=maps, notes=notes)
 
 
@@ -142,8 +143,7 @@ def _density(spectra: Sequence[Spectrum]) -> str:
     )
 
 
-def _alignment(grams: BlockGrams) -> str:
-    aligned = align(grams)
+def _alignment(aligned: Alignment) -> str:
     kind = "of centered gradients (linear CKA)" if aligned.centered else "of gradients"
     drawing = figures.heat_map(aligned.matrix, aligned.blocks, aligned.blocks, "Block alignment", label="alignment")
     return _figures((drawing, f"Normalised inner products of the blocks' Grams, {kind}: 0 where two never covary."))

@@ -74,6 +74,7 @@ def grow_run(store: RunStore, manifest: Manifest) -> RunStore:
     if store.centered:
         raise RunMismatchError(f"{store.path} holds centered rows and cannot grow: the mean would change.")
     n = manifest.data["n_samples"]
+    store.named.clear()  # its arrays are of fewer samples
     for name in store.parameters:
         if store.rows.representation(name) == "dense":
             _lengthen(store, f"gradients/{node_name(name)}", n)
