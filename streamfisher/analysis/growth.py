@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from streamfisher.analysis.block_grams import BlockGrams
+from streamfisher.analysis.subset_sums import SubsetSums
 from streamfisher.errors import ConfigError
 from streamfisher.results.analyses import Growth
 from streamfisher.results.spectrum import Spectrum
@@ -19,6 +20,14 @@ _DOUBLED = 8.0
 _BY = "Grams of a subset"
 
 
+def half(grams: BlockGrams, seed: int = 42) -> SubsetSums | None:
+    """Return the place for sums of the largest subset but all that `grow` solves; `None` where they do not fit."""
+    n = len(grams.selection)
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
+    subset = grams.subset(np.sort(order[: n >> 1]))
+    return SubsetSums(subset) if SubsetSums.fit(subset) else None
+
+
 def grow(
     grams: BlockGrams,
     sizes: Sequence[int] | None = None,
@@ -26,6 +35,7 @@ def grow(
     seed: int = 42,
     seconds: float | None = None,
     known: Spectrum | None = None,
+    sums: SubsetSums | None = None,
 ) -> Growth:
     """Solve nested subsets: the first samples of one seeded random order, each subset within the next.
 
@@ -35,6 +45,7 @@ def grow(
         seed: of the order.
         seconds: from the smallest on, leave out what is expected to take longer in all; `None` solves every size.
         known: the spectrum of all samples, where it is at hand.
+        sums: of `half`, where those were read before.
 
     Raises:
         ConfigError: a size is under 2 or over the number of samples.
@@ -50,25 +61,22 @@ def grow(
     spectra = {n: known} if known is not None and sizes[-1] == n else {}
     missing = [size for size in sizes if size not in spectra]
     order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
-    within: tuple[dict[int, int], BlockGrams] | None = None  # places of samples, and their Grams, once they are read
     last, took = 0, 0.0
+    below = max((size for size in missing if size < n), default=0)
     for size in steps(missing, "growth curves", show=grams.progress, n_samples=missing[-1] if missing else 0):
-        first = np.sort(order[:size])
-        subset = grams.subset(first)
-        known_solutions = subset.kept(whole=True, by=_BY)
-        if known_solutions is not None:
-            spectra[size] = subset.combined(known_solutions, whole=True)
+        subset = grams.subset(np.sort(order[:size]))
+        kept = subset.kept(whole=True, by=_BY)
+        if kept is not None:
+            spectra[size] = subset.combined(kept, whole=True)
             continue
         expected = took * _DOUBLED ** np.log2(size / last) if last else 0.0
         begun = time.monotonic()
         if seconds is not None and begun - start + expected > seconds:
             break
-        if within is None:
-            most = np.sort(order[: missing[-1]])
-            within = {sample: place for place, sample in enumerate(most.tolist())}, grams.subset(most).held()
+        if size < n and (sums is None or not sums.has(subset)):
+            sums = SubsetSums.of(grams.subset(np.sort(order[:below])))
             begun = time.monotonic()
-        places, held = within
-        solutions = held.subset(np.array([places[sample] for sample in first.tolist()])).solutions(whole=True)
+        solutions = subset.solutions(whole=True) if sums is None or size == n else sums.solutions(subset)
         last, took = size, time.monotonic() - begun
         subset.keep(solutions, took, whole=True, by=_BY)
         spectra[size] = subset.combined(solutions, whole=True)

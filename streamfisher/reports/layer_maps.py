@@ -9,6 +9,7 @@ import numpy as np
 
 from streamfisher.analysis.alignment import align
 from streamfisher.analysis.block_grams import BlockGrams
+from streamfisher.analysis.subset_sums import SubsetSums
 from streamfisher.blocks.structures import layer_key, module_key
 from streamfisher.results.analyses import Alignment
 from streamfisher.results.spectrum import Spectrum
@@ -24,10 +25,14 @@ _MOST_SOLVED = 1024
 Cells = dict[str, tuple[float, float | None]]
 
 
-def cells_and_alignment(grams: BlockGrams) -> tuple[Cells | None, Alignment]:
+def cells_and_alignment(grams: BlockGrams, sums: SubsetSums | None) -> tuple[Cells | None, Alignment]:
     """Return the alignment of the layers and, where their cells are not solved, what the maps show of each.
 
-    Grams of many samples take long to read, and are read once for both.
+    Grams of many samples take long to read, and are read once for all.
+
+    Args:
+        grams: of the layers.
+        sums: filled on the way.
     """
     if len(grams.selection) <= _MOST_SOLVED:
         return None, align(grams)
@@ -36,10 +41,14 @@ def cells_and_alignment(grams: BlockGrams) -> tuple[Cells | None, Alignment]:
     for cell in within.blocks:
         of_layer.setdefault(cell.rsplit("/", 1)[0], []).append(cell)
 
-    def gram_of(layer: str) -> np.ndarray:
-        return add(_seen(within, cell, found) for cell in of_layer[layer])
+    def read(name: str) -> np.ndarray:
+        gram = grams.gram_of(name)
+        if sums is not None:
+            sums.take(name, gram)
+        return gram
 
-    aligned = align(grams, gram_of)
+    noting = dataclasses.replace(within, gram_of=read)
+    aligned = align(grams, lambda layer: add(_seen(noting, cell, found) for cell in of_layer[layer]))
     return found, aligned
 
 

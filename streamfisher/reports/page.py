@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from streamfisher.analysis.block_grams import BlockGrams
-from streamfisher.analysis.growth import grow
+from streamfisher.analysis.growth import grow, half
 from streamfisher.analysis.run import StoredRun
 from streamfisher.reports import figures
 from streamfisher.reports.layer_maps import Cells, cells_and_alignment, layer_maps
@@ -51,14 +51,17 @@ def html_report(
     """
     facts = spectra[0].metadata
     grams = run.block_grams("layer", bool(facts.get("centered")), progress=progress, **options)
-    growth = grow(grams, seed=grams.config.seed, seconds=seconds, known=_of_layers(spectra, grams))
+    sums, cells, aligned = half(grams, grams.config.seed), None, None
+    if 1 < len(grams.blocks) <= _MOST_ALIGNED:
+        cells, aligned = cells_and_alignment(grams, sums)
+    growth = grow(grams, seed=grams.config.seed, seconds=seconds, known=_of_layers(spectra, grams), sums=sums)
     findings = tuple(verdict(spectra[0], growth))
     whole = spectra[0].whole or spectra[0].global_
     return write_page(
         path,
         "page.html",
         findings,
-        sections(run, spectra, grams, growth, seconds),
+        sections(run, spectra, _maps(grams, cells), aligned, growth, seconds),
         run=run.path.name,
         model=str(run.manifest.model["class"]).rsplit(".", 1)[-1],
         n_samples=f"{whole.n_samples:,}",
@@ -69,12 +72,10 @@ def html_report(
 
 
 def sections(
-    run: StoredRun, spectra: Sequence[Spectrum], grams: BlockGrams, growth: Growth, seconds: float
+    run: StoredRun, spectra: Sequence[Spectrum], maps: str, aligned: Alignment | None, growth: Growth, seconds: float
 ) -> list[Section]:
     """Return the parts of the page in their order."""
-    several = 1 < len(grams.blocks) <= _MOST_ALIGNED
-    cells, aligned = cells_and_alignment(grams) if several else (None, None)
-    found = [Section("Layers and modules", _maps(grams, cells))]
+    found = [Section("Layers and modules", maps)]
     found += [Section(f"{_name(spectrum)}: curves", _curves(spectrum, n)) for n, spectrum in enumerate(spectra)]
     found += [Section("Was N enough?", _growth(growth, seconds)), Section("Spectral density", _density(spectra))]
     if aligned is not None:

@@ -147,6 +147,8 @@ def block_solutions(
     problem: Eigenproblem,
     *,
     small_side: Callable[[str], np.ndarray | None] | None = None,
+    sums: Mapping[str, np.ndarray] | None = None,
+    diagonals: Mapping[str, np.ndarray] | None = None,
 ) -> BlockSolutions:
     """Add the Grams of each block and solve it, and the sum of all where the problem asks for the whole.
 
@@ -157,6 +159,8 @@ def block_solutions(
         problem: the blocks.
         small_side: parameter -> the (P, P) matrix with the non-zero eigenvalues of its Gram, where it is at hand and
             smaller; blocks of this parameter alone are solved from it.
+        sums: block -> the sum of its Grams, where that is at hand; then Grams are not asked for, but `diagonals`.
+        diagonals: parameter -> the diagonal of its Gram, (N,), with `sums`.
     """
     selection = problem.selection
     centered = centering.center if selection is None else selection.center
@@ -173,7 +177,11 @@ def block_solutions(
     groups = group_blocks(problem.assignment)
     n = 0 if selection is None else len(selection)
     for key, names in steps(groups.items(), "eigenvalues of blocks", show=problem.progress, n_samples=n):
-        K = add(read(name) for name in names)
+        if sums is None or diagonals is None:
+            K = add(read(name) for name in names)
+        else:
+            K = sums[key]
+            traces.update({name: problem.raw_trace(diagonals[name]) for name in names})
         size = 0.0
         if problem.center:
             raw_trace = float(np.trace(K))
