@@ -258,11 +258,16 @@ class Analyses:
         )
         spectrum = with_error_bars(self.manifest, self.store, found, found.spectrum(top_k, whole=True, keep=keep))
         if bootstrap:
-            spectrum = dataclasses.replace(
-                spectrum,
-                bootstrap=resample(found, spectrum, bootstrap, seed=found.config.seed, seconds=bootstrap_seconds),
-            )
+            drawn = resample(found, spectrum, bootstrap, seed=found.config.seed, seconds=bootstrap_seconds)
+            if drawn is not None:
+                drawn = dataclasses.replace(drawn, norm_spread=self._norm_spread(found.selection.samples))
+            spectrum = dataclasses.replace(spectrum, bootstrap=drawn)
         return spectrum
+
+    def _norm_spread(self, samples: np.ndarray) -> float | None:
+        """Return the standard deviation of the logarithm of these samples' gradient norms; `None` where one is zero."""
+        squares = self.store.samples.per_sample("squared_norm")[samples].sum(axis=1)
+        return float(np.log(squares).std() / 2) if np.isfinite(squares).all() and (squares > 0).all() else None
 
     def growth(
         self,

@@ -157,6 +157,7 @@ def _table(spectrum: Spectrum) -> str:
         title=spectrum_title(spectrum),
         table=metrics_table(spectrum),
         intervals=None if spectrum.bootstrap is None else f"{spectrum.bootstrap.level:.0%}",
+        heavy_tailed=None if spectrum.bootstrap is None else spectrum.bootstrap.heavy_tailed,
         error=f"{error:.3g}" if error is not None and len(spectrum.blocks) > 1 else None,
     )
 
