@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from streamfisher.analysis.compare import compare
     from streamfisher.api import Run, collect, open_run
     from streamfisher.callbacks import CollectCallback
+    from streamfisher.collector import Collector
     from streamfisher.config import SpectralConfig
     from streamfisher.data import load_samples, text_samples
     from streamfisher.errors import StreamfisherError
     from streamfisher.fisher import FisherSpectral
+    from streamfisher.lightning_callback import LightningCallback
     from streamfisher.models import load_model, load_skeleton
     from streamfisher.results import Alignment, BlockSpectrum, Bootstrap, Comparison, Growth, SpectralDensity, Spectrum
     from streamfisher.verification.verify import verify
@@ -33,7 +35,10 @@ __all__ = [
     "Run",
     "verify",
     "compare",
+    # Along training
+    "Collector",
     "CollectCallback",
+    "LightningCallback",
     # Results
     "Spectrum",
     "BlockSpectrum",
@@ -53,10 +58,12 @@ if not TYPE_CHECKING:
         "analysis.compare": ("compare",),
         "api": ("Run", "collect", "open_run"),
         "callbacks": ("CollectCallback",),
+        "collector": ("Collector",),
         "config": ("SpectralConfig",),
         "data": ("load_samples", "text_samples"),
         "errors": ("StreamfisherError",),
         "fisher": ("FisherSpectral",),
+        "lightning_callback": ("LightningCallback",),
         "models": ("load_model", "load_skeleton"),
         "results": (
             "Alignment",

@@ -8,14 +8,13 @@ compare(sorted(Path("runs").glob("step-*.zarr")), "layer").trajectory("effective
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamfisher.collector import Collector, run_metrics
 from streamfisher.config import SpectralConfig
-from streamfisher.errors import ConfigError, require
-from streamfisher.runtime.paths import expanded
+from streamfisher.errors import require
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback as _Base
@@ -64,44 +63,29 @@ class CollectCallback(_Base):
         at_start: bool = True,
     ):
         require("transformers", "hf", "collect runs from a Trainer")
-        if every < 1:
-            raise ConfigError(f"every={every} must be a whole number of at least 1 step.")
-        self.samples, self.folder, self.every = samples, expanded(folder), every
-        self.n_samples, self.config, self.loss = n_samples, config, loss
+        self.collector = Collector(
+            folder, samples, every=every, n_samples=n_samples, config=config, loss=loss, grams=grams
+        )
         self.grams, self.at_start, self.block_structure = grams, at_start, block_structure
-        self.runs: list[Path] = []  # of this training, in order
+
+    @property
+    def runs(self) -> list[Path]:
+        """Return the runs of this training, in order."""
+        return self.collector.runs
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Collect before the first step, unless training is resumed."""
         if self.at_start and state.global_step == 0:
-            self._collect(state, control, kwargs["model"])
+            self._step(state, control, kwargs["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Collect after every n-th step."""
-        if state.global_step % self.every == 0:
-            self._collect(state, control, kwargs["model"])
+        self._step(state, control, kwargs["model"])
 
-    def _collect(self, state: Any, control: Any, model: Any) -> None:
-        from streamfisher.api import collect
-
-        path = self.folder / f"step-{state.global_step:08d}.zarr"
-        run = collect(model, self.samples, path, config=self.config, n_samples=self.n_samples, loss=self.loss)
-        self.runs.append(path)
-        if self.grams and state.is_world_process_zero:
-            _log(_metrics(run, self.block_structure), state, control)
-
-
-def _metrics(run: Any, structure: str) -> dict[str, float]:
-    """Return what is logged of a run: of the whole model, and of each block."""
-    whole = run.spectrum("none").global_
-    found = {f"fisher_{name}": value for name, value in _of_block(whole).items()}
-    for key, block in run.spectrum(structure).blocks.items():
-        found |= {f"fisher/{key}/{name}": value for name, value in _of_block(block).items()}
-    return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
-
-
-def _of_block(block: Any) -> dict[str, Any]:
-    return {"trace": block.trace} | {name: block.metrics[name] for name in ("largest_eigenvalue", "effective_rank")}
+    def _step(self, state: Any, control: Any, model: Any) -> None:
+        run = self.collector.step(model, state.global_step)
+        if run is not None and self.grams and state.is_world_process_zero:
+            _log(run_metrics(run, self.block_structure), state, control)
 
 
 def _log(metrics: dict[str, float], state: Any, control: Any) -> None:

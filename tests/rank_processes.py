@@ -20,7 +20,8 @@ def command(out, model="slow", data="thirty_vectors", *options):
 
 
 def environment(**extra):
-    return {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", **extra}
+    path = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", **extra}
 
 
 def free_port():

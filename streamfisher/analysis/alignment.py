@@ -12,21 +12,28 @@ CKA of S. Kornblith et al., "Similarity of neural network representations revisi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import psutil
 
 from streamfisher.analysis.block_grams import BlockGrams
 from streamfisher.results.analyses import Alignment
+from streamfisher.runtime.stage_progress import steps
 
 
-def align(grams: BlockGrams) -> Alignment:
-    """Return the alignment of the blocks of a run, within half of the free memory."""
+def align(grams: BlockGrams, gram_of: Callable[[str], np.ndarray] | None = None) -> Alignment:
+    """Return the alignment of the blocks of a run, within half of the free memory.
+
+    Args:
+        grams: of the blocks.
+        gram_of: block -> its (n, n) matrix, for who looks at what it is made of on the way; `None` means `grams.gram`.
+    """
     keys = list(grams.blocks)
     each = 8 * len(grams.selection) ** 2
     tile = max(1, psutil.virtual_memory().available // (4 * each))
-    products = inner_products(grams.gram, keys, tile)
+    shown = steps(keys, "blocks side by side", show=grams.progress, n_samples=len(grams.selection))
+    products = inner_products(_counting(shown, gram_of or grams.gram), keys, tile)
     norms = np.sqrt(products.diagonal())
     with np.errstate(divide="ignore", invalid="ignore"):
         matrix = products / norms[:, None] / norms[None, :]
@@ -34,6 +41,16 @@ def align(grams: BlockGrams) -> Alignment:
     diagonal = np.where(norms > 0, 1.0, np.nan)
     np.fill_diagonal(matrix, diagonal)
     return Alignment(tuple(keys), matrix, grams.center, len(grams.selection))
+
+
+def _counting(steps_left: Iterator[str], gram_of: Callable[[str], np.ndarray]) -> Callable[[str], np.ndarray]:
+    """Return `gram_of`, which moves a bar on at every block."""
+
+    def counted(key: str) -> np.ndarray:
+        next(steps_left, None)
+        return gram_of(key)
+
+    return counted
 
 
 def inner_products(gram_of: Callable[[str], np.ndarray], keys: Sequence[str], tile: int) -> np.ndarray:

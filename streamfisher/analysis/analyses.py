@@ -16,6 +16,7 @@ from streamfisher.analysis.eigenvectors import compute_eigenvectors
 from streamfisher.analysis.growth import grow
 from streamfisher.analysis.partial_run import PartialGrams
 from streamfisher.analysis.projection_errors import with_error_bars
+from streamfisher.analysis.solved_spectra import SolvedSpectra
 from streamfisher.analysis.unstored_grams import UnstoredGrams
 from streamfisher.blocks.gram_keys import check_grouping, layers_of
 from streamfisher.blocks.structures import assign_blocks
@@ -119,6 +120,7 @@ class Analyses:
             else source.mean_products,
             moment_of=self._moments(source, config, int(valid.sum())),
             progress=progress,
+            solved=SolvedSpectra(self.store.spectra) if isinstance(source, GramStore) else None,
         )
 
     def _moments(
@@ -218,8 +220,12 @@ class Analyses:
         exact: bool = False,
         config: SpectralConfig | None = None,
         progress: bool = False,
+        keep: bool | None = None,
     ) -> Spectrum:
         """Solve the run under a block structure.
+
+        What took more than two seconds is kept in the run, where that can be written, and is not solved again; it is
+        found by all that it depends on, the Grams' checksums among them.
 
         Args:
             block_structure: see `block_grams`, as for everything that is not listed here.
@@ -234,6 +240,7 @@ class Analyses:
             exact: refuse where eigenvalues would be estimates.
             config: solver and Gram options.
             progress: show a bar while Grams are built.
+            keep: keep what was solved, however long it took, or never; `None`: what took two seconds.
 
         Raises:
             RunError: `exact` is asked for and the run holds projections, or columns are drawn.
@@ -252,13 +259,18 @@ class Analyses:
             progress=progress,
         )
         self.store.grams.read_ahead(name for names in found.blocks.values() for name in names)
-        spectrum = with_error_bars(self.manifest, self.store, found, found.spectrum(top_k, whole=True))
+        spectrum = with_error_bars(self.manifest, self.store, found, found.spectrum(top_k, whole=True, keep=keep))
         if bootstrap:
-            spectrum = dataclasses.replace(
-                spectrum,
-                bootstrap=resample(found, spectrum, bootstrap, seed=found.config.seed, seconds=bootstrap_seconds),
-            )
+            drawn = resample(found, spectrum, bootstrap, seed=found.config.seed, seconds=bootstrap_seconds)
+            if drawn is not None:
+                drawn = dataclasses.replace(drawn, norm_spread=self._norm_spread(found.selection.samples))
+            spectrum = dataclasses.replace(spectrum, bootstrap=drawn)
         return spectrum
+
+    def _norm_spread(self, samples: np.ndarray) -> float | None:
+        """Return the standard deviation of the logarithm of these samples' gradient norms; `None` where one is zero."""
+        squares = self.store.samples.per_sample("squared_norm")[samples].sum(axis=1)
+        return float(np.log(squares).std() / 2) if np.isfinite(squares).all() and (squares > 0).all() else None
 
     def growth(
         self,

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from streamfisher.analysis.partial_run import PartialGrams
+from streamfisher.analysis.solved_spectra import SolvedSpectra, question
 from streamfisher.analysis.unstored_grams import UnstoredGrams
 from streamfisher.blocks.structures import group_blocks, unknown_block
 from streamfisher.byte_sizes import format_bytes
@@ -23,16 +24,15 @@ from streamfisher.results.metrics import frobenius
 from streamfisher.results.spectrum import WHOLE_MODEL, BlockSpectrum, Spectrum
 from streamfisher.runtime.determinism import one_thread
 from streamfisher.runtime.memory import working_memory
-from streamfisher.runtime.stage_progress import steps
 from streamfisher.solving.blocksolver import empty_block, solved_block
 from streamfisher.solving.centering import uncenter
 from streamfisher.solving.density import spectral_density
 from streamfisher.solving.eigen import Eigenvalues, decompose, solve_leading
 from streamfisher.solving.lanczos import DenseOperator
 from streamfisher.solving.selection import Selection
-from streamfisher.solving.solve import Eigenproblem, RowPrecision, add, solve_blocks
+from streamfisher.solving.solve import BlockSolutions, Eigenproblem, RowPrecision, add, block_solutions
 from streamfisher.solving.tiled_gram import ReadTile, TiledGram
-from streamfisher.solving.tiled_solve import fits_dense, solve_tiled
+from streamfisher.solving.tiled_solve import fits_dense, tiled_solutions
 from streamfisher.store.grams import GramStore
 from streamfisher.store.moments import Moment
 
@@ -55,6 +55,7 @@ class BlockGrams:
     single: Collection[str] | None = None  # Grams that hold products in `dtype_gram`; None: all do
     layers: Mapping[str, str] | None = None  # Gram -> layer; None: rounding may come from anywhere
     progress: bool = False  # show bars while something is solved
+    solved: SolvedSpectra | None = None  # spectra that the run keeps; None: of Grams that are not stored
 
     @property
     def blocks(self) -> dict[str, list[str]]:
@@ -132,21 +133,6 @@ class BlockGrams:
         chosen = self.selection.subset(places)
         return dataclasses.replace(self, selection=chosen, metadata={**self.metadata, **chosen.facts()})
 
-    def held(self) -> BlockGrams:
-        """Return the same with the selected part of every Gram in memory, read once; itself, where they do not fit.
-
-        For what solves many subsets of these samples.
-        """
-        n = len(self.selection)
-        if 8 * (n**2 * len(self.parameters) + self.n_stored**2) > working_memory(self.config.memory_budget) // 4:
-            return self
-        names = steps(list(self.parameters), "reading Grams", show=self.progress, n_samples=n)
-        grams = {name: self.selection.restrict(self.gram_of(name)) for name in names}
-        chosen = dataclasses.replace(self.selection, samples=np.arange(n))
-        return dataclasses.replace(
-            self, gram_of=grams.__getitem__, selection=chosen, tile_of=None, moment_of=lambda name: None
-        )
-
     def density(self, key: str, **options: Any) -> SpectralDensity:
         """Return the spectral density of one block, see `density.spectral_density`; in memory where its Gram fits.
 
@@ -167,19 +153,41 @@ class BlockGrams:
                 DenseOperator(self.gram(key)) if fits else self.operator(names), zeros=zeros, **chosen
             )
 
-    def spectrum(self, top_k: int | None = None, *, whole: bool = False) -> Spectrum:
+    def spectrum(self, top_k: int | None = None, *, whole: bool = False, keep: bool | None = None) -> Spectrum:
         """Solve every block, see `Run.spectrum`: in memory where the Grams fit, else by tiles.
 
         Args:
             top_k: list the largest only.
             whole: solve all parameters together too, which is one block more; not where Grams are read by tiles.
+            keep: leave what was solved in the run, see `analysis.solved_spectra`; `None`: what took two seconds.
         """
-        problem = self._problem(top_k, whole=whole)
+        problem = self.problem(top_k, whole=whole)
+        if self.solved is None:
+            return problem.combined(self.solutions(top_k, whole=whole))
+        asked = question(problem)
+        return problem.combined(self.solved.found_or(asked, lambda: self.solutions(top_k, whole=whole), keep=keep))
+
+    def solutions(self, top_k: int | None = None, *, whole: bool = False) -> BlockSolutions:
+        """Solve every block, whatever the run keeps; arguments as `spectrum`."""
+        problem = self.problem(top_k, whole=whole)
         if not fits_dense(self.n_stored, len(self.selection), self.config):
-            return solve_tiled(self.operator, problem)
-        return solve_blocks(
+            return tiled_solutions(self.operator, problem)
+        return block_solutions(
             lambda name: self.selection.restrict(self.gram_of(name)), problem, small_side=self.small_side
         )
+
+    def kept(self, *, whole: bool, by: str) -> BlockSolutions | None:
+        """Return what the run keeps of these blocks, solved `by` a way of its own; `None` where there is nothing."""
+        return None if self.solved is None else self.solved.find(question(self.problem(None, whole=whole), by=by))
+
+    def keep(self, solutions: BlockSolutions, seconds: float, *, whole: bool, by: str) -> None:
+        """Leave solutions of these blocks in the run that took so many seconds, if that is worth it."""
+        if self.solved is not None:
+            self.solved.keep(question(self.problem(None, whole=whole), by=by), solutions, seconds)
+
+    def combined(self, solutions: BlockSolutions, *, whole: bool = False) -> Spectrum:
+        """Return the spectrum that solutions of these blocks make."""
+        return self.problem(None, whole=whole).combined(solutions)
 
     def sample_space(self, key: str) -> SampleSpace:
         """Return the matrix of a block with its eigenvectors, one entry of each for every selected sample.
@@ -210,7 +218,7 @@ class BlockGrams:
             raise unknown_block(key, self.blocks)
         n = len(self.selection)
         require_memory(8 * (self.n_stored**2 + needs * n**2), f"the eigenvectors of {n} samples", self.config)
-        problem, traces, raw = self._problem(None), dict[str, float](), np.zeros((n, n))
+        problem, traces, raw = self.problem(None), dict[str, float](), np.zeros((n, n))
         for name in self.blocks[key]:
             part = self.selection.restrict(self.gram_of(name))
             traces[name] = problem.raw_trace(part.diagonal())
@@ -227,7 +235,7 @@ class BlockGrams:
 
     def _solved(self, matrix: BlockMatrix, solved: Eigenvalues, top: int) -> BlockSpectrum:
         """Say of eigenvalues of a block's matrix what they are as those of its Fisher."""
-        key, n, problem = matrix.key, len(matrix.K), self._problem(None)
+        key, n, problem = matrix.key, len(matrix.K), self.problem(None)
         n_params = sum(self.parameters[name] for name in self.blocks[key])
         if n_params < 1:
             return empty_block(key, n, n_params)
@@ -245,7 +253,8 @@ class BlockGrams:
             raw=problem.raw_scale(self.blocks[key], matrix.traces),
         )
 
-    def _problem(self, top_k: int | None, *, whole: bool = False) -> Eigenproblem:
+    def problem(self, top_k: int | None, *, whole: bool = False) -> Eigenproblem:
+        """Return what is to be solved, and how; arguments as `spectrum`."""
         return Eigenproblem(
             self.parameters,
             self.assignment,

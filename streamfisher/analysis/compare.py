@@ -24,6 +24,7 @@ from streamfisher.analysis.run import StoredRun
 from streamfisher.errors import ConfigError, RunError
 from streamfisher.results.analyses import Comparison, Overlap
 from streamfisher.results.spectrum import Spectrum
+from streamfisher.store.eigenvectors import Eigenvectors, folder_name, open_eigenvectors
 
 
 def compare(
@@ -70,15 +71,53 @@ def compare(
             "Compare their whole spectra with --blocks none, or group them with patterns of your own."
         )
     spectra = tuple(run.spectrum(block_structure, center, bootstrap=bootstrap, **options) for run in opened)
-    overlaps = []
+    overlaps, without = [], dict[str, None]()
     for (i, a), (j, b) in itertools.pairwise(enumerate(opened)):
         for key in shared if top else ():
             estimated = opened[i].config.max_params_per_block or a.config.project or b.config.project
             if _same_parameters(grams[i], grams[j], key) and not estimated:
-                found = subspace_overlap(a, b, grams[i], grams[j], key, top)
+                members = grams[i].blocks[key]
+                gone = [run for run in (a, b) if any(run.store.kept.is_deleted(name) for name in members)]
+                if gone:
+                    left, right = _stored_vectors(a, grams[i], key), _stored_vectors(b, grams[j], key)
+                    found = None if left is None or right is None else stored_overlap(left, right, top)
+                    without |= dict.fromkeys([] if found else [key])
+                else:
+                    found = subspace_overlap(a, b, grams[i], grams[j], key, top)
                 if found is not None:
                     overlaps.append(Overlap(key, (names[i], names[j]), *found))
-    return Comparison(names, spectra, tuple(shared), tuple(overlaps), _warnings(spectra, names))
+    warned = _warnings(spectra, names)
+    if without:
+        warned += (
+            f"no overlaps of {', '.join(without)}: gradients were not kept, and not all runs have eigenvectors of them",
+        )
+    return Comparison(names, spectra, tuple(shared), tuple(overlaps), warned)
+
+
+def _stored_vectors(run: StoredRun, grams: BlockGrams, block: str) -> Eigenvectors | None:
+    """Return the eigenvectors of a block that are stored with a run; `None`: there are none of these Grams."""
+    if not (run.path / "done" / "eigenvectors" / folder_name(block, grams.center) / "finished.json").is_file():
+        return None
+    found = open_eigenvectors(run.path, block, center=grams.center)
+    if sorted(found.shapes) != sorted(grams.blocks[block]):
+        return None
+    largest = grams.only(block).spectrum().blocks[block].eigenvalues[: len(found)]
+    return found if np.allclose(found.eigenvalues, largest, rtol=1e-3) else None  # else of another choice of samples
+
+
+def stored_overlap(a: Eigenvectors, b: Eigenvectors, top: int) -> tuple[np.ndarray, int]:
+    """Return the cosines (k,) of the principal angles of eigenvectors that are stored, and P; a slab at a time."""
+    k = min(top, len(a), len(b))
+    cross, n_params = np.zeros((k, k)), 0
+    theirs = b.arrays()
+    for name, vectors in a.arrays().items():
+        n_params += vectors.shape[1]
+        width = max(vectors.chunks[1][0], 1)
+        for start in range(0, vectors.shape[1], width):
+            part = slice(start, start + width)
+            left, right = (side[:k, part].compute().astype(np.float64) for side in (vectors, theirs[name]))
+            cross += left @ right.T
+    return np.minimum(np.linalg.svd(cross, compute_uv=False), 1.0), n_params
 
 
 def subspace_overlap(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from streamfisher.analysis.block_grams import BlockGrams
+from streamfisher.analysis.subset_sums import SubsetSums
 from streamfisher.errors import ConfigError
 from streamfisher.results.analyses import Growth
 from streamfisher.results.spectrum import Spectrum
@@ -15,6 +16,16 @@ from streamfisher.runtime.stage_progress import steps
 
 #: An eigensolve of twice the size takes eight times as long.
 _DOUBLED = 8.0
+#: How subsets are solved, for what the run keeps of them.
+_BY = "Grams of a subset"
+
+
+def half(grams: BlockGrams, seed: int = 42) -> SubsetSums | None:
+    """Return the place for sums of the largest subset but all that `grow` solves; `None` where they do not fit."""
+    n = len(grams.selection)
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
+    subset = grams.subset(np.sort(order[: n >> 1]))
+    return SubsetSums(subset) if SubsetSums.fit(subset) else None
 
 
 def grow(
@@ -24,6 +35,7 @@ def grow(
     seed: int = 42,
     seconds: float | None = None,
     known: Spectrum | None = None,
+    sums: SubsetSums | None = None,
 ) -> Growth:
     """Solve nested subsets: the first samples of one seeded random order, each subset within the next.
 
@@ -33,6 +45,7 @@ def grow(
         seed: of the order.
         seconds: from the smallest on, leave out what is expected to take longer in all; `None` solves every size.
         known: the spectrum of all samples, where it is at hand.
+        sums: of `half`, where those were read before.
 
     Raises:
         ConfigError: a size is under 2 or over the number of samples.
@@ -48,19 +61,25 @@ def grow(
     spectra = {n: known} if known is not None and sizes[-1] == n else {}
     missing = [size for size in sizes if size not in spectra]
     order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
-    if missing:
-        first = np.sort(order[: missing[-1]])
-        within = grams.subset(first).held()
-        place = {sample: number for number, sample in enumerate(first.tolist())}
-        last, took = 0, 0.0
-        for size in steps(missing, "growth curves", show=grams.progress, n_samples=missing[-1]):
-            expected = took * _DOUBLED ** np.log2(size / last) if last else 0.0
+    last, took = 0, 0.0
+    below = max((size for size in missing if size < n), default=0)
+    for size in steps(missing, "growth curves", show=grams.progress, n_samples=missing[-1] if missing else 0):
+        subset = grams.subset(np.sort(order[:size]))
+        kept = subset.kept(whole=True, by=_BY)
+        if kept is not None:
+            spectra[size] = subset.combined(kept, whole=True)
+            continue
+        expected = took * _DOUBLED ** np.log2(size / last) if last else 0.0
+        begun = time.monotonic()
+        if seconds is not None and begun - start + expected > seconds:
+            break
+        if size < n and (sums is None or not sums.has(subset)):
+            sums = SubsetSums.of(grams.subset(np.sort(order[:below])))
             begun = time.monotonic()
-            if seconds is not None and begun - start + expected > seconds:
-                break
-            chosen = np.sort([place[sample] for sample in order[:size].tolist()])
-            spectra[size] = within.subset(chosen).spectrum(whole=True)
-            last, took = size, time.monotonic() - begun
+        solutions = subset.solutions(whole=True) if sums is None or size == n else sums.solutions(subset)
+        last, took = size, time.monotonic() - begun
+        subset.keep(solutions, took, whole=True, by=_BY)
+        spectra[size] = subset.combined(solutions, whole=True)
     solved = tuple(sorted(spectra))
     left_out = tuple(size for size in sizes if size not in spectra)
     return Growth(solved, tuple(spectra[size] for size in solved), seed, left_out)

@@ -99,6 +99,7 @@ class StoredRun(DirectionAnalyses):
         if not keys:
             return {}
         self.store.fsync = config.fsync
+        self.store.named.clear()  # spectra there are of other Grams
         with RunLock(self.path), RunLog(self.path, "grams", grams=len(keys)):
             return build_stored_grams(self.store, config, keys, rebuild=rebuild, progress=progress)
 

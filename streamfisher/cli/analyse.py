@@ -43,6 +43,9 @@ def add_commands(add: AddCommand) -> None:
     compare.add_argument("runs", metavar="RUN.zarr", nargs="+", help="folders of runs, in order")
     compare.add_argument("--top", type=int, default=10, help="dimension of eigenspaces; 0: none (default: %(default)s)")
     compare.add_argument("--out", default=None, metavar="FILE", help="overlay the spectra in this .png, .svg or .pdf")
+    compare.add_argument(
+        "--html", default=None, metavar="FILE.html", help="a page: trajectories of every block, overlaps, spectra"
+    )
     add_options(compare, *ANALYSIS)
     add_selection_options(compare)
 
@@ -129,11 +132,15 @@ def _compare(arguments: argparse.Namespace) -> int:
     from streamfisher import open_run
     from streamfisher.analysis.compare import compare
     from streamfisher.reports.comparison import comparison_picture, comparison_table
+    from streamfisher.reports.series_page import comparison_page
+    from streamfisher.reports.verdict import verdict_text
 
     runs = [open_run(path) for path in arguments.runs]
     options = read_run_options(arguments, base=runs[0].config)
     if arguments.out:
         check_target(Path(arguments.out), (".png", ".svg", ".pdf"))
+    if arguments.html:
+        check_target(Path(arguments.html), (".html",))
     comparison = compare(
         runs,
         options.structures[0],
@@ -149,6 +156,10 @@ def _compare(arguments: argparse.Namespace) -> int:
         comparison_picture(comparison, arguments.out)
         if not arguments.json:
             print(f"Picture: {arguments.out}")
+    if arguments.html:
+        report = comparison_page(comparison, arguments.html)
+        if not arguments.json:
+            print(f"Page: {report.path}\n{verdict_text(report.verdict)}")
     return 0
 
 

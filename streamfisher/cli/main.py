@@ -241,6 +241,7 @@ def _spectrum(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from streamfisher import open_run
     from streamfisher.reports.figures import picture
+    from streamfisher.reports.named_spectra import write_named_spectra
     from streamfisher.reports.page import html_report
     from streamfisher.reports.verdict import verdict_text
 
@@ -259,7 +260,9 @@ def _report(arguments: argparse.Namespace) -> int:
     if arguments.bootstrap:
         share = arguments.seconds / (len(options.structures) * len(options.centers))
         chosen["bootstrap_seconds"] = share
-    spectra = spectra_of(run, options, arguments, chosen)
+    spectra = spectra_of(run, options, arguments, chosen, keep=None if arguments.out else True)
+    if not arguments.out:
+        write_named_spectra(run, spectra)
     if arguments.bootstrap and not all(spectrum.bootstrap for spectrum in spectra):
         print(f"No intervals: 8 subsets of the samples take more than their share of --seconds {arguments.seconds:g}.")
     for target in targets:

@@ -75,7 +75,7 @@ class RunOptions:
     data: str = option(
         "",
         _TEXT,
-        "a text file, a folder of them, a .jsonl (.gz, .zst), .parquet, .arrow, .npy or .npz file, or "
+        "a text file, a folder of them, a .jsonl (.gz, .zst), .parquet, .arrow, .npy or .npz file, hf:ID:SPLIT, or "
         "package.module:callable that gives dicts",
         metavar="DATA",
     )

@@ -23,9 +23,14 @@ def print_json(content: Any) -> None:
 
 
 def spectra_of(
-    run: Any, options: RunOptions, arguments: argparse.Namespace, chosen: Mapping[str, Any] | None = None
+    run: Any,
+    options: RunOptions,
+    arguments: argparse.Namespace,
+    chosen: Mapping[str, Any] | None = None,
+    *,
+    keep: bool | None = None,
 ) -> list[Any]:
-    """Return the spectra that the options ask for, of the chosen samples."""
+    """Return the spectra that the options ask for, of the chosen samples; `keep` as for `Run.spectrum`."""
     return [
         run.spectrum(
             structure,
@@ -34,6 +39,7 @@ def spectra_of(
             **(chosen or {}),
             config=options.analysis_config(run.config),
             progress=not arguments.quiet,
+            keep=keep,
         )
         for structure in options.structures
         for center in options.centers
@@ -53,13 +59,14 @@ def analyse(
     import importlib.util
 
     from streamfisher.reports.figures import picture
+    from streamfisher.reports.named_spectra import write_named_spectra
     from streamfisher.reports.page import html_report
     from streamfisher.reports.text import table
     from streamfisher.reports.verdict import verdict_text
     from streamfisher.results.metrics import json_values
     from streamfisher.results.spectrum import write_spectra
 
-    spectra = spectra_of(run, options, arguments, chosen)
+    spectra = spectra_of(run, options, arguments, chosen, keep=True if write else None)
     if arguments.json:
         contents = [spectrum.to_dict() for spectrum in spectra]
         print_json(json_values(contents[0] if len(contents) == 1 else {"spectra": contents}))
@@ -71,6 +78,7 @@ def analyse(
         print(f"Eigenvalues and metrics: {write_spectra(spectra, target)}", file=say)
         if write:
             run.store.markers.mark_result(target)
+            write_named_spectra(run, spectra)
     if write and importlib.util.find_spec("matplotlib"):
         print(f"Picture: {picture(spectra, run.path / 'spectrum.png')}", file=say)
         report = html_report(run, spectra, run.path / "report.html", progress=not arguments.quiet)

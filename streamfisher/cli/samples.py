@@ -77,7 +77,7 @@ def add_sample_commands(add: AddCommand) -> None:
     )
     directions.add_argument("--out", default=None, metavar="FILE", help="shares to a .csv, .parquet or .json")
     add_options(directions, *ANALYSIS)
-    add_selection_options(directions)
+    add_selection_options(directions, resamples=True)
 
 
 def _add_texts(parser: argparse.ArgumentParser) -> None:

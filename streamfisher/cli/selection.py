@@ -25,8 +25,22 @@ _COMPARISONS = {
 _CONDITION = re.compile(r"^\s*([A-Za-z_]\w*)\s*(<=|>=|==|!=|<|>)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*$")
 
 
-def add_selection_options(parser: argparse.ArgumentParser, *, bootstrap: bool = True) -> None:
-    """Add which samples of a stored run count, and how much; and intervals, unless the command has none."""
+class _OldName(argparse.Action):
+    """Takes `--bootstrap R` for `--intervals R`, and says so."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        print(f"{option_string} is called --intervals: they are of a jackknife, not of a bootstrap.", file=sys.stderr)
+        setattr(namespace, self.dest, values)
+
+
+def add_selection_options(parser: argparse.ArgumentParser, *, bootstrap: bool = True, resamples: bool = False) -> None:
+    """Add which samples of a stored run count, and how much; and intervals, unless the command has none.
+
+    Args:
+        parser: of the command.
+        bootstrap: it has intervals.
+        resamples: and these are of a bootstrap, not of a jackknife.
+    """
     group = parser.add_argument_group("samples")
     group.add_argument(
         "--samples",
@@ -36,14 +50,20 @@ def add_selection_options(parser: argparse.ArgumentParser, *, bootstrap: bool = 
     )
     group.add_argument("--weights", default=None, metavar="FILE.npy", help="one weight per sample of the run")
     group.add_argument("--normalize-by", default="samples", metavar="samples|tokens", help="default: samples")
-    if bootstrap:
+    if resamples:
         group.add_argument(
-            "--bootstrap",
+            "--bootstrap", type=int, default=0, metavar="R", help="standard errors from R resamples, e.g. 100"
+        )
+    elif bootstrap:
+        group.add_argument(
+            "--intervals",
+            dest="bootstrap",
             type=int,
             default=0,
             metavar="R",
-            help="intervals of the metrics from R subsets of the samples, e.g. 100",
+            help="intervals of the metrics from R subsets of the samples (delete-d jackknife), e.g. 100",
         )
+        group.add_argument("--bootstrap", action=_OldName, type=int, default=0, metavar="R", help=argparse.SUPPRESS)
     group.add_argument("--partial", action="store_true", help="analyse what an unfinished run has; marked as partial")
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamfisher.data.records import is_of_records, read_records
+from streamfisher.data.hub import hub_records, is_hub_spec
+from streamfisher.data.records import is_of_records, read_records, samples_of_records
 from streamfisher.data.sources import as_source
 from streamfisher.data.tokenizing import TextEncoder, TextSamples, Tokenize
 from streamfisher.errors import DataError
@@ -38,6 +39,8 @@ def load_samples(
       to `max_length`; a list of integers there is taken as ids, and numbers that every record has become fields;
     - `.npy`: token ids (1-D, cut into sequences; 2-D, one per row) or an array of inputs, one per row;
     - `.npz`: one array per key, all with the same first axis;
+    - `hf:ID:SPLIT`, `hf:ID:CONFIG:SPLIT`: a dataset of the Hugging Face Hub, or a folder that `datasets` reads (extra
+      `datasets`); as records of a file, but for those without text, which are left out. Without a network, the cache;
     - `package.module:callable`: returns or yields dicts of tensors without batch axis.
 
     Args:
@@ -46,7 +49,7 @@ def load_samples(
             `collect` refuses for a model of another vocabulary.
         field: of JSON lines.
         max_length: tokens per sequence; `None` means 128 where text must be cut.
-        n_samples: take no more than so many of what a callable yields; `None` means all.
+        n_samples: take no more than so many of what a callable yields, or a dataset of the Hub has; `None` means all.
 
     Raises:
         DataError: nothing is there, it is empty, or of a kind that is not known.
@@ -54,6 +57,9 @@ def load_samples(
     path = expanded(spec)
     encode = TextEncoder(tokenize)
     length = max_length or DEFAULT_LENGTH
+    if not path.exists() and is_hub_spec(spec):
+        samples, numbers = samples_of_records(hub_records(spec, field, n_samples), encode, field, max_length)
+        return _nonempty(samples, spec, encode, numbers)
     if not path.exists() and is_callable_spec(spec):
         return _called(spec, n_samples)
     if not path.exists():

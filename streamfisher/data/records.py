@@ -6,7 +6,7 @@ import contextlib
 import gzip
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,9 +45,16 @@ def read_records(
         DataError: the file cannot be read, or a record has no text or ids there; the message says which.
         MissingExtraError: pyarrow is needed and not installed.
     """
+    return samples_of_records(_records(path), encode, field, max_length)
+
+
+def samples_of_records(
+    records: Iterable[tuple[str, Any]], encode: TextEncoder, field: str, max_length: int | None
+) -> tuple[list[dict[str, Tensor]], dict[str, list[float]]]:
+    """Return what `read_records` does, of records that are at hand, each with where it stands in words."""
     samples: list[dict[str, Tensor]] = []
     numbers: dict[str, list[float]] = {}
-    for where, record in _records(path):
+    for where, record in records:
         ids = _ids(record, field, encode, where)
         found = {key: float(value) for key, value in record.items() if key != field and _is_number(value)}
         if not samples:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -72,17 +73,22 @@ def comparison_picture(comparison: Comparison, path: str | Path) -> Path:
         MissingExtraError: matplotlib is not installed.
     """
     require("matplotlib", "plots", "draw the comparison")
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    columns = min(4, len(comparison.shared_blocks))
+    rows = -(-len(comparison.shared_blocks) // columns)
+    figure = Figure(figsize=(max(3.6 * columns, 5), 3.0 * rows + 0.4), layout="constrained")
+    draw_comparison(figure, comparison)
+    figure.savefig(path, dpi=130)
+    return Path(path)
 
+
+def draw_comparison(figure: Any, comparison: Comparison) -> None:
+    """Draw the spectra of all runs over each other on a matplotlib figure; ordered runs have a scale of colours."""
     keys = list(comparison.shared_blocks)
     columns = min(4, len(keys))
-    rows = -(-len(keys) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(max(3.6 * columns, 5), 3.0 * rows + 0.4), squeeze=False, layout="constrained"
-    )
+    axes = figure.subplots(-(-len(keys) // columns), columns, squeeze=False)
+    colours = _colours(len(comparison.labels))
     for axis in axes.flat[len(keys) :]:
         axis.set_visible(False)
     for axis, key in zip(axes.flat, keys, strict=False):
@@ -90,16 +96,15 @@ def comparison_picture(comparison: Comparison, path: str | Path) -> Path:
             block = spectrum.blocks[key]
             above = block.above_floor
             index = np.arange(1, len(above) + 1)[above]
-            colour = COLOURS[number % len(COLOURS)]
             if spectrum.bootstrap is not None:
-                band(axis, spectrum.bootstrap.blocks[key], block, colour)
+                band(axis, spectrum.bootstrap.blocks[key], block, colours[number])
             style = DASHES[number % len(DASHES)]
             unfinished = " (partial)" if spectrum.metadata.get("partial") else ""
             axis.loglog(
                 index,
                 block.eigenvalues[above],
                 linestyle=style,
-                color=colour,
+                color=colours[number],
                 linewidth=1.5,
                 label=as_text(label + unfinished),
             )
@@ -111,9 +116,16 @@ def comparison_picture(comparison: Comparison, path: str | Path) -> Path:
     )
     figure.supxlabel(f"index of the eigenvalue (blocks: {as_text(structure_name(comparison.spectra[0]))})", fontsize=9)
     figure.supylabel(f"eigenvalue, {eigenvalue_unit(comparison.spectra[0])}", fontsize=9)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-    return Path(path)
+
+
+def _colours(count: int) -> list[str]:
+    """Return a colour for each run: of a scale, where there are more than an eye tells apart."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps["viridis"](0.84 * number / (count - 1))) for number in range(count)]
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:

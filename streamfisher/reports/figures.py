@@ -10,7 +10,7 @@ import html
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,52 @@ def growth_curves(growth: Growth, metric: str, label: str, title: str, *, log: b
         axis.set_ylabel(label)
         axis.grid(which="major", linewidth=0.4, alpha=0.5)
         label_lines(axis, styles, whole=whole)
+
+    return svg(draw, width=5.9, height=4.3, title=title)
+
+
+def trajectories(
+    lines: Mapping[str, np.ndarray],
+    places: Sequence[float],
+    counted: str,
+    label: str,
+    title: str,
+    *,
+    log: bool = False,
+    top: float | None = None,
+    ticks: Sequence[str] | None = None,
+) -> str:
+    """Draw a metric of every block over a series of runs.
+
+    Args:
+        lines: name of a block -> (runs,) float64; NaN where undefined.
+        places: of the runs on the axis, ascending.
+        counted: what the places count: 'step'.
+        label: of the metric.
+        title: of the figure.
+        log: of the metric's axis.
+        top: of the metric's axis, which then begins at 0.
+        ticks: names of the runs, where they say more than their places.
+    """
+
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        styles = line_styles([name for name in lines if name != WHOLE])
+        for name, values in lines.items():
+            style = WHOLE_STYLE if name == WHOLE else styles[name]
+            look = {"color": style.colour, "linestyle": style.dashes, "linewidth": style.width, "label": as_text(name)}
+            gid = f"curve-{len(axis.get_lines())}"
+            axis.plot(places, values, marker="s" if name == WHOLE else "o", markersize=3, gid=gid, **look)
+        if ticks is not None:
+            axis.set_xticks(places, list(map(as_text, ticks)), rotation=30, ha="right", fontsize=7)
+        if log:
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0, top=top)
+        axis.set_xlabel(counted)
+        axis.set_ylabel(label)
+        axis.grid(which="major", linewidth=0.4, alpha=0.5)
+        label_lines(axis, styles, whole=WHOLE in lines)
 
     return svg(draw, width=5.9, height=4.3, title=title)
 

@@ -7,29 +7,82 @@ from typing import Any
 
 import numpy as np
 
+from streamfisher.analysis.alignment import align
 from streamfisher.analysis.block_grams import BlockGrams
+from streamfisher.analysis.subset_sums import SubsetSums
 from streamfisher.blocks.structures import layer_key, module_key
+from streamfisher.results.analyses import Alignment
 from streamfisher.results.spectrum import Spectrum
+from streamfisher.runtime.stage_progress import steps
+from streamfisher.solving.solve import add
 
 _KINDS = ("embedding", "normalization", "attention", "mlp", "output", "other")
 #: Of more samples, cells are not solved: one eigensolve for each would take minutes.
 _MOST_SOLVED = 1024
 
 
-def layer_maps(grams: BlockGrams) -> tuple[list[dict[str, Any]], list[str]]:
+#: Trace of each cell, and its second metric.
+Cells = dict[str, tuple[float, float | None]]
+
+
+def cells_and_alignment(grams: BlockGrams, sums: SubsetSums | None) -> tuple[Cells | None, Alignment]:
+    """Return the alignment of the layers and, where their cells are not solved, what the maps show of each.
+
+    Grams of many samples take long to read, and are read once for all.
+
+    Args:
+        grams: of the layers.
+        sums: filled on the way.
+    """
+    if len(grams.selection) <= _MOST_SOLVED:
+        return None, align(grams)
+    within, found = _within(grams), Cells()
+    of_layer: dict[str, list[str]] = {}
+    for cell in within.blocks:
+        of_layer.setdefault(cell.rsplit("/", 1)[0], []).append(cell)
+
+    def read(name: str) -> np.ndarray:
+        gram = grams.gram_of(name)
+        if sums is not None:
+            sums.take(name, gram)
+        return gram
+
+    noting = dataclasses.replace(within, gram_of=read)
+    aligned = align(grams, lambda layer: add(_seen(noting, cell, found) for cell in of_layer[layer]))
+    return found, aligned
+
+
+def _within(grams: BlockGrams) -> BlockGrams:
+    """Return the same Grams by layers and kinds of modules."""
+    cells = {name: f"{grams.assignment[name]}/{_kind(name)}" for name in grams.parameters}
+    return dataclasses.replace(grams, assignment=cells)
+
+
+def _seen(grams: BlockGrams, cell: str, found: Cells) -> np.ndarray:
+    """Return the matrix of a cell, once its trace and participation ratio are noted: sums over its entries."""
+    K = grams.gram(cell)
+    trace, norm = float(np.trace(K)) / len(K), float(np.linalg.norm(K)) / len(K)
+    found[cell] = (trace, (trace / norm) ** 2 if norm > 0 else None)
+    return K
+
+
+def layer_maps(grams: BlockGrams, unsolved: Cells | None = None) -> tuple[list[dict[str, Any]], list[str]]:
     """Return trace and effective rank of every layer's kinds of modules, for the template, and what to know of them.
 
     Of more than 1,024 samples it is the participation ratio instead of the effective rank: it needs no eigenvalues.
+
+    Args:
+        grams: of the layers.
+        unsolved: what `cells_and_alignment` found, where it did.
     """
     from matplotlib.colors import LogNorm, Normalize
 
-    layers = {name: grams.assignment[name] for name in grams.parameters}  # layer keys, prefixed where needed
-    cells = {name: f"{layers[name]}/{_kind(name)}" for name in grams.parameters}
-    within = dataclasses.replace(grams, assignment=cells)
-    rows = list(dict.fromkeys(layers.values()))
+    within = _within(grams)
+    cells = within.assignment
+    rows = list(dict.fromkeys(grams.assignment[name] for name in grams.parameters))
     columns = [kind for kind in _KINDS if any(cell.endswith("/" + kind) for cell in cells.values())]
     solved = len(grams.selection) <= _MOST_SOLVED
-    found = _solved(within.spectrum()) if solved else _unsolved(within)
+    found = _solved(within.spectrum()) if solved else _unsolved(within) if unsolved is None else unsolved
     second = "effective rank" if solved else "participation ratio"
     maps = []
     for place, label in enumerate(("trace", second)):
@@ -54,17 +107,14 @@ def _kind(name: str) -> str:
     return module_key(name) if layer_key(name) != "embedding" else "embedding"
 
 
-def _solved(spectrum: Spectrum) -> dict[str, tuple[float, float | None]]:
+def _solved(spectrum: Spectrum) -> Cells:
     return {cell: (block.trace, block.metrics["effective_rank"]) for cell, block in spectrum.blocks.items()}
 
 
-def _unsolved(grams: BlockGrams) -> dict[str, tuple[float, float | None]]:
-    """Return trace and participation ratio of each block: sums over the entries of its Gram."""
-    found: dict[str, tuple[float, float | None]] = {}
-    for cell in grams.blocks:
-        K = grams.gram(cell)
-        trace, norm = float(np.trace(K)) / len(K), float(np.linalg.norm(K)) / len(K)
-        found[cell] = (trace, (trace / norm) ** 2 if norm > 0 else None)
+def _unsolved(grams: BlockGrams) -> Cells:
+    found = Cells()
+    for cell in steps(list(grams.blocks), "layers and modules", show=grams.progress, n_samples=len(grams.selection)):
+        _seen(grams, cell, found)
     return found
 
 

@@ -2,54 +2,29 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from streamfisher.analysis.alignment import align
 from streamfisher.analysis.block_grams import BlockGrams
-from streamfisher.analysis.growth import grow
+from streamfisher.analysis.growth import grow, half
 from streamfisher.analysis.run import StoredRun
 from streamfisher.reports import figures
-from streamfisher.reports.layer_maps import layer_maps
-from streamfisher.reports.verdict import Finding, verdict
-from streamfisher.results.analyses import Growth
-from streamfisher.results.notebook import fact_table, metrics_table, run_facts, structure_name, templates
+from streamfisher.reports.layer_maps import Cells, cells_and_alignment, layer_maps
+from streamfisher.reports.page_parts import Report, Section, write_page
+from streamfisher.reports.page_parts import figures_html as _figures
+from streamfisher.reports.page_parts import rendered as _rendered
+from streamfisher.reports.verdict import verdict
+from streamfisher.results.analyses import Alignment, Growth
+from streamfisher.results.notebook import fact_table, metrics_table, run_facts, structure_name
 from streamfisher.results.notebook import title as spectrum_title
 from streamfisher.results.panels import eigenvalue_unit
 from streamfisher.results.spectrum import Spectrum
-from streamfisher.runtime.durable import replacing
 
 #: Alignment of more blocks than that is not drawn.
 _MOST_ALIGNED = 64
 #: Seconds that growth curves may take, and intervals, unless it is said otherwise.
 BUDGET_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of the page, with its line in the contents."""
-
-    title: str
-    content: str  # HTML; what is not ours in it was escaped by the template that made it
-
-    @property
-    def id(self) -> str:
-        """Return what links name it by."""
-        return "section-" + re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
-
-
-@dataclass(frozen=True)
-class Report:
-    """A page that was written."""
-
-    path: Path
-    verdict: tuple[Finding, ...]  # as at the top of the page
 
 
 def html_report(
@@ -74,40 +49,37 @@ def html_report(
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    path = Path(path)
     facts = spectra[0].metadata
     grams = run.block_grams("layer", bool(facts.get("centered")), progress=progress, **options)
-    growth = grow(grams, seed=grams.config.seed, seconds=seconds, known=_of_layers(spectra, grams))
+    sums, cells, aligned = half(grams, grams.config.seed), None, None
+    if 1 < len(grams.blocks) <= _MOST_ALIGNED:
+        cells, aligned = cells_and_alignment(grams, sums)
+    growth = grow(grams, seed=grams.config.seed, seconds=seconds, known=_of_layers(spectra, grams), sums=sums)
     findings = tuple(verdict(spectra[0], growth))
-    script = (resources.files("streamfisher.reports") / "templates" / "page.js").read_text(encoding="utf-8")
     whole = spectra[0].whole or spectra[0].global_
-    page = _rendered(
+    return write_page(
+        path,
         "page.html",
+        findings,
+        sections(run, spectra, _maps(grams, cells), aligned, growth, seconds),
         run=run.path.name,
         model=str(run.manifest.model["class"]).rsplit(".", 1)[-1],
         n_samples=f"{whole.n_samples:,}",
         n_params=f"{whole.n_params:,}",
         unit=facts.get("sample_unit", "sample"),
         partial=f"{facts['samples_collected']} of {facts['n_samples_stored']}" if facts.get("partial") else None,
-        verdict=findings,
-        sections=sections(run, spectra, grams, growth, seconds),
-        script=script,
-        script_hash="sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    with replacing(path) as partial:
-        partial.write_text(page, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
-    return Report(path, findings)
 
 
 def sections(
-    run: StoredRun, spectra: Sequence[Spectrum], grams: BlockGrams, growth: Growth, seconds: float
+    run: StoredRun, spectra: Sequence[Spectrum], maps: str, aligned: Alignment | None, growth: Growth, seconds: float
 ) -> list[Section]:
     """Return the parts of the page in their order."""
-    found = [Section("Layers and modules", _maps(grams))]
+    found = [Section("Layers and modules", maps)]
     found += [Section(f"{_name(spectrum)}: curves", _curves(spectrum, n)) for n, spectrum in enumerate(spectra)]
     found += [Section("Was N enough?", _growth(growth, seconds)), Section("Spectral density", _density(spectra))]
-    if 1 < len(grams.blocks) <= _MOST_ALIGNED:
-        found.append(Section("Block alignment", _alignment(grams)))
+    if aligned is not None:
+        found.append(Section("Block alignment", _alignment(aligned)))
     found += [Section(f"{_name(spectrum)}: metrics", _table(spectrum)) for spectrum in spectra]
     return [*found, Section("Facts", _facts(run, spectra[0]))]
 
@@ -122,14 +94,6 @@ def _of_layers(spectra: Sequence[Spectrum], grams: BlockGrams) -> Spectrum | Non
     return None
 
 
-def _rendered(template: str, **values: Any) -> str:
-    return templates("streamfisher.reports").get_template(template).render(values)
-
-
-def _figures(*drawn: tuple[str, str], texts: Sequence[str] = ()) -> str:
-    return _rendered("figures.html", figures=drawn, texts=texts)
-
-
 def _name(spectrum: Spectrum) -> str:
     kind = "Gradient covariance" if spectrum.metadata.get("centered") else "Empirical Fisher"
     name = structure_name(spectrum)
@@ -137,8 +101,8 @@ def _name(spectrum: Spectrum) -> str:
     return f"{kind} {of}{' (partial run)' if spectrum.metadata.get('partial') else ''}"
 
 
-def _maps(grams: BlockGrams) -> str:
-    maps, notes = layer_maps(grams)
+def _maps(grams: BlockGrams, cells: Cells | None) -> str:
+    maps, notes = layer_maps(grams, cells)
     return _rendered("heat.html", maps=maps, notes=notes)
 
 
@@ -180,8 +144,7 @@ def _density(spectra: Sequence[Spectrum]) -> str:
     )
 
 
-def _alignment(grams: BlockGrams) -> str:
-    aligned = align(grams)
+def _alignment(aligned: Alignment) -> str:
     kind = "of centered gradients (linear CKA)" if aligned.centered else "of gradients"
     drawing = figures.heat_map(aligned.matrix, aligned.blocks, aligned.blocks, "Block alignment", label="alignment")
     return _figures((drawing, f"Normalised inner products of the blocks' Grams, {kind}: 0 where two never covary."))
@@ -194,6 +157,7 @@ def _table(spectrum: Spectrum) -> str:
         title=spectrum_title(spectrum),
         table=metrics_table(spectrum),
         intervals=None if spectrum.bootstrap is None else f"{spectrum.bootstrap.level:.0%}",
+        heavy_tailed=None if spectrum.bootstrap is None else spectrum.bootstrap.heavy_tailed,
         error=f"{error:.3g}" if error is not None and len(spectrum.blocks) > 1 else None,
     )
 

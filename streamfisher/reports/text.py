@@ -54,7 +54,8 @@ def _intervals(spectrum: Spectrum) -> list[str]:
     subsets = f"{found.n_resamples} subsets that lack {found.n_left_out} samples"
     lines = [f"{100 * found.level:g} % intervals at this N, from {subsets}"]
     lines += [_line(row, widths) for row in rows]
-    return [*lines, "Delete-d jackknife; what still grows with N is not converged by it (see the page on metrics)."]
+    lines.append("Delete-d jackknife; what still grows with N is not converged by it (see the page on metrics).")
+    return [*lines, f"Beware: {found.heavy_tailed}."] if found.heavy_tailed else lines
 
 
 def _row(name: str, block: Block) -> tuple[str, ...]:

@@ -23,6 +23,8 @@ _APART = 3.0
 _NEAR, _FAR = 0.1, 0.5
 #: Growth of the effective rank at the last doubling: below the first N is enough, above the second it is not.
 _CONVERGED, _GROWING = 0.05, 0.15
+#: Growth over a larger factor says nothing about the next doubling.
+_FARTHEST = 4
 #: No more doublings than that are advised, for no extrapolation reaches further.
 _MOST_DOUBLINGS = 2
 
@@ -131,6 +133,9 @@ def _enough(growth: Growth | None) -> Finding | None:
     if not np.isfinite(ranks[-2:]).all() or ranks[-2] <= 0:
         return None
     n, before = growth.sizes[-1], growth.sizes[-2]
+    if n > _FARTHEST * before:
+        reached = f"growth was only solved up to {before:,} of {n:,} samples, for want of time"
+        return Finding("Is N enough?", f"not known: {reached}; `report --seconds` gives it more.", "fair")
     grew = float(ranks[-1] / ranks[-2]) - 1.0
     step = "the last doubling" if n == 2 * before or n == 2 * before + 1 else "the last step"
     said = f"the effective rank grew {grew:.0%} at {step} ({before:,} to {n:,} samples)"

@@ -18,6 +18,9 @@ WITHOUT_INTERVAL = ("numerical_rank", "condition_number")
 #: Metrics that may be of either sign; all others are positive, and their logarithms vary alike at every size.
 _SIGNED = ("power_law_exponent",)
 _SHARE = "cumulative_variance_"
+#: Standard deviation of the logarithm of norms from which intervals are said to hold less often; at 0.5 those of the
+#: largest eigenvalue held in 70 % of data sets (docs/metrics.md).
+HEAVY_TAILED = 0.4
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,17 @@ class Bootstrap:
     level: float
     whole: BlockBootstrap | None = None  # of all parameters together, where the spectrum has that beside blocks
     n_left_out: int = 0  # samples that each subset lacks
+    norm_spread: float | None = None  # standard deviation of the logarithm of the samples' gradient norms
+
+    @property
+    def heavy_tailed(self) -> str | None:
+        """Return in words that norms spread so far that intervals hold less often than they say; `None`: no."""
+        if self.norm_spread is None or self.norm_spread < HEAVY_TAILED:
+            return None
+        return (
+            f"gradient norms have a heavy tail (standard deviation {self.norm_spread:.2g} of their logarithm), and the "
+            f"largest eigenvalue may be that of one sample: its interval holds less often than {self.level:.0%}"
+        )
 
     def of(self, name: str) -> BlockBootstrap | None:
         """Return what is known of a block, or of all together, by the name that its `BlockSpectrum` has."""
@@ -107,6 +121,7 @@ class Bootstrap:
             "n_left_out": self.n_left_out,
             "seed": self.seed,
             "level": self.level,
+            "norm_spread": self.norm_spread,
         }
 
 

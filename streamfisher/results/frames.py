@@ -10,6 +10,7 @@ from streamfisher.errors import ConfigError, require
 from streamfisher.results.notebook import Block, Shown, title
 
 FrameKind = Literal["metrics", "eigenvalues"]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 def members(spectrum: Shown) -> dict[str, Block]:
@@ -47,18 +48,18 @@ def frame(spectrum: Shown, kind: FrameKind) -> Any:
     return pandas.concat(parts, names=["block"])
 
 
-def dataset(spectrum: Shown) -> Any:
-    """Return an xarray Dataset: `eigenvalue` and `above_floor` (block, index), every metric (block).
+def named_arrays(spectrum: Shown, *, union: bool = True) -> dict[str, tuple[tuple[str, ...], Array]]:
+    """Return `eigenvalue` and `above_floor` (block, index), every metric (block), and the coordinates, by name.
 
     Blocks of fewer eigenvalues are filled up with NaN, and `False`.
 
-    Raises:
-        MissingExtraError: xarray is not installed.
+    Args:
+        spectrum: its blocks, and the whole model where it was solved.
+        union: the union of several blocks too, which makes `index` as long as it.
     """
-    require("xarray", "tables", "make data sets")
-    import xarray
-
     found = members(spectrum)
+    if not union and len(spectrum.blocks) > 1:
+        found.pop("global")
     longest = max(len(block.eigenvalues) for block in found.values())
     values, above = np.full((len(found), longest), np.nan), np.zeros((len(found), longest), dtype=bool)
     for place, block in enumerate(found.values()):
@@ -66,13 +67,34 @@ def dataset(spectrum: Shown) -> Any:
         above[place, : len(block.eigenvalues)] = block.above_floor
     names = [k for k, v in spectrum.global_.metrics.items() if v is None or isinstance(v, int | float)]
     numbers = {
-        name: ("block", np.array([_value(block.metrics.get(name)) for block in found.values()])) for name in names
+        name: (("block",), np.array([_value(block.metrics.get(name)) for block in found.values()])) for name in names
+    }
+    coordinates = {
+        "block": (("block",), np.array(list(found), dtype=np.dtypes.StringDType())),
+        "index": (("index",), np.arange(1, longest + 1)),
     }
     both = ("block", "index")
+    return {"eigenvalue": (both, values), "above_floor": (both, above), **numbers, **coordinates}
+
+
+def facts(spectrum: Shown) -> dict[str, Any]:
+    """Return what a data set says of itself."""
+    return {"title": title(spectrum), "n_samples": spectrum.global_.n_samples}
+
+
+def dataset(spectrum: Shown) -> Any:
+    """Return an xarray Dataset of `named_arrays`.
+
+    Raises:
+        MissingExtraError: xarray is not installed.
+    """
+    require("xarray", "tables", "make data sets")
+    import xarray
+
+    found = named_arrays(spectrum)
+    coordinates = {name: found.pop(name)[1] for name in ("block", "index")}
     return xarray.Dataset(
-        {"eigenvalue": (both, values), "above_floor": (both, above), **numbers},
-        coords={"block": list(found), "index": np.arange(1, longest + 1)},
-        attrs={"title": title(spectrum), "n_samples": spectrum.global_.n_samples},
+        found, coords=coordinates | {"block": [str(name) for name in coordinates["block"]]}, attrs=facts(spectrum)
     )
 
 

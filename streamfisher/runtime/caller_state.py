@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from streamfisher.errors import ConfigError
@@ -37,4 +40,27 @@ def modes_of_its_own() -> Iterator[None]:
             stacklevel=3,
         )
     with torch.inference_mode(False), torch.enable_grad(), one_thread(alone):
+        yield
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Hand back the random generators of Python, numpy and torch, on all devices, as they came."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """Leave autocast, where a training loop is inside of it: gradients are then of the model's own arithmetic."""
+    with contextlib.ExitStack() as left:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                left.enter_context(torch.autocast(device, enabled=False))
         yield

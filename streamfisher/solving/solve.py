@@ -37,6 +37,18 @@ class RowPrecision:
 
 
 @dataclass(frozen=True)
+class BlockSolutions:
+    """Solved blocks, before they are put together: all that a spectrum needs of the Grams."""
+
+    blocks: dict[str, BlockSpectrum]
+    traces: dict[str, float]  # of each parameter's part of F, before centering
+    squared: float  # |K_b|_F^2, added over the blocks
+    whole_squared: float  # |K|_F^2 of the sum of all Grams
+    dominance: float  # the largest N |mean|^2 / trace of a block that was centered; 0 for none
+    whole: BlockSpectrum | None = None  # all parameters together, where that was solved
+
+
+@dataclass(frozen=True)
 class Eigenproblem:
     """Which blocks are solved, and how, wherever their Grams are."""
 
@@ -81,31 +93,14 @@ class Eigenproblem:
             for key, names in group_blocks(self.assignment).items()
         }
 
-    def combined(
-        self,
-        blocks: dict[str, BlockSpectrum],
-        traces: Mapping[str, float],
-        *,
-        squared: float,
-        whole_squared: float,
-        dominance: float,
-        whole: BlockSpectrum | None = None,
-    ) -> Spectrum:
-        """Put solved blocks together, and say what they are of.
-
-        Args:
-            blocks: all of them.
-            traces: of each parameter's part of F, before centering.
-            squared: |K_b|_F^2, added over the blocks.
-            whole_squared: |K|_F^2 of the sum of all Grams.
-            dominance: the largest N |mean|^2 / trace of a block that was centered; 0 for none.
-            whole: all parameters together, where that was solved.
-        """
+    def combined(self, solved: BlockSolutions) -> Spectrum:
+        """Put solved blocks together, and say what they are of."""
+        blocks, traces, dominance = dict(solved.blocks), solved.traces, solved.dominance
         if self.product == torch.float32 and dominance > MEAN_DOMINANCE_LIMIT:
             warnings.warn(
                 f"the mean gradient dominates (N |mean|^2 / trace = {dominance:.1e}): centering the Gram loses digits. "
                 "Collect with store_centered=True and float32 or float64 rows for an accurate tail.",
-                stacklevel=4,
+                stacklevel=3,
             )
         unreached = [name for name, trace in traces.items() if trace == 0.0 and self.parameters[name]]
         normalization = NORMALIZATION[self.center] if self.selection is None else self.selection.formula(self.center)
@@ -113,7 +108,7 @@ class Eigenproblem:
             **self.metadata,
             "centered": self.center,
             "normalization": normalization,
-            "block_diagonal_error": block_diagonal_error(squared, whole_squared),
+            "block_diagonal_error": block_diagonal_error(solved.squared, solved.whole_squared),
             **({"mean_dominance": dominance} if self.center else {}),
             "dtype_gram": dtype_name(self.product),
             "dtype_eigensolve": dtype_name(self.config.dtype_eigensolve),
@@ -127,28 +122,35 @@ class Eigenproblem:
             if set(names) <= zero:
                 blocks[key] = dataclasses.replace(blocks[key], no_gradient=True, reason=blocks[key].reason or _NONE)
         computed, top_k = self.precision.computed, self.config.top_k_eigenvalues
-        return combine(blocks, self._reach(traces), total, computed, facts, top_k, whole)
+        return combine(blocks, self._reach(traces), total, computed, facts, top_k, solved.whole)
 
 
-def with_same_bits(solve: Callable[..., Spectrum]) -> Callable[..., Spectrum]:
+def with_same_bits(solve: Callable[..., BlockSolutions]) -> Callable[..., BlockSolutions]:
     """Let a deterministic analysis use one thread: LAPACK and dot products depend on their number."""
 
     @functools.wraps(solve)
-    def in_one_thread(grams: Callable[..., Any], problem: Eigenproblem, **options: Any) -> Spectrum:
+    def in_one_thread(grams: Callable[..., Any], problem: Eigenproblem, **options: Any) -> BlockSolutions:
         with one_thread(problem.config.use_deterministic):
             return solve(grams, problem, **options)
 
     return in_one_thread
 
 
+def solve_blocks(gram_of: Callable[[str], np.ndarray], problem: Eigenproblem) -> Spectrum:
+    """Solve blocks and put the whole together, see `block_solutions`."""
+    return problem.combined(block_solutions(gram_of, problem))
+
+
 @with_same_bits
-def solve_blocks(
+def block_solutions(
     gram_of: Callable[[str], np.ndarray],
     problem: Eigenproblem,
     *,
     small_side: Callable[[str], np.ndarray | None] | None = None,
-) -> Spectrum:
-    """Add the Grams of each block, solve it, and put the whole together.
+    sums: Mapping[str, np.ndarray] | None = None,
+    diagonals: Mapping[str, np.ndarray] | None = None,
+) -> BlockSolutions:
+    """Add the Grams of each block and solve it, and the sum of all where the problem asks for the whole.
 
     Only one block's Gram, one parameter's, and the running sum of all are alive at a time.
 
@@ -157,6 +159,8 @@ def solve_blocks(
         problem: the blocks.
         small_side: parameter -> the (P, P) matrix with the non-zero eigenvalues of its Gram, where it is at hand and
             smaller; blocks of this parameter alone are solved from it.
+        sums: block -> the sum of its Grams, where that is at hand; then Grams are not asked for, but `diagonals`.
+        diagonals: parameter -> the diagonal of its Gram, (N,), with `sums`.
     """
     selection = problem.selection
     centered = centering.center if selection is None else selection.center
@@ -173,7 +177,11 @@ def solve_blocks(
     groups = group_blocks(problem.assignment)
     n = 0 if selection is None else len(selection)
     for key, names in steps(groups.items(), "eigenvalues of blocks", show=problem.progress, n_samples=n):
-        K = add(read(name) for name in names)
+        if sums is None or diagonals is None:
+            K = add(read(name) for name in names)
+        else:
+            K = sums[key]
+            traces.update({name: problem.raw_trace(diagonals[name]) for name in names})
         size = 0.0
         if problem.center:
             raw_trace = float(np.trace(K))
@@ -215,9 +223,7 @@ def solve_blocks(
             top_k=problem.top_k,
             size=whole_size,
         )
-    return problem.combined(
-        blocks, traces, squared=squared, whole_squared=whole_squared, dominance=dominance, whole=together
-    )
+    return BlockSolutions(blocks, traces, squared, whole_squared, dominance, together)
 
 
 def add(matrices: Iterable[np.ndarray]) -> np.ndarray:

@@ -13,7 +13,7 @@ from streamfisher.runtime.memory import working_memory
 from streamfisher.runtime.stage_progress import steps
 from streamfisher.solving import eigen
 from streamfisher.solving.blocksolver import empty_block, listed, solved_block
-from streamfisher.solving.solve import Eigenproblem, with_same_bits
+from streamfisher.solving.solve import BlockSolutions, Eigenproblem, with_same_bits
 from streamfisher.solving.tiled_gram import TiledGram
 
 
@@ -46,9 +46,14 @@ def solves_dense(n_stored: int, n: int, config: SpectralConfig, budget: int) -> 
     return needed <= budget
 
 
-@with_same_bits
 def solve_tiled(operator_of: Callable[[Sequence[str]], TiledGram], problem: Eigenproblem) -> Spectrum:
-    """Return the spectrum of all blocks, of each the `top_k` largest eigenvalues with residuals.
+    """Solve blocks by tiles and put the whole together, see `tiled_solutions`."""
+    return problem.combined(tiled_solutions(operator_of, problem))
+
+
+@with_same_bits
+def tiled_solutions(operator_of: Callable[[Sequence[str]], TiledGram], problem: Eigenproblem) -> BlockSolutions:
+    """Solve all blocks, of each the `top_k` largest eigenvalues with residuals.
 
     Traces, norms and the block-diagonal error are exact.
 
@@ -90,4 +95,4 @@ def solve_tiled(operator_of: Callable[[Sequence[str]], TiledGram], problem: Eige
             raw=problem.raw_scale(names, traces),
         )
     whole = K if len(groups) == 1 and any(problem.parameters.values()) else operator_of(list(problem.assignment))
-    return problem.combined(blocks, traces, squared=squared, whole_squared=whole.squared_norm, dominance=dominance)
+    return BlockSolutions(blocks, traces, squared, whole.squared_norm, dominance)

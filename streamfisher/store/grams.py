@@ -255,6 +255,15 @@ class GramStore:
         of_all = marker.get("n_samples") == self.run.n_samples
         return self.moments.read(key, marker.get("moment_crc32c") if of_all else None)
 
+    def bound_marker(self, key: str) -> dict[str, Any]:
+        """Return the marker of a Gram, with the checksums of its tiles, once its chunks are known to be those written.
+
+        Raises:
+            CorruptRunError: they are not.
+        """
+        marker = dict(self._bind(key).marker)
+        return marker | {"checksums": gram_checksums(marker, self.tile_folder(key))}
+
     def tile(self, key: str, rows: slice, columns: slice) -> np.ndarray:
         """Return part of a finished Gram, float64, without reading the rest.
 

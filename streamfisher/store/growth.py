@@ -83,6 +83,7 @@ def grow_run(store: RunStore, manifest: Manifest, layout: Mapping[str, Any] | No
     if store.centered:
         raise RunMismatchError(f"{store.path} holds centered rows and cannot grow: the mean would change.")
     n = manifest.data["n_samples"]
+    store.named.clear()  # its arrays are of fewer samples
     dense = [name for name in store.parameters if store.rows.representation(name) == "dense"]
     if store.run.hold != "disk":
         dense = []  # they are not written

@@ -36,7 +36,11 @@ class MomentStore:
         marker = self._marker_path(name)
         marker.unlink(missing_ok=True)
         write_array(
-            self.run.path, f"moment/{node_name(name)}", values, ("row", f"element of {name}"), {"parameter": name}
+            self.run.path,
+            f"moment/{node_name(name)}",
+            values,
+            (f"row of {name}", f"element of {name}"),
+            {"parameter": name},
         )
         checksum = codecs.checksum(values)
         facts = {"parameter": name, "n_samples": self.run.n_samples, "count": moment.count, "crc32c": checksum}

@@ -15,7 +15,7 @@ from streamfisher.store.layout import MANIFEST_COPY, create_run
 from streamfisher.store.manifest import LARGEST_MANIFEST, Manifest
 
 #: Groups that are made when they are first needed.
-_LATER = ("eigenvectors", "fields", "factors", "gram_mean")
+_LATER = ("eigenvectors", "fields", "factors", "gram_mean", "spectra")
 
 
 def wrong_metadata(run: Path, manifest: Manifest) -> list[str]:

@@ -46,9 +46,11 @@ from streamfisher.store.manifest import LARGEST_MANIFEST, Manifest
 from streamfisher.store.markers import Markers, stage_of
 from streamfisher.store.means import MeanStore
 from streamfisher.store.moments import MomentStore
+from streamfisher.store.named_arrays import NamedArrayStore
 from streamfisher.store.row_writing import UnitWriting
 from streamfisher.store.rows import RowStore
 from streamfisher.store.samples import SampleStore
+from streamfisher.store.spectra import SpectrumStore
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class RunStore:
     A run from elsewhere may hold links, FIFOs or devices: opening it refuses them, whatever they stand for.
 
     Its parts: `markers` (what is finished), `rows` and `factors` (gradients; `rows` gives back both, as the Gram stage
-    reads them), `kept` (which of them stay), `samples` (values per sample), `means`, `grams` and `moments`.
+    reads them), `kept` (which of them stay), `samples` (values per sample), `means`, `grams`, `moments`, `spectra`
+    (solved ones) and `named` (what other programs see).
 
     Args:
         path: of the folder, which may itself be a link.
@@ -95,6 +98,8 @@ class RunStore:
         self.rows = RowStore(self.run, self.markers, self.factors, self.kept, self.means)
         self.moments = MomentStore(self.run, self.means)
         self.grams = GramStore(self.run, self.moments)
+        self.spectra = SpectrumStore(self.run, self.grams)
+        self.named = NamedArrayStore(self.run)
         # What everybody asks a run for.
         self.path, self.manifest = self.run.path, self.run.manifest
         self.parameters, self.n_samples = self.run.parameters, self.run.n_samples

@@ -260,6 +260,42 @@ class ResultCheck:
             (self.run.path / "done" / "results" / f"{name}.json").unlink(missing_ok=True)
 
 
+class SpectrumCheck:
+    """Spectra that were kept; they are read for answers only where they are whole."""
+
+    def __init__(self, run: StoredRun) -> None:
+        self.run = run
+        self._damaged: list[Path] = []
+
+    def find(self) -> list[Problem]:
+        """Return the kept spectra that are not what was written."""
+        self._damaged = self.run.store.spectra.damaged()
+        return [Problem("spectrum", None, None, None, f"{p.name} is not what was written") for p in self._damaged]
+
+    def repair(self) -> None:
+        """Remove them; they are solved again when they are asked for."""
+        for path in self._damaged:
+            path.unlink(missing_ok=True)
+
+
+class NamedArrayCheck:
+    """Arrays that are there for other programs; no answer is made of them."""
+
+    def __init__(self, run: StoredRun) -> None:
+        self.run = run
+        self._damaged: list[str] = []
+
+    def find(self) -> list[Problem]:
+        """Return the arrays and groups that are not what was written."""
+        self._damaged = self.run.store.named.damaged()
+        return [Problem("named", None, None, None, f"{where} is not what was written") for where in self._damaged]
+
+    def repair(self) -> None:
+        """Remove them; the next report writes them."""
+        if self._damaged:
+            self.run.store.named.repair()
+
+
 def _wrong_eigenvectors(marks: Path, folder: Path) -> str | None:
     """Return what is wrong with one set of eigenvectors; `None`: nothing."""
     try:

@@ -23,7 +23,9 @@ from streamfisher.verification.checks import (
     GramCheck,
     MeanCheck,
     MetadataCheck,
+    NamedArrayCheck,
     ResultCheck,
+    SpectrumCheck,
     UnitCheck,
     forget_units,
 )
@@ -77,6 +79,8 @@ def verify(
         FieldCheck(run),
         EigenvectorCheck(run),
         ResultCheck(run),
+        SpectrumCheck(run),
+        NamedArrayCheck(run),
         ConfigCheck(run),
     ]
     for check in checks:

@@ -5,13 +5,14 @@ import json
 
 import numpy as np
 import pytest
-from command_line import cli
+from command_line import build_parser, cli
 from interval_coverage import SPECTRA, WITH_INTERVAL, coverage, grams_of
 from tiny_runs import PATTERNS, make_run, rows
 
 from streamfisher import SpectralConfig
 from streamfisher.analysis.bootstrap import bootstrap, left_out, subset
 from streamfisher.errors import ConfigError
+from streamfisher.reports import table
 from streamfisher.results import SCALAR_METRICS
 from streamfisher.results.bootstrap import quantile
 
@@ -131,3 +132,32 @@ def test_growth_is_that_of_nested_subsets(tmp_path):
     with pytest.raises(ConfigError, match="between 2 and the 24"):
         run.growth("none", sizes=[30])
     json.dumps(growth.to_dict(), allow_nan=False)
+
+
+def test_the_option_is_called_intervals_and_its_old_name_still_works(tmp_path, capsys):
+    run = make_run(tmp_path / "run.zarr")
+    found = []
+    for name in ("--intervals", "--bootstrap"):
+        assert cli("spectrum", run.path, name, 5, "--json", "--quiet") == 0
+        printed = capsys.readouterr()
+        found.append(json.loads(printed.out))
+        assert ("--bootstrap is called --intervals" in printed.err) == (name == "--bootstrap")
+    assert found[0] == found[1] and "intervals" in found[0]["global"]
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["spectrum", "--help"])
+    shown = capsys.readouterr().out
+    assert "--intervals R" in shown and "--bootstrap" not in shown
+
+
+@pytest.mark.parametrize(("spread", "warned"), [(0.1, False), (0.8, True)])
+def test_norms_with_a_heavy_tail_are_warned_of(tmp_path, spread, warned, monkeypatch):
+    run = make_run(tmp_path / "run.zarr", 32)
+    run.build_grams()
+    squares = np.exp(2 * spread * np.random.default_rng(0).standard_normal((32, 1))) / 4
+    original = run.store.samples.per_sample
+    monkeypatch.setattr(
+        run.store.samples, "per_sample", lambda name: squares if name == "squared_norm" else original(name)
+    )
+    spectrum = run.spectrum(bootstrap=5)
+    assert spectrum.bootstrap.norm_spread == pytest.approx(np.log(squares).std() / 2)
+    assert ("heavy tail" in table(spectrum)) == warned

@@ -97,3 +97,12 @@ def test_nothing_is_said_of_what_is_not_known():
 def test_names_act_on_no_terminal():
     found = verdict_text(verdict(spectrum_of({"\x1b]0;bad": [9], "b": [1]})))
     assert "\x1b" not in found and "\\x1b]0;bad carries 90%" in found
+
+
+def test_growth_that_was_not_solved_near_all_samples_says_nothing_of_them():
+    growth = growth_of(3, 5, 40)
+    far = dataclasses.replace(growth, sizes=(8, 15, 4000))
+    found = answer(verdict(spectrum_of({"a": [1]}), far), "Is N enough?")
+    assert (
+        found.answer.startswith("not known: growth was only solved up to 15 of 4,000 samples") and found.mood == "fair"
+    )

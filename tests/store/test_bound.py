@@ -17,6 +17,7 @@ import streamfisher as sf
 from streamfisher import verify
 from streamfisher.errors import CorruptRunError, StreamfisherError
 from streamfisher.reduction import stored_grams
+from streamfisher.reports import write_named_spectra
 from streamfisher.runtime import read_json, write_json
 from streamfisher.solving import tiled_gram
 from streamfisher.store import open_eigenvectors
@@ -57,7 +58,9 @@ def line_of(path):
     """Return the line of the table that a file belongs to; `None`: nothing is bound to it."""
     if any(fnmatchcase(path, pattern) for pattern in UNBOUND):
         return None
-    lines = [line for line, (patterns, _) in TABLE.items() if any(covers(pattern, path) for pattern in patterns)]
+    found = {line: [p for p in patterns if covers(p, path)] for line, (patterns, _) in TABLE.items()}
+    lines = [line for line, patterns in found.items() if patterns]
+    lines = [line for line in lines if "*" not in found[line][0]] or lines  # a name of its own before any group's
     assert len(lines) == 1, f"{path} is of {lines}"
     return lines[0]
 
@@ -77,7 +80,7 @@ def runs(tmp_path_factory):
     whole = tiny_runs.make_run(folder / "whole.zarr", N, store_centered=True)
     whole.store.samples.write_fields({"one": np.arange(N) / 7, "other": np.arange(N) / 3})
     whole.eigenvectors("global", 2, block_structure="none")
-    whole.spectrum("parameter")
+    write_named_spectra(whole, [whole.spectrum("parameter", keep=True)])
     (whole.path / "spectrum.json").write_text('{"global": 1}')
     (whole.path / "report.html").write_text("<p>report</p>")
     whole.store.markers.mark_result(whole.path / "spectrum.json")
