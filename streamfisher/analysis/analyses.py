@@ -19,8 +19,8 @@ from streamfisher.analysis.projection_errors import with_error_bars
 from streamfisher.analysis.unstored_grams import UnstoredGrams
 from streamfisher.blocks.gram_keys import check_grouping, layers_of
 from streamfisher.blocks.structures import assign_blocks
-from streamfisher.config import SpectralConfig
-from streamfisher.errors import CorruptRunError, RunError
+from streamfisher.config import UNCENTERED, SpectralConfig
+from streamfisher.errors import ConfigError, CorruptRunError, RunError
 from streamfisher.reduction.gram import gram_settings
 from streamfisher.reduction.product_dtypes import float32_grams
 from streamfisher.results.analyses import Alignment, Growth, Scale, SpectralDensity
@@ -81,6 +81,8 @@ class Analyses:
         config = self.config if config is None else SpectralConfig.of(config)
         structure = config.block_structure if block_structure is None else block_structure
         center = config.center_gradients if center is None else center
+        if center and "classes_per_input" in self.manifest.data:
+            raise ConfigError(f"{self.store.path} is of labels='expected' and has no covariance: {UNCENTERED}")
         keys = self.store.gram_members
         assignment = check_grouping(keys, assign_blocks(self.parameters, structure), per=self.config.gram_per)
         unfinished = PartialGrams(self.store, config) if partial and not self.store.markers.is_collected else None
@@ -92,6 +94,7 @@ class Analyses:
             weights,
             normalization=normalization,
             n_targets=self.store.samples.per_sample("n_targets"),
+            parts=self.manifest.data.get("classes_per_input", 1),
         )
         source: GramStore | PartialGrams | UnstoredGrams
         source = unfinished if unfinished is not None else self._grams(config, progress=progress)

@@ -29,7 +29,7 @@ def grow(
 
     Args:
         grams: of all samples.
-        sizes: of the subsets; `None` means N, N/2, N/4, ... down to 8.
+        sizes: of the subsets, in inputs where a sample is one class of one; `None` means N, N/2, N/4, ... down to 8.
         seed: of the order.
         seconds: from the smallest on, leave out what is expected to take longer in all; `None` solves every size.
         known: the spectrum of all samples, where it is at hand.
@@ -37,7 +37,8 @@ def grow(
     Raises:
         ConfigError: a size is under 2 or over the number of samples.
     """
-    n = len(grams.selection)
+    numbers, of = np.unique(grams.selection.inputs, return_inverse=True)
+    n = len(numbers)
     if sizes is None:
         halves = [n >> shift for shift in range(12) if n >> shift >= 8]
         sizes = halves or [n]
@@ -49,16 +50,15 @@ def grow(
     missing = [size for size in sizes if size not in spectra]
     order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
     if missing:
-        first = np.sort(order[: missing[-1]])
+        first = np.flatnonzero(np.isin(of, order[: missing[-1]]))  # all samples of an input, or none
         within = grams.subset(first).held()
-        place = {sample: number for number, sample in enumerate(first.tolist())}
         last, took = 0, 0.0
         for size in steps(missing, "growth curves", show=grams.progress, n_samples=missing[-1]):
             expected = took * _DOUBLED ** np.log2(size / last) if last else 0.0
             begun = time.monotonic()
             if seconds is not None and begun - start + expected > seconds:
                 break
-            chosen = np.sort([place[sample] for sample in order[:size].tolist()])
+            chosen = np.flatnonzero(np.isin(of[first], order[:size]))
             spectra[size] = within.subset(chosen).spectrum(whole=True)
             last, took = size, time.monotonic() - begun
     solved = tuple(sorted(spectra))

@@ -157,5 +157,5 @@ def load_what_it_was_made_with(run: Any, arguments: argparse.Namespace, usage: s
         else pick_device(config.device)
     )
     model, returned = _loaded(options, config, device)
-    n_samples = run.manifest.data.get("n_sequences", run.n_samples)
+    n_samples = run.manifest.data.get("n_sequences", run.manifest.data.get("n_inputs", run.n_samples))
     return model, samples_of(options, model if options.model_brings_tokenizer else None, returned, n_samples)

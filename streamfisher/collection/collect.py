@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from streamfisher.collection.behaviour import check_behaviour
+from streamfisher.collection.classes import stored_classes
 from streamfisher.collection.prepare import beside_weights, make_manifest, prepare_either, probe
 from streamfisher.collection.producers import check_streamable, fixed_choice, make_producer
 from streamfisher.collection.resume import create_or_resume, grown_to, stored_routes
@@ -69,8 +70,10 @@ def collect_gradients(
         without_packing(model),  # from the first pass on
         chunks_at_a_time(len(os.sched_getaffinity(0)) // local_ranks()),
     ):
-        known = RunStore(path).manifest.layout.get("kept_apart") if (path / "manifest.json").is_file() else None
-        data = survey(model, samples, config, loss, n_samples, known)
+        begun = RunStore(path) if (path / "manifest.json").is_file() else None
+        known = (None, None) if begun is None else (begun.manifest.layout.get("kept_apart"), stored_classes(begun))
+        data = survey(model, samples, config, loss, n_samples, *known)
+        config, stated = data.settled(config), data.settled(stated)
         reshard(model)
         sharded = is_sharded(model)
         prepared = None

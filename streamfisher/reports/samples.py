@@ -72,11 +72,14 @@ def _duplicates(found: SampleAnalysis, count: int) -> list[str]:
 
 
 def about(one: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the last cell of a row: the snippet of a sample, or else its loss."""
+    """Return the last cells of a row: input and class of one of several samples of an input, and snippet or loss."""
+    of_class: tuple[str, ...] = ()
+    if "input" in one and "class" in one:
+        of_class = (f"input {one['input']:.0f}, class {one['class']:.0f}",)
     if "text" in one:
         text = printable(one["text"])
-        return (text if len(text) <= _TEXT else text[: _TEXT - 3] + "...",)
-    return (f"loss {one['loss']:.4g}",) if "loss" in one else ()
+        return (*of_class, text if len(text) <= _TEXT else text[: _TEXT - 3] + "...")
+    return (*of_class, f"loss {one['loss']:.4g}") if "loss" in one else of_class
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -72,6 +72,7 @@ BAD = {
     "sample_unit": ["word", None],
     "tokens_per_sequence": [0, 2.5, "all", 3],
     "labels": ["true"],
+    "classes_per_sample": [0, 2.5, "all", 3],
     "loss": ["mse"],
     "include": [3, None, [1], {"a": 1}],
     "exclude": [3, (None,)],
