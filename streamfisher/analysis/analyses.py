@@ -87,9 +87,10 @@ class Analyses:
         assignment = check_grouping(keys, assign_blocks(self.parameters, structure), per=self.config.gram_per)
         unfinished = PartialGrams(self.store, config) if partial and not self.store.markers.is_collected else None
         valid = self.store.samples.per_sample("valid") == 1
+        counted = valid & ~self.is_query
         selection = select(
             self.n_samples,
-            valid if unfinished is None else valid & unfinished.mask,
+            counted if unfinished is None else counted & unfinished.mask,
             samples,
             weights,
             normalization=normalization,
@@ -103,6 +104,8 @@ class Analyses:
             metadata["samples_collected"] = unfinished.rows.n_samples
         if samples is not None:
             metadata["samples"] = f"{len(selection)} selected of {self.n_samples}"
+        if self.is_query.any():
+            metadata["n_queries"] = int((valid & self.is_query).sum())
         metadata["block_structure"] = structure if isinstance(structure, str) else dict(structure)
         return BlockGrams(
             gram_of=lambda name: stored_gram(source, name, center),
@@ -122,6 +125,14 @@ class Analyses:
             moment_of=self._moments(source, config, int(valid.sum())),
             progress=progress,
         )
+
+    @property
+    def is_query(self) -> np.ndarray:
+        """Return which samples were added as queries and count in no spectrum: (N,) bool."""
+        found = np.zeros(self.n_samples, dtype=bool)
+        for start, stop in self.manifest.data.get("queries", []):
+            found[start:stop] = True
+        return found
 
     def _moments(
         self, source: GramStore | PartialGrams | UnstoredGrams, config: SpectralConfig, n_valid: int

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,15 @@ from streamfisher.analysis.sample_analyses import SampleAnalyses, check_dampings
 from streamfisher.blocks.structures import unknown_block
 from streamfisher.errors import ConfigError, DataError, RunError, RunMismatchError
 from streamfisher.influence.damped import MeanProducts, damped_products
-from streamfisher.reduction.joined_rows import build_cross_grams
+from streamfisher.reduction.joined_rows import CrossGram, build_cross_grams
 from streamfisher.results.influence import BlockInfluence, Influence
 from streamfisher.runtime.determinism import one_thread
 from streamfisher.solving.selection import SampleChoice, select
 from streamfisher.solving.solve import add
 from streamfisher.store import RunStore
+
+#: Gives the products of a run's rows with those of another, for groups of parameters: where they were not kept.
+Crossing = Callable[[RunStore, Mapping[str, Sequence[str]]], Mapping[str, CrossGram]]
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class InfluenceAnalyses(SampleAnalyses):
         pseudo_inverse: bool = False,
         query_samples: SampleChoice = None,
         texts: Sequence[str] | None = None,
+        crossing: Crossing | None = None,
         progress: bool = False,
         **options: Any,
     ) -> Influence:
@@ -57,7 +62,8 @@ class InfluenceAnalyses(SampleAnalyses):
 
         Args:
             queries: another run of the same model, or its folder, whose rows are multiplied with those of this one;
-                or samples of this run (a slice, numbers, a mask), which then do not count as training samples.
+                or samples of this run (a slice, numbers, a mask), which then do not count as training samples; `None`
+                means those that were added as queries.
             dampings: lambda, one or more, in the units of the eigenvalues.
             block: take this block only; 'global' is the whole model.
             center: by the covariance instead of the Fisher; gradients themselves are not centered.
@@ -66,6 +72,7 @@ class InfluenceAnalyses(SampleAnalyses):
             pseudo_inverse: let a damping of 0 leave out what lies below the noise floor.
             query_samples: which samples of another run are queries; `None` means all.
             texts: (N,) what each sample of this run says, to be shown beside its number.
+            crossing: gives the products of two runs' rows where they were not kept; `None` reads those that were.
             progress: show bars.
             options: of `block_grams`: samples, weights, normalization, config.
 
@@ -87,15 +94,18 @@ class InfluenceAnalyses(SampleAnalyses):
         keys = list(grams.blocks) if block is None else [block]
         if block is not None and block not in grams.blocks:
             raise unknown_block(block, grams.blocks)
-        numbers, of_queries, grams = self._queried(grams, keys, queries, query_samples)
+        numbers, of_queries, grams = self._queried(grams, keys, queries, query_samples, kept=crossing is None)
         said = texts_of(texts, self.n_samples, grams.selection.samples)
         n, n_queries = len(grams.selection), len(numbers)
         results = 8 * n_queries * n * (len(asked) + 1) * (len(keys) + 1)
         work = 8 * (grams.n_stored**2 + 4 * n**2 + 3 * n_queries * n)
         require_memory(results + work, f"the influence of {n} samples on {n_queries} queries", grams.config)
         parts = {}
+        crossed: Mapping[str, CrossGram] = {}
+        if crossing is not None and of_queries is not self.store:
+            crossed = crossing(of_queries, {key: parameters_of(self.store, grams, key) for key in keys})
         for key in keys:
-            products = self._products(grams, key, numbers, of_queries, progress=progress)
+            products = self._products(grams, key, numbers, of_queries, crossed, progress=progress)
             with one_thread(grams.config.use_deterministic):
                 parts[key] = _block_influence(grams, key, products, asked, relative, pseudo_inverse)
         return Influence(
@@ -125,6 +135,8 @@ class InfluenceAnalyses(SampleAnalyses):
         keys: Sequence[str],
         queries: Analyses | str | Path | SampleChoice,
         query_samples: SampleChoice,
+        *,
+        kept: bool = True,
     ) -> tuple[np.ndarray, RunStore, BlockGrams]:
         """Return the numbers of the queries, the run that they are in, and the Grams of the training samples."""
         if isinstance(queries, Analyses | str | Path):
@@ -132,10 +144,12 @@ class InfluenceAnalyses(SampleAnalyses):
             self._require_same_model(of_queries)
             valid = of_queries.samples.per_sample("valid") == 1
             numbers = select(of_queries.n_samples, valid, query_samples, least=1).samples
-            self._require_rows(of_queries, grams, keys)
+            if kept:
+                self._require_rows(of_queries, grams, keys)
             return numbers, of_queries, grams
         if query_samples is not None:
             raise ConfigError("query_samples chooses among the samples of another run; `queries` has said which.")
+        queries = self.is_query if queries is None and self.is_query.any() else queries
         numbers, grams = _queries_within(grams, self.store.samples.per_sample("valid") == 1, queries)
         return numbers, self.store, grams
 
@@ -181,22 +195,30 @@ class InfluenceAnalyses(SampleAnalyses):
                     if store.kept.is_deleted(name):
                         raise RunError(
                             f"{store.path} keeps no gradients of {name}, and the products of two runs are made of "
-                            "both runs' gradients. Collect it with --keep-gradients all; or collect training samples "
-                            "and queries in one run, which needs no gradients, and name the queries by their numbers "
-                            "(--queries 4000:5000)."
+                            "both runs' gradients. Collect it with --keep-gradients all; form its gradients again in "
+                            "one more pass, by MODEL and DATA after RUN.zarr (model=, data=; for those of the queries "
+                            "--query-data, query_data=); or collect training samples and queries in one run, and "
+                            "name the queries by their numbers (--queries 4000:5000)."
                         )
 
     def _products(
-        self, grams: BlockGrams, key: str, numbers: np.ndarray, of_queries: RunStore, *, progress: bool
+        self,
+        grams: BlockGrams,
+        key: str,
+        numbers: np.ndarray,
+        of_queries: RunStore,
+        crossed: Mapping[str, CrossGram] = MappingProxyType({}),
+        *,
+        progress: bool,
     ) -> _Products:
         """Return the products of the queries with all samples of the run in a block."""
         if of_queries is self.store:
             K = add(grams.gram_of(name) for name in grams.blocks[key])
             return _Products(K[numbers], K.diagonal()[numbers].copy())
-        members = parameters_of(self.store, grams, key)
-        found = build_cross_grams(self.store.rows, of_queries.rows, grams.config, {key: members}, progress=progress)[
-            key
-        ]
+        found = crossed.get(key)
+        if found is None:
+            members = {key: parameters_of(self.store, grams, key)}
+            found = build_cross_grams(self.store.rows, of_queries.rows, grams.config, members, progress=progress)[key]
         return _Products(found.cross[numbers], found.own.diagonal()[numbers].copy())
 
 
@@ -207,7 +229,10 @@ def _queries_within(grams: BlockGrams, valid: np.ndarray, queries: SampleChoice)
         DataError: no valid sample is chosen, or fewer than 2 are left.
     """
     if queries is None:
-        raise DataError("queries=None names no queries; give another run, or samples of this one.")
+        raise DataError(
+            "queries=None takes the samples that were added as queries, and there are none; give another run, or "
+            "samples of this one, or add some: run.add(model, samples, role='query')."
+        )
     numbers = select(len(valid), valid, queries, least=1).samples
     rest = np.flatnonzero(~np.isin(grams.selection.samples, numbers))
     if len(rest) < 2:

@@ -40,7 +40,7 @@ from streamfisher.runtime.ranks import Ranks, start_ranks
 from streamfisher.runtime.run_log import RunLog, event
 from streamfisher.runtime.signals import finishing_first
 from streamfisher.runtime.threads import chunks_at_a_time
-from streamfisher.store import RankLock, RunStore
+from streamfisher.store import RankLock, Role, RunStore, with_new_samples_as
 
 
 @modes_of_its_own()
@@ -55,6 +55,7 @@ def collect_gradients(
     description: str | Mapping[str, Any] | None = None,
     progress: bool = False,
     weights: Resident | None = None,
+    role: Role = "train",
 ) -> None:
     """Collect a run into the folder `path`: what `streamfisher.collect` does, and says what it takes and raises."""
     stated = SpectralConfig.of(config)
@@ -85,6 +86,7 @@ def collect_gradients(
         chosen = make_producer(streamed, model, data, config, weights=weights, ranks=ranks)
         with chosen as producer, contextlib.ExitStack() as locks:
             manifest = make_manifest(model, producer, data, stated, description)
+            manifest = with_new_samples_as(role, manifest, None if begun is None else begun.manifest)
             ranks.agree(manifest.facts() | {"folder": str(path.absolute())})
             if ranks.is_main:
                 create_or_resume(

@@ -7,7 +7,7 @@ from streamfisher.store.growth import grow_run, resume_differences, units_left
 from streamfisher.store.kept import KeptGradients
 from streamfisher.store.layout import PANEL, chunk_columns
 from streamfisher.store.lock import RankLock, RunLock
-from streamfisher.store.manifest import Manifest, differences
+from streamfisher.store.manifest import Manifest, Role, differences, with_new_samples_as
 from streamfisher.store.markers import Markers, stage_of
 from streamfisher.store.names import node_name
 from streamfisher.store.rows import RowStore
@@ -32,6 +32,8 @@ __all__ = [
     "PANEL",
     # What it was made from
     "Manifest",
+    "Role",
+    "with_new_samples_as",
     "differences",
     "model_fingerprint",
     "model_manifest",
