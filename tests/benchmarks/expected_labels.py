@@ -18,10 +18,9 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 import streamfisher as sf
-from streamfisher.collection import model_producer
-from streamfisher.collection.survey import survey
+from streamfisher.collection import model_producer, survey
 from streamfisher.gradients import Asked, Wave, shared_forward
-from streamfisher.planning.representation import choose_representation
+from streamfisher.planning import representation
 
 CLASSES = 10
 
@@ -61,7 +60,7 @@ def measured(model: nn.Module, key: str, n: int, size: int, chunk_size: int, rep
     with model_producer(model, found, config) as producer:
         producer.probe()
         shapes, _ = producer.shapes()
-        chosen = choose_representation(shapes, "auto", row_itemsize=4)
+        chosen = representation.choose_representation(shapes, "auto", row_itemsize=4)
         factored = [name for name, held in chosen.items() if held == "factors"]
         batches = found.batches(model, config)
         buffers = producer.allocate(config.chunk_size, [name for name in producer.parameters if name not in factored])

@@ -7,11 +7,9 @@ from torch import nn
 from torch.func import functional_call, jacrev
 
 import streamfisher as sf
-from streamfisher.collection import model_producer
-from streamfisher.collection.survey import survey
+from streamfisher.collection import model_producer, survey
 from streamfisher.errors import ConfigError
-from streamfisher.gradients import Asked, Wave, shared_forward
-from streamfisher.gradients.factors import product
+from streamfisher.gradients import Asked, Wave, factors, shared_forward
 
 N, C = 9, 4
 
@@ -226,7 +224,7 @@ def gradients(model, data, settings, factored=()):
             asked = producer.allocate(len(batch), [name for name in producer.parameters if name not in factored])
             taken = producer.gradients(batch, Asked(asked, factored))
             shapes = {name: producer.parameters[name].shape for name in factored}
-            formed = {name: product(pairs, shapes[name], torch.float64) for name, pairs in taken.factors.items()}
+            formed = {n: factors.product(pairs, shapes[n], torch.float64) for n, pairs in taken.factors.items()}
             together = {**asked, **formed}
             rows.append(torch.cat([together[name] for name in producer.parameters], dim=1))
         hook.remove()

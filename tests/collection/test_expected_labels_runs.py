@@ -10,7 +10,7 @@ from rank_processes import bytes_of, command, finished
 from torch import nn
 
 import streamfisher as sf
-from streamfisher.analysis.bootstrap import bootstrap
+from streamfisher.analysis import bootstrap
 from streamfisher.errors import CapacityError, ConfigError, LossError, RunMismatchError
 
 N, C = 11, 4
@@ -139,7 +139,7 @@ def test_intervals_and_growth_take_all_classes_of_an_input_or_none(tmp_path):
     grams = run.block_grams("none")
     traces = np.add.reduceat(grams.gram("global").diagonal(), np.arange(0, N * C, C)) / C
     jackknife = np.std(np.log((traces.sum() - traces) / (N - 1)), ddof=0) * np.sqrt(N - 1)
-    drawn = bootstrap(grams, run.spectrum("none"), 4000, metrics=["trace"]).blocks["global"]
+    drawn = bootstrap.bootstrap(grams, run.spectrum("none"), 4000, metrics=["trace"]).blocks["global"]
     assert np.log(drawn.values["trace"]).std(ddof=1) * drawn.inflation == pytest.approx(jackknife, rel=0.05)
 
 
