@@ -31,6 +31,7 @@ from streamfisher.store import Manifest, RunStore
 from streamfisher.store.eigenvectors import Eigenvectors
 from streamfisher.store.grams import GramStore
 from streamfisher.store.moments import Moment
+from streamfisher.store.texts import read_texts
 
 
 class Analyses:
@@ -125,6 +126,15 @@ class Analyses:
             moment_of=self._moments(source, config, int(valid.sum())),
             progress=progress,
         )
+
+    @property
+    def texts(self) -> tuple[str, ...] | None:
+        """Return what each sample says, in as many characters as were asked for (N,); `None`: nobody asked.
+
+        Raises:
+            CorruptRunError: they are not what was written.
+        """
+        return read_texts(self.store.path, self.n_samples, self.config.store_text)
 
     @property
     def is_query(self) -> np.ndarray:

@@ -23,6 +23,7 @@ from streamfisher.runtime.determinism import one_thread
 from streamfisher.solving.selection import SampleChoice, select
 from streamfisher.solving.solve import add
 from streamfisher.store import RunStore
+from streamfisher.store.texts import read_texts
 
 #: Gives the products of a run's rows with those of another, for groups of parameters: where they were not kept.
 Crossing = Callable[[RunStore, Mapping[str, Sequence[str]]], Mapping[str, CrossGram]]
@@ -71,7 +72,7 @@ class InfluenceAnalyses(SampleAnalyses):
             relative: dampings are multiples of each block's mean eigenvalue, its trace over min(N, P).
             pseudo_inverse: let a damping of 0 leave out what lies below the noise floor.
             query_samples: which samples of another run are queries; `None` means all.
-            texts: (N,) what each sample of this run says, to be shown beside its number.
+            texts: (N,) what each sample of this run says, to be shown beside its number; `None` means what is stored.
             crossing: gives the products of two runs' rows where they were not kept; `None` reads those that were.
             progress: show bars.
             options: of `block_grams`: samples, weights, normalization, config.
@@ -95,7 +96,7 @@ class InfluenceAnalyses(SampleAnalyses):
         if block is not None and block not in grams.blocks:
             raise unknown_block(block, grams.blocks)
         numbers, of_queries, grams = self._queried(grams, keys, queries, query_samples, kept=crossing is None)
-        said = texts_of(texts, self.n_samples, grams.selection.samples)
+        said = texts_of(self.texts if texts is None else texts, self.n_samples, grams.selection.samples)
         n, n_queries = len(grams.selection), len(numbers)
         results = 8 * n_queries * n * (len(asked) + 1) * (len(keys) + 1)
         work = 8 * (grams.n_stored**2 + 4 * n**2 + 3 * n_queries * n)
@@ -117,6 +118,7 @@ class InfluenceAnalyses(SampleAnalyses):
             fields=_fields(self.store, grams.selection.samples),
             query_fields=_fields(of_queries, numbers),
             texts=said,
+            query_texts=self._query_texts(of_queries, numbers, texts),
             centered=grams.center,
             metadata={**grams.metadata, "queries": str(of_queries.path), "query_loss": dict(of_queries.manifest.loss)},
         )
@@ -152,6 +154,16 @@ class InfluenceAnalyses(SampleAnalyses):
         queries = self.is_query if queries is None and self.is_query.any() else queries
         numbers, grams = _queries_within(grams, self.store.samples.per_sample("valid") == 1, queries)
         return numbers, self.store, grams
+
+    def _query_texts(
+        self, of_queries: RunStore, numbers: np.ndarray, texts: Sequence[str] | None
+    ) -> tuple[str, ...] | None:
+        """Return what the queries say: as it was given with this run's samples, where they are some, or stored."""
+        n = of_queries.n_samples
+        if texts is not None and of_queries is self.store:
+            return texts_of(texts, n, numbers)
+        stored = read_texts(of_queries.path, n, of_queries.manifest.config.get("store_text"))
+        return texts_of(stored, n, numbers)
 
     def _require_same_model(self, of_queries: RunStore) -> None:
         """Refuse queries whose gradients are of something else.

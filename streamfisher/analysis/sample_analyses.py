@@ -52,7 +52,7 @@ class SampleAnalyses(Analyses):
                 eigenvalue times 1, 0.1, 0.01, ..., as long as that is above the noise floor.
             threshold: of the cosine of near-duplicates, above 0 and at most 1.
             most_pairs: list no more than so many pairs of them.
-            texts: (N,) what each sample of the run says, to be shown beside its number.
+            texts: (N,) what each sample of the run says, to be shown beside its number; `None` means what is stored.
             options: of `block_grams`: samples, weights, normalization, partial, config.
 
         Raises:
@@ -65,7 +65,7 @@ class SampleAnalyses(Analyses):
         _check_samples_options(top, dampings, threshold, most_pairs)
         self.require_exact("what single samples do", options.get("config"))
         grams = self.block_grams(structure_of(block, block_structure), center, **options)
-        said = texts_of(texts, self.n_samples, grams.selection.samples)
+        said = texts_of(self.texts if texts is None else texts, self.n_samples, grams.selection.samples)
         space = grams.sample_space(block)
         with one_thread(grams.config.use_deterministic):
             return self._samples_of(grams, space, top, dampings, threshold, most_pairs, said)

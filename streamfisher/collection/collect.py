@@ -41,6 +41,7 @@ from streamfisher.runtime.run_log import RunLog, event
 from streamfisher.runtime.signals import finishing_first
 from streamfisher.runtime.threads import chunks_at_a_time
 from streamfisher.store import RankLock, Role, RunStore, with_new_samples_as
+from streamfisher.store.texts import write_texts
 
 
 @modes_of_its_own()
@@ -108,6 +109,8 @@ def collect_gradients(
             if ranks.is_main:
                 store.sweep()
                 store.samples.write_fields(data.fields)
+                if data.texts is not None:
+                    write_texts(path, data.texts)
             batches = data.batches(model, config, store.batch_tokens, store.units)
             left = beside_weights(producer, config)
             collection = Collection(store, producer, batches, left, ranks, sharded, progress)

@@ -16,6 +16,7 @@ from streamfisher.collection.padding import lengths_of, numbered, padding_change
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import Unit, collate, make_units, sequence_length
 from streamfisher.data.samples import Samples, TokenSamples, add_contents, check_unchanged, sample_digest
+from streamfisher.data.snippets import snippets
 from streamfisher.data.tokenizing import Tokenizer, numbers_of, tokenizer_of
 from streamfisher.errors import ConfigError, DataError, LossError, ModelError, StreamfisherError
 from streamfisher.gradients import GradientEngine, select_parameters
@@ -45,6 +46,7 @@ class RunData:
     kept_apart: bool | None = None  # whether only such share one, see `padding`; None: all need no padding
     tokenizer: Tokenizer | None = None  # by which text became token ids, where that is known
     classes: ClassChoice | None = None  # of labels='expected': each sample is one class of an input
+    texts: list[str] | None = None  # what each sample says, where that is to be stored
 
     @property
     def apart(self) -> list[int] | None:
@@ -127,7 +129,7 @@ def survey(
         ConfigError: token samples are asked for where the loss has no tokens.
         CapacityError: labels='expected' makes more samples than a Gram in memory has room for.
     """
-    samples = Samples(source, n_samples, config.max_length)
+    samples = given = Samples(source, n_samples, config.max_length)
     if len(samples) < 2 and config.sample_unit != "token" and config.labels != "expected":
         raise DataError(f"{len(samples)} sample was given; a spectrum needs at least 2.")
     tokenizer, numbers = tokenizer_of(samples.source), numbers_of(samples.source)
@@ -168,12 +170,16 @@ def survey(
         samples, sequence_of = Samples(tokens), np.array([sequence for sequence, _ in tokens.targets])
         if len(samples) < 2:
             raise DataError("the data holds 1 target token; a spectrum needs at least 2.")
+    texts = None
+    if config.store_text is not None:
+        texts = snippets(given, samples, sequence_of.tolist(), config.store_text, tokenizer)
     classes = None
     if config.labels == "expected":
         samples, chosen, sequence_of, classes = every_class_of(
             model, samples, chosen, config, sequence_of, known_classes
         )
         config = config.replace(chunk_size=classes.whole_inputs(config))
+        texts = None if texts is None else [texts[number] for number in classes.inputs]
     units = make_units(len(samples), config.chunk_size)
     lengths, scalars, digests, axes, masks = [], [], [], [], Masks()
     for index in range(len(samples)):
@@ -210,6 +216,7 @@ def survey(
         kept_apart,
         tokenizer,
         classes,
+        texts,
     )
 
 

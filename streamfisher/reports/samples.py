@@ -77,9 +77,14 @@ def about(one: Mapping[str, Any]) -> tuple[str, ...]:
     if "input" in one and "class" in one:
         of_class = (f"input {one['input']:.0f}, class {one['class']:.0f}",)
     if "text" in one:
-        text = printable(one["text"])
-        return (*of_class, text if len(text) <= _TEXT else text[: _TEXT - 3] + "...")
+        return (*of_class, shortened(one["text"]))
     return (*of_class, f"loss {one['loss']:.4g}") if "loss" in one else of_class
+
+
+def shortened(text: str) -> str:
+    """Return what a sample says as it fits into a table."""
+    text = printable(text)
+    return text if len(text) <= _TEXT else text[: _TEXT - 3] + "..."
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -24,6 +24,7 @@ from streamfisher.verification.checks import (
     MeanCheck,
     MetadataCheck,
     ResultCheck,
+    TextCheck,
     UnitCheck,
     forget_units,
 )
@@ -78,6 +79,7 @@ def verify(
         EigenvectorCheck(run),
         ResultCheck(run),
         ConfigCheck(run),
+        TextCheck(run),
     ]
     for check in checks:
         problems += check.find()

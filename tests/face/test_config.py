@@ -100,6 +100,7 @@ BAD = {
     "store_centered": ["yes", 0],
     "representation": ["rows", None],
     "project": [0, -4, 2.5, "many", True],
+    "store_text": [0, -1, 2.5, True],
     "keep_gradients": [3, [1], {"a": 1}],
     "gram_per": ["block", None],
     "stream": ["all", None, True],
