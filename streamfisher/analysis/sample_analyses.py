@@ -65,6 +65,25 @@ class SampleAnalyses(Analyses):
         _check_samples_options(top, dampings, threshold, most_pairs)
         self.require_exact("what single samples do", options.get("config"))
         grams = self.block_grams(structure_of(block, block_structure), center, **options)
+        return self.samples_of(grams, block, top, dampings, threshold, most_pairs, texts)
+
+    def samples_of(
+        self,
+        grams: BlockGrams,
+        block: str,
+        top: int = 20,
+        dampings: Sequence[float] | None = None,
+        threshold: float = 0.99,
+        most_pairs: int = 1000,
+        texts: Sequence[str] | None = None,
+    ) -> SampleAnalysis:
+        """Return what `samples` does of Grams that are at hand, whose choice of samples, weights and centering counts.
+
+        Raises:
+            ConfigError: there is no such block.
+            DataError: there is not one text for each sample of the run.
+            CapacityError: the Gram and its eigenvectors do not fit the memory budget.
+        """
         said = texts_of(self.texts if texts is None else texts, self.n_samples, grams.selection.samples)
         space = grams.sample_space(block)
         with one_thread(grams.config.use_deterministic):

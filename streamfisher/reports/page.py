@@ -17,6 +17,7 @@ from streamfisher.analysis.growth import grow
 from streamfisher.analysis.run import StoredRun
 from streamfisher.reports import figures
 from streamfisher.reports.layer_maps import layer_maps
+from streamfisher.reports.sample_map import sample_map
 from streamfisher.reports.verdict import Finding, verdict
 from streamfisher.results.analyses import Growth
 from streamfisher.results.notebook import fact_table, metrics_table, run_facts, structure_name, templates
@@ -109,6 +110,7 @@ def sections(
     if 1 < len(grams.blocks) <= _MOST_ALIGNED:
         found.append(Section("Block alignment", _alignment(grams)))
     found += [Section(f"{_name(spectrum)}: metrics", _table(spectrum)) for spectrum in spectra]
+    found.append(Section("Samples", _rendered("samples.html", **sample_map(run, grams))))
     return [*found, Section("Facts", _facts(run, spectra[0]))]
 
 
