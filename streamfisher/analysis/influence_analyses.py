@@ -14,6 +14,7 @@ import numpy as np
 from streamfisher.analysis.analyses import Analyses
 from streamfisher.analysis.block_grams import BlockGrams, require_memory
 from streamfisher.analysis.sample_analyses import SampleAnalyses, check_dampings, structure_of, texts_of
+from streamfisher.analysis.tiled_samples import raw_operator, raw_rows
 from streamfisher.blocks.structures import unknown_block
 from streamfisher.errors import ConfigError, DataError, RunError, RunMismatchError
 from streamfisher.influence.damped import MeanProducts, damped_products
@@ -25,6 +26,8 @@ from streamfisher.solving.solve import add
 from streamfisher.store import RunStore
 from streamfisher.store.texts import read_texts
 
+#: N x N matrices that a damped inverse takes, beside a stored Gram; where they do not fit, tiles are multiplied.
+_MATRICES = 4
 #: Gives the products of a run's rows with those of another, for groups of parameters: where they were not kept.
 Crossing = Callable[[RunStore, Mapping[str, Sequence[str]]], Mapping[str, CrossGram]]
 
@@ -99,7 +102,9 @@ class InfluenceAnalyses(SampleAnalyses):
         said = texts_of(self.texts if texts is None else texts, self.n_samples, grams.selection.samples)
         n, n_queries = len(grams.selection), len(numbers)
         results = 8 * n_queries * n * (len(asked) + 1) * (len(keys) + 1)
-        work = 8 * (grams.n_stored**2 + 4 * n**2 + 3 * n_queries * n)
+        work = 8 * 6 * n_queries * n
+        if grams.fits(_MATRICES):
+            work = 8 * (grams.n_stored**2 + _MATRICES * n**2 + 3 * n_queries * n)
         require_memory(results + work, f"the influence of {n} samples on {n_queries} queries", grams.config)
         parts = {}
         crossed: Mapping[str, CrossGram] = {}
@@ -224,6 +229,9 @@ class InfluenceAnalyses(SampleAnalyses):
         progress: bool,
     ) -> _Products:
         """Return the products of the queries with all samples of the run in a block."""
+        if of_queries is self.store and not grams.fits(_MATRICES):
+            cross = raw_rows(grams, key, numbers)
+            return _Products(cross, cross[np.arange(len(numbers)), numbers].copy())
         if of_queries is self.store:
             K = add(grams.gram_of(name) for name in grams.blocks[key])
             return _Products(K[numbers], K.diagonal()[numbers].copy())
@@ -264,15 +272,24 @@ def _fields(store: RunStore, numbers: np.ndarray) -> dict[str, np.ndarray]:
 def _block_influence(
     grams: BlockGrams, key: str, products: _Products, asked: np.ndarray, relative: bool, pseudo_inverse: bool
 ) -> BlockInfluence:
-    """Return the scores of one block."""
+    """Return the scores of one block: from its matrix in memory, or from products with tiles of it."""
     selection, n = grams.selection, len(grams.selection)
-    matrix = grams.matrix(key, needs=4)
-    spectrum = grams.largest(matrix)
+    whole = grams.matrix(key, needs=_MATRICES) if grams.fits(_MATRICES) else None
+    if whole is None:
+        spectrum, _, tiled = grams.leading_space(key, 1)
+    else:
+        spectrum = grams.largest(whole)
     dampings = asked
     if relative:
         dampings = asked * spectrum.trace / max(min(n, spectrum.n_params), 1)
     if not dampings.all():
-        _require_regular(grams, key, matrix.K, spectrum.noise_floor, pseudo_inverse)
+        if whole is None:
+            raise ConfigError(
+                f"damping=0 takes all eigenvectors of {n} samples, which do not fit the memory budget. Give a damping, "
+                "raise --memory-budget, or take fewer samples (--samples)."
+            )
+        _require_regular(grams, key, whole.K, spectrum.noise_floor, pseudo_inverse)
+    raw = raw_operator(grams, key) if whole is None else None
     weights = np.ones(n) if selection.weights is None else selection.weights
     scale = np.sqrt(weights * selection.factor)
     inner = products.cross[:, selection.samples]
@@ -281,12 +298,12 @@ def _block_influence(
         p = weights / weights.sum()
         of_queries = inner @ p
         right = inner - of_queries[:, None]
-        means = matrix.raw @ p
+        means = whole.raw @ p if whole is not None else raw.matvec(p[:, None])[:, 0] if raw is not None else p
         mean = MeanProducts(scale * (means - p @ means), of_queries)
-    damped = damped_products(matrix.K, (right * scale).T, scale, dampings, floor=spectrum.noise_floor, mean=mean)
-    return BlockInfluence(
-        inner, damped, dampings, products.squared_norms, matrix.raw.diagonal().copy(), spectrum.noise_floor
-    )
+    K = whole.K if whole is not None else tiled
+    damped = damped_products(K, (right * scale).T, scale, dampings, floor=spectrum.noise_floor, mean=mean)
+    squared = whole.raw.diagonal().copy() if whole is not None else raw.diagonal() if raw is not None else p
+    return BlockInfluence(inner, damped, dampings, products.squared_norms, squared, spectrum.noise_floor)
 
 
 def _require_regular(grams: BlockGrams, key: str, K: np.ndarray, floor: float, pseudo_inverse: bool) -> None:

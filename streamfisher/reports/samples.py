@@ -53,6 +53,11 @@ def samples_text(found: SampleAnalysis, carriers: int = 3, count: int = 10) -> s
         whole = found.without.whole[metric] if found.without is not None else 0.0
         lines += ["", f"Moved most by leaving out one sample: {metric.replace('_', ' ')}, {whole:.4g}"]
         lines += aligned(moved)
+    if found.metadata.get("by_tiles"):
+        said = (
+            "The Gram does not fit the memory budget and was read by tiles: leverage scores and metrics without single "
+        )
+        lines += ["", said + "samples, which take all eigenvectors, are left out."]
     lines += ["", *_duplicates(found, count)]
     return "\n".join(line if line.startswith("\n") else printable(line) for line in lines)
 
