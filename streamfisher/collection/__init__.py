@@ -5,7 +5,7 @@ from streamfisher.collection.guard import Guard, OwnGuard, SharedGuard, guarded_
 from streamfisher.collection.passes import run_pass
 from streamfisher.collection.prepare import make_manifest
 from streamfisher.collection.producers import make_producer, model_producer, runs_in_waves
-from streamfisher.collection.survey import RunData, survey
+from streamfisher.collection.survey import RunData
 from streamfisher.collection.waves import Collection
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "Collection",
     # What it starts from
     "RunData",
-    "survey",
     "make_producer",
     "model_producer",
     "runs_in_waves",

@@ -54,7 +54,7 @@ def measured(model: nn.Module, key: str, n: int, size: int, chunk_size: int, rep
     """Return the best ratios to C plain passes, with one forward pass for all classes and without."""
     data = {key: torch.randn(n, 3, size, size), "labels": torch.arange(n) % CLASSES}
     config = sf.SpectralConfig(labels="expected", chunk_size=chunk_size)
-    found = survey(model, data, config)
+    found = survey.survey(model, data, config)
     config = found.settled(config)
     least = shared_forward.LEAST_INPUTS
     with model_producer(model, found, config) as producer:

@@ -213,7 +213,7 @@ def test_a_classifier_in_training_has_an_outlier_for_each_class_but_one(tmp_path
 def gradients(model, data, settings, factored=()):
     """Return the gradients of every sample, and how many samples the forward passes saw."""
     seen = []
-    found = survey(model, data, settings)
+    found = survey.survey(model, data, settings)
     with model_producer(model, found, settings) as producer:
         producer.probe()
         batches = found.batches(model, settings)

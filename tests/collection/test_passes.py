@@ -6,7 +6,8 @@ import torch
 from tiny_models import TinyCausal, sequences
 
 from streamfisher import SpectralConfig
-from streamfisher.collection import make_producer, model_producer, run_pass, survey
+from streamfisher.collection import make_producer, model_producer, run_pass
+from streamfisher.collection.survey import survey
 from streamfisher.data import make_units
 from streamfisher.errors import DataError, LossError, NonFiniteError
 from streamfisher.gradients import Asked, BatchGradients, Wave
