@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from streamfisher.analysis.run import StoredRun
 from streamfisher.collection.collect import collect_gradients
+from streamfisher.collection.cross_pass import CrossPass
 from streamfisher.collection.eigenvector_pass import eigenvectors_by_pass
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConfigError
 from streamfisher.models.weights import Resident
+from streamfisher.results.influence import Influence
 from streamfisher.runtime.paths import expanded
 from streamfisher.runtime.remote_path import RemotePath
+from streamfisher.store import Role
 from streamfisher.store.eigenvectors import Eigenvectors
 from streamfisher.store.staged import written
 
@@ -30,6 +33,7 @@ class Run(StoredRun):
         *,
         loss: Callable[..., Any] | None = None,
         n_samples: int | None = None,
+        role: Role = "train",
         progress: bool = False,
     ) -> Run:
         """Compute the gradients of further samples into this run; return it, opened again.
@@ -39,12 +43,53 @@ class Run(StoredRun):
             samples: all samples, those of the run first; what is new is what comes after them.
             loss: the same as when the run was made.
             n_samples: how many to use, from the first; `None` means all.
+            role: 'query': what is new has weight zero in every spectrum, and `influence` holds the others against it.
             progress: show a bar.
 
         Raises:
+            ConfigError: there is no such role.
             RunMismatchError: model or first samples are not those of the run, or its rows are stored centered.
         """
-        return collect(model, samples, self.path, config=self.config, loss=loss, n_samples=n_samples, progress=progress)
+        if role not in get_args(Role):
+            raise ConfigError(f"role={role!r} is unknown; choose train or query.")
+        options: dict[str, Any] = {"loss": loss, "n_samples": n_samples, "progress": progress, "role": role}
+        collect_gradients(model, samples, self.path, config=self.config, **options)
+        return Run(self.path)
+
+    def influence(
+        self,
+        queries: Any,
+        dampings: float | Sequence[float],
+        block: str | None = None,
+        center: bool | None = None,
+        *,
+        model: nn.Module | None = None,
+        data: Any = None,
+        query_data: Any = None,
+        loss: Callable[..., Any] | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> Influence:
+        """Return inner products, cosines and damped influence of queries with the samples of this run: exact.
+
+        Args:
+            queries: another run of the same model, or its folder; samples of this run; `None`: those added as queries.
+            dampings: lambda, one or more.
+            block: take this block only.
+            center: by the covariance instead of the Fisher.
+            model: the one that both runs were made with, where gradients were not kept: they are formed again.
+            data: all samples of this run, with `model`, where its gradients were not kept.
+            query_data: all samples of the queries' run, with `model`, where its gradients were not kept.
+            loss: the same as when the runs were made, with `model`.
+            progress: show bars.
+            options: of `InfluenceAnalyses.influence`, which says what these are and what is raised.
+        """
+        if model is None and (data is not None or query_data is not None):
+            raise ConfigError("influence by a pass takes model= beside data= and query_data=.")
+        if model is not None:
+            budget = SpectralConfig.of(options.get("config") or self.config).memory_budget
+            options["crossing"] = CrossPass(self, model, data, query_data, loss, budget, progress)
+        return super().influence(queries, dampings, block, center, progress=progress, **options)
 
     def eigenvectors(
         self,

@@ -89,3 +89,15 @@ def llama_on_a_device() -> nn.Module:
 
     run_layout.device_room = lambda device, budget: 1 << 30
     return llama().double()
+
+
+def classifier_in_float64() -> nn.Module:
+    """Two linear layers from vectors of 3 to 4 classes."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+
+
+def eleven_labelled_vectors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.randint(0, 4, (11,), generator=generator)
+    return {"input": 2 * torch.randn(11, 3, generator=generator, dtype=torch.float64), "labels": labels}

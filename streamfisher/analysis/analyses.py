@@ -20,8 +20,8 @@ from streamfisher.analysis.solved_spectra import SolvedSpectra
 from streamfisher.analysis.unstored_grams import UnstoredGrams
 from streamfisher.blocks.gram_keys import check_grouping, layers_of
 from streamfisher.blocks.structures import assign_blocks
-from streamfisher.config import SpectralConfig
-from streamfisher.errors import CorruptRunError, RunError
+from streamfisher.config import UNCENTERED, SpectralConfig
+from streamfisher.errors import ConfigError, CorruptRunError, RunError
 from streamfisher.reduction.gram import gram_settings
 from streamfisher.reduction.product_dtypes import float32_grams
 from streamfisher.results.analyses import Alignment, Growth, Scale, SpectralDensity
@@ -33,6 +33,7 @@ from streamfisher.store import Manifest, RunStore
 from streamfisher.store.eigenvectors import Eigenvectors
 from streamfisher.store.grams import GramStore
 from streamfisher.store.moments import Moment
+from streamfisher.store.texts import read_texts
 
 
 class Analyses:
@@ -83,17 +84,21 @@ class Analyses:
         config = self.config if config is None else SpectralConfig.of(config)
         structure = config.block_structure if block_structure is None else block_structure
         center = config.center_gradients if center is None else center
+        if center and "classes_per_input" in self.manifest.data:
+            raise ConfigError(f"{self.store.path} is of labels='expected' and has no covariance: {UNCENTERED}")
         keys = self.store.gram_members
         assignment = check_grouping(keys, assign_blocks(self.parameters, structure), per=self.config.gram_per)
         unfinished = PartialGrams(self.store, config) if partial and not self.store.markers.is_collected else None
         valid = self.store.samples.per_sample("valid") == 1
+        counted = valid & ~self.is_query
         selection = select(
             self.n_samples,
-            valid if unfinished is None else valid & unfinished.mask,
+            counted if unfinished is None else counted & unfinished.mask,
             samples,
             weights,
             normalization=normalization,
             n_targets=self.store.samples.per_sample("n_targets"),
+            parts=self.manifest.data.get("classes_per_input", 1),
         )
         source: GramStore | PartialGrams | UnstoredGrams
         source = unfinished if unfinished is not None else self._grams(config, progress=progress)
@@ -102,6 +107,8 @@ class Analyses:
             metadata["samples_collected"] = unfinished.rows.n_samples
         if samples is not None:
             metadata["samples"] = f"{len(selection)} selected of {self.n_samples}"
+        if self.is_query.any():
+            metadata["n_queries"] = int((valid & self.is_query).sum())
         metadata["block_structure"] = structure if isinstance(structure, str) else dict(structure)
         return BlockGrams(
             gram_of=lambda name: stored_gram(source, name, center),
@@ -122,6 +129,23 @@ class Analyses:
             progress=progress,
             solved=SolvedSpectra(self.store.spectra) if isinstance(source, GramStore) else None,
         )
+
+    @property
+    def texts(self) -> tuple[str, ...] | None:
+        """Return what each sample says, in as many characters as were asked for (N,); `None`: nobody asked.
+
+        Raises:
+            CorruptRunError: they are not what was written.
+        """
+        return read_texts(self.store.path, self.n_samples, self.config.store_text)
+
+    @property
+    def is_query(self) -> np.ndarray:
+        """Return which samples were added as queries and count in no spectrum: (N,) bool."""
+        found = np.zeros(self.n_samples, dtype=bool)
+        for start, stop in self.manifest.data.get("queries", []):
+            found[start:stop] = True
+        return found
 
     def _moments(
         self, source: GramStore | PartialGrams | UnstoredGrams, config: SpectralConfig, n_valid: int

@@ -28,7 +28,7 @@ from streamfisher.solving.blocksolver import empty_block, solved_block
 from streamfisher.solving.centering import uncenter
 from streamfisher.solving.density import spectral_density
 from streamfisher.solving.eigen import Eigenvalues, decompose, solve_leading
-from streamfisher.solving.lanczos import DenseOperator
+from streamfisher.solving.lanczos import DenseOperator, leading
 from streamfisher.solving.selection import Selection
 from streamfisher.solving.solve import BlockSolutions, Eigenproblem, RowPrecision, add, block_solutions
 from streamfisher.solving.tiled_gram import ReadTile, TiledGram
@@ -200,8 +200,32 @@ class BlockGrams:
         n_params = sum(self.parameters[name] for name in self.blocks[key])
         with one_thread(self.config.use_deterministic):
             solved, vectors = decompose(matrix.K, size=matrix.size)
-        spectrum = self._solved(matrix, solved, min(len(matrix.K), n_params))
+        trace, norm = float(np.trace(matrix.K)), frobenius(matrix.K)
+        spectrum = self._solved(key, solved, min(len(matrix.K), n_params), matrix.traces, trace, norm)
         return SampleSpace(spectrum, vectors[:, : len(spectrum.eigenvalues)], matrix.K, matrix.raw)
+
+    def fits(self, needs: int) -> bool:
+        """Return whether so many (n, n) matrices fit the memory beside a stored Gram; where there are no tiles, yes."""
+        needed = 8 * (self.n_stored**2 + needs * len(self.selection) ** 2)
+        return self.tile_of is None or needed <= working_memory(self.config.memory_budget)
+
+    def leading_space(self, key: str, top: int) -> tuple[BlockSpectrum, np.ndarray, TiledGram]:
+        """Return the leading eigenvalues of a block with their eigenvectors (n, top), and its matrix, by tiles.
+
+        Raises:
+            ConfigError: there is no such block.
+            ConvergenceError: the solver did not reach its tolerance.
+            CorruptRunError: a tile is missing or damaged.
+        """
+        if key not in self.blocks:
+            raise unknown_block(key, self.blocks)
+        n, names, problem = len(self.selection), self.blocks[key], self.problem(None)
+        K = self.operator(names)
+        top = min(top, n, sum(self.parameters[name] for name in names))
+        found = leading(K, top, seed=self.config.seed)
+        solved = Eigenvalues(found.values, "block-lanczos", 0.0, 0.0, found.residuals)
+        traces = {name: problem.raw_trace(diagonal) for name, diagonal in K.diagonals()}
+        return self._solved(key, solved, top, traces, K.trace, K.squared_norm**0.5), found.vectors, K
 
     def matrix(self, key: str, *, needs: int) -> BlockMatrix:
         """Return the matrix of a block over the selected samples, centered and weighted as was asked.
@@ -231,11 +255,13 @@ class BlockGrams:
         """Return the largest eigenvalue, the trace and the noise floor of a block."""
         with one_thread(self.config.use_deterministic):
             solved = solve_leading(DenseOperator(matrix.K), 1, seed=self.config.seed)
-        return self._solved(matrix, solved, 1)
+        return self._solved(matrix.key, solved, 1, matrix.traces, float(np.trace(matrix.K)), frobenius(matrix.K))
 
-    def _solved(self, matrix: BlockMatrix, solved: Eigenvalues, top: int) -> BlockSpectrum:
-        """Say of eigenvalues of a block's matrix what they are as those of its Fisher."""
-        key, n, problem = matrix.key, len(matrix.K), self.problem(None)
+    def _solved(
+        self, key: str, solved: Eigenvalues, top: int, traces: Mapping[str, float], trace: float, norm: float
+    ) -> BlockSpectrum:
+        """Say of eigenvalues of a block's matrix, of this trace and norm, what they are as those of its Fisher."""
+        n, problem = len(self.selection), self.problem(None)
         n_params = sum(self.parameters[name] for name in self.blocks[key])
         if n_params < 1:
             return empty_block(key, n, n_params)
@@ -245,12 +271,12 @@ class BlockGrams:
             n_samples=n,
             n_params=n_params,
             top=top,
-            trace=float(np.trace(matrix.K)) / n,
-            norm=frobenius(matrix.K) / n,
+            trace=trace / n,
+            norm=norm / n,
             config=self.config,
             product=problem.product,
             roundoff=problem.precision.roundoff,
-            raw=problem.raw_scale(self.blocks[key], matrix.traces),
+            raw=problem.raw_scale(self.blocks[key], traces),
         )
 
     def problem(self, top_k: int | None, *, whole: bool = False) -> Eigenproblem:

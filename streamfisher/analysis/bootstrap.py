@@ -94,7 +94,7 @@ def bootstrap(
             f"{n_resamples} resamples of {sum(counts.values())} eigenvalues need {format_bytes(needed)}; take fewer "
             "resamples or larger blocks."
         )
-    n = len(grams.selection)
+    n, n_inputs = len(grams.selection), len(np.unique(grams.selection.inputs))
     resampled = {
         key: _resample_block(grams, key, counts[key], spectrum.blocks[key].n_params, n_resamples, seed)
         for key in steps(list(spectrum.blocks), "intervals of blocks", show=grams.progress, n_samples=n)
@@ -107,11 +107,11 @@ def bootstrap(
         for r in range(n_resamples)
     ]
     blocks = {
-        key: _summarise(block, [member[key] for member in members], metrics, level)
+        key: _summarise(block, [member[key] for member in members], metrics, level, n_inputs)
         for key, block in spectrum.blocks.items()
     }
     unions = [union(member, spectrum.global_.top_k) for member in members]
-    of_union = _summarise(spectrum.global_, unions, metrics, level)
+    of_union = _summarise(spectrum.global_, unions, metrics, level, n_inputs)
     together, whole = spectrum.solved_whole, None
     if together is not None:
         count = len(together.eigenvalues) if solve else 0
@@ -119,8 +119,8 @@ def bootstrap(
             *_resample_block(grams.together(), together.name, count, together.n_params, n_resamples, seed), strict=True
         )
         wholes = [_spectrum_of(together, values, trace, norm, solve) for values, trace, norm in drawn]
-        whole = _summarise(together, wholes, metrics, level)
-    return Bootstrap(blocks, of_union, n_resamples, seed, level, whole, n_left_out=left_out(len(grams.selection)))
+        whole = _summarise(together, wholes, metrics, level, n_inputs)
+    return Bootstrap(blocks, of_union, n_resamples, seed, level, whole, n_left_out=left_out(n_inputs))
 
 
 def left_out(n: int) -> int:
@@ -134,6 +134,20 @@ def subset(n: int, seed: int, resample: int) -> np.ndarray:
     return np.sort(generator.permutation(n)[left_out(n) :])
 
 
+def subset_of_inputs(inputs: np.ndarray, seed: int, resample: int) -> np.ndarray:
+    """Return which samples are in a subset: all those of an input or none, as they are not independent.
+
+    Args:
+        inputs: (n,) which input each sample is of.
+        seed: of the draws.
+        resample: which one.
+    """
+    numbers, of = np.unique(inputs, return_inverse=True)
+    drawn = np.zeros(len(numbers), dtype=bool)
+    drawn[subset(len(numbers), seed, resample)] = True
+    return np.flatnonzero(drawn[of])
+
+
 def _affordable(grams: BlockGrams, spectrum: Spectrum, counts: Mapping[str, int], seconds: float, seed: int) -> int:
     """Return how many subsets of all blocks can be solved in so many seconds, by the time of one of the first block."""
     key = next(iter(spectrum.blocks))
@@ -143,7 +157,7 @@ def _affordable(grams: BlockGrams, spectrum: Spectrum, counts: Mapping[str, int]
     ones = np.ones(len(K))
     begun = time.monotonic()
     with threadpoolctl.threadpool_limits(1):
-        _resample(K, None, ones, ones, grams.center, counts[key], seed, range(1))
+        _resample(K, None, ones, ones, grams.selection.inputs, grams.center, counts[key], seed, range(1))
     one = max(time.monotonic() - begun, 1e-6)
     blocks = len(spectrum.blocks) + (spectrum.solved_whole is not None)
     return int((seconds - blocks * read) * worker_count(grams.config) / (one * blocks))
@@ -163,7 +177,15 @@ def _resample_block(
     workers = worker_count(grams.config)
     tasks = [
         dask.delayed(_resample, pure=False)(
-            K, rows, weights, shares, grams.center, count, seed, range(start, min(start + _TASK_RESAMPLES, n_resamples))
+            K,
+            rows,
+            weights,
+            shares,
+            selection.inputs,
+            grams.center,
+            count,
+            seed,
+            range(start, min(start + _TASK_RESAMPLES, n_resamples)),
         )
         for start in range(0, n_resamples, _TASK_RESAMPLES)
     ]
@@ -184,6 +206,7 @@ def _resample(
     rows: np.ndarray | None,
     weights: np.ndarray,
     shares: np.ndarray,
+    inputs: np.ndarray,
     center: bool,
     count: int,
     seed: int,
@@ -192,7 +215,7 @@ def _resample(
     """Solve some resamples; of the two sides of a block the smaller one."""
     eigenvalues, traces, norms = np.zeros((len(resamples), count)), np.empty(len(resamples)), np.empty(len(resamples))
     for place, r in enumerate(resamples):
-        kept = subset(len(K), seed, r)
+        kept = subset_of_inputs(inputs, seed, r)
         of_drawn = weights[kept]
         chosen = Selection(kept, of_drawn, float(shares[kept].sum()))
         if rows is not None:
@@ -218,10 +241,10 @@ def _spectrum_of(block: BlockSpectrum, values: np.ndarray, trace: float, norm: f
 
 
 def _summarise(
-    block: BlockSpectrum, resamples: Sequence[BlockSpectrum], metrics: Sequence[str], level: float
+    block: BlockSpectrum, resamples: Sequence[BlockSpectrum], metrics: Sequence[str], level: float, n_inputs: int
 ) -> BlockBootstrap:
     observed, n = block.metrics, block.n_samples
-    inflation = math.sqrt((n - left_out(n)) / left_out(n))
+    inflation = math.sqrt((n_inputs - left_out(n_inputs)) / left_out(n_inputs))
     if len(resamples[0].eigenvalues):
         rows = [resample.metrics for resample in resamples]
         low, high = _bands(block.eigenvalues, np.stack([r.eigenvalues for r in resamples]), level, inflation)

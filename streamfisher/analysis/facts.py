@@ -8,6 +8,9 @@ from typing import Any
 from streamfisher.config import SpectralConfig
 from streamfisher.store import Manifest
 
+#: Of runs with labels='expected': N counts classes of inputs.
+_OF_CLASSES = ("n_inputs", "classes_per_input", "n_classes", "left_out_probability")
+
 
 def describe(
     manifest: Manifest, config: SpectralConfig, *, n_stored: int, n_targets: int, skipped: Mapping[int, str]
@@ -24,7 +27,7 @@ def describe(
     return {
         "n_samples_stored": n_stored,
         "n_target_tokens": n_targets,
-        **{key: manifest.data[key] for key in ("sample_unit", "n_sequences") if key in manifest.data},
+        **{key: manifest.data[key] for key in ("sample_unit", "n_sequences", *_OF_CLASSES) if key in manifest.data},
         **{key: manifest.config[key] for key in ("tokens_per_sequence",) if manifest.config.get(key) is not None},
         "labels": manifest.config["labels"],
         **{key: manifest.loss[key] for key in ("loss", "loss_reduction", "loss_reason") if key in manifest.loss},

@@ -22,10 +22,15 @@ _BY = "Grams of a subset"
 
 def half(grams: BlockGrams, seed: int = 42) -> SubsetSums | None:
     """Return the place for sums of the largest subset but all that `grow` solves; `None` where they do not fit."""
-    n = len(grams.selection)
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
-    subset = grams.subset(np.sort(order[: n >> 1]))
+    numbers, of = np.unique(grams.selection.inputs, return_inverse=True)
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(numbers))
+    subset = grams.subset(_of_inputs(of, order[: len(numbers) >> 1]))
     return SubsetSums(subset) if SubsetSums.fit(subset) else None
+
+
+def _of_inputs(of: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """Return the places of all samples of the inputs that are chosen, in order; `of` is the input of each sample."""
+    return np.flatnonzero(np.isin(of, chosen))
 
 
 def grow(
@@ -41,7 +46,7 @@ def grow(
 
     Args:
         grams: of all samples.
-        sizes: of the subsets; `None` means N, N/2, N/4, ... down to 8.
+        sizes: of the subsets, in inputs where a sample is one class of one; `None` means N, N/2, N/4, ... down to 8.
         seed: of the order.
         seconds: from the smallest on, leave out what is expected to take longer in all; `None` solves every size.
         known: the spectrum of all samples, where it is at hand.
@@ -50,7 +55,8 @@ def grow(
     Raises:
         ConfigError: a size is under 2 or over the number of samples.
     """
-    n = len(grams.selection)
+    numbers, of = np.unique(grams.selection.inputs, return_inverse=True)
+    n = len(numbers)
     if sizes is None:
         halves = [n >> shift for shift in range(12) if n >> shift >= 8]
         sizes = halves or [n]
@@ -64,7 +70,7 @@ def grow(
     last, took = 0, 0.0
     below = max((size for size in missing if size < n), default=0)
     for size in steps(missing, "growth curves", show=grams.progress, n_samples=missing[-1] if missing else 0):
-        subset = grams.subset(np.sort(order[:size]))
+        subset = grams.subset(_of_inputs(of, order[:size]))
         kept = subset.kept(whole=True, by=_BY)
         if kept is not None:
             spectra[size] = subset.combined(kept, whole=True)
@@ -74,7 +80,7 @@ def grow(
         if seconds is not None and begun - start + expected > seconds:
             break
         if size < n and (sums is None or not sums.has(subset)):
-            sums = SubsetSums.of(grams.subset(np.sort(order[:below])))
+            sums = SubsetSums.of(grams.subset(_of_inputs(of, order[:below])))
             begun = time.monotonic()
         solutions = subset.solutions(whole=True) if sums is None or size == n else sums.solutions(subset)
         last, took = size, time.monotonic() - begun

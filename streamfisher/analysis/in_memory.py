@@ -19,6 +19,7 @@ from streamfisher.results.spectrum import Spectrum
 from streamfisher.sinks.interface import GradientSource
 from streamfisher.sinks.memory import MemoryRows
 from streamfisher.solving.combine import union
+from streamfisher.solving.selection import select
 from streamfisher.solving.solve import Eigenproblem, RowPrecision, solve_blocks
 
 
@@ -134,6 +135,7 @@ def spectrum_of_grams(
     row_dtype: np.dtype,
     config: SpectralConfig,
     facts: Mapping[str, Any],
+    parts: int = 1,
 ) -> Spectrum:
     """Solve the blocks that `config` asks for.
 
@@ -144,6 +146,7 @@ def spectrum_of_grams(
         row_dtype: in which gradients were computed.
         config: blocks, centering and solver.
         facts: metadata of the result.
+        parts: samples in a row that are one input's, and count as one.
     """
     by_name = {parameter.name: parameter.gram for parameter in built}
     computed = torch.float64 if row_dtype == np.float64 else torch.float32
@@ -155,6 +158,7 @@ def spectrum_of_grams(
         precision=RowPrecision(computed, float(torch.finfo(computed).eps) / 2),
         metadata={**facts, "n_samples": n_samples, "block_structure": config.block_structure},
         single=[parameter.name for parameter in built if parameter.single],
+        selection=None if parts == 1 else select(n_samples, np.ones(n_samples, dtype=bool), parts=parts),
         layers=assign_blocks(parameters, "layer"),
         whole=True,
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -13,16 +14,23 @@ import numpy as np
 from streamfisher.analysis.analyses import Analyses
 from streamfisher.analysis.block_grams import BlockGrams, require_memory
 from streamfisher.analysis.sample_analyses import SampleAnalyses, check_dampings, structure_of, texts_of
+from streamfisher.analysis.tiled_samples import raw_operator, raw_rows
 from streamfisher.blocks.structures import unknown_block
 from streamfisher.errors import ConfigError, DataError, RunError, RunMismatchError
 from streamfisher.influence.damped import MeanProducts, damped_products
-from streamfisher.reduction.joined_rows import build_cross_grams
+from streamfisher.reduction.joined_rows import CrossGram, build_cross_grams
 from streamfisher.results.influence import BlockInfluence, Influence
 from streamfisher.runtime.determinism import one_thread
 from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.solving.selection import SampleChoice, select
 from streamfisher.solving.solve import add
 from streamfisher.store import RunStore
+from streamfisher.store.texts import read_texts
+
+#: N x N matrices that a damped inverse takes, beside a stored Gram; where they do not fit, tiles are multiplied.
+_MATRICES = 4
+#: Gives the products of a run's rows with those of another, for groups of parameters: where they were not kept.
+Crossing = Callable[[RunStore, Mapping[str, Sequence[str]]], Mapping[str, CrossGram]]
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ class InfluenceAnalyses(SampleAnalyses):
         pseudo_inverse: bool = False,
         query_samples: SampleChoice = None,
         texts: Sequence[str] | None = None,
+        crossing: Crossing | None = None,
         progress: bool = False,
         **options: Any,
     ) -> Influence:
@@ -58,7 +67,8 @@ class InfluenceAnalyses(SampleAnalyses):
 
         Args:
             queries: another run of the same model, or its folder, whose rows are multiplied with those of this one;
-                or samples of this run (a slice, numbers, a mask), which then do not count as training samples.
+                or samples of this run (a slice, numbers, a mask), which then do not count as training samples; `None`
+                means those that were added as queries.
             dampings: lambda, one or more, in the units of the eigenvalues.
             block: take this block only; 'global' is the whole model.
             center: by the covariance instead of the Fisher; gradients themselves are not centered.
@@ -66,7 +76,8 @@ class InfluenceAnalyses(SampleAnalyses):
             relative: dampings are multiples of each block's mean eigenvalue, its trace over min(N, P).
             pseudo_inverse: let a damping of 0 leave out what lies below the noise floor.
             query_samples: which samples of another run are queries; `None` means all.
-            texts: (N,) what each sample of this run says, to be shown beside its number.
+            texts: (N,) what each sample of this run says, to be shown beside its number; `None` means what is stored.
+            crossing: gives the products of two runs' rows where they were not kept; `None` reads those that were.
             progress: show bars.
             options: of `block_grams`: samples, weights, normalization, config.
 
@@ -88,15 +99,20 @@ class InfluenceAnalyses(SampleAnalyses):
         keys = list(grams.blocks) if block is None else [block]
         if block is not None and block not in grams.blocks:
             raise unknown_block(block, grams.blocks)
-        numbers, of_queries, grams = self._queried(grams, keys, queries, query_samples)
-        said = texts_of(texts, self.n_samples, grams.selection.samples)
+        numbers, of_queries, grams = self._queried(grams, keys, queries, query_samples, kept=crossing is None)
+        said = texts_of(self.texts if texts is None else texts, self.n_samples, grams.selection.samples)
         n, n_queries = len(grams.selection), len(numbers)
         results = 8 * n_queries * n * (len(asked) + 1) * (len(keys) + 1)
-        work = 8 * (grams.n_stored**2 + 4 * n**2 + 3 * n_queries * n)
+        work = 8 * 6 * n_queries * n
+        if grams.fits(_MATRICES):
+            work = 8 * (grams.n_stored**2 + _MATRICES * n**2 + 3 * n_queries * n)
         require_memory(results + work, f"the influence of {n} samples on {n_queries} queries", grams.config)
         parts = {}
+        crossed: Mapping[str, CrossGram] = {}
+        if crossing is not None and of_queries is not self.store:
+            crossed = crossing(of_queries, {key: parameters_of(self.store, grams, key) for key in keys})
         for key in keys:
-            products = self._products(grams, key, numbers, of_queries, progress=progress)
+            products = self._products(grams, key, numbers, of_queries, crossed, progress=progress)
             with one_thread(grams.config.use_deterministic):
                 parts[key] = _block_influence(grams, key, products, asked, relative, pseudo_inverse)
         return Influence(
@@ -108,6 +124,7 @@ class InfluenceAnalyses(SampleAnalyses):
             fields=_fields(self.store, grams.selection.samples),
             query_fields=_fields(of_queries, numbers),
             texts=said,
+            query_texts=self._query_texts(of_queries, numbers, texts),
             centered=grams.center,
             metadata={**grams.metadata, "queries": str(of_queries.path), "query_loss": dict(of_queries.manifest.loss)},
         )
@@ -126,6 +143,8 @@ class InfluenceAnalyses(SampleAnalyses):
         keys: Sequence[str],
         queries: Analyses | str | Path | SampleChoice,
         query_samples: SampleChoice,
+        *,
+        kept: bool = True,
     ) -> tuple[np.ndarray, RunStore, BlockGrams]:
         """Return the numbers of the queries, the run that they are in, and the Grams of the training samples."""
         if isinstance(queries, Analyses | str | Path | RemotePath):
@@ -133,12 +152,24 @@ class InfluenceAnalyses(SampleAnalyses):
             self._require_same_model(of_queries)
             valid = of_queries.samples.per_sample("valid") == 1
             numbers = select(of_queries.n_samples, valid, query_samples, least=1).samples
-            self._require_rows(of_queries, grams, keys)
+            if kept:
+                self._require_rows(of_queries, grams, keys)
             return numbers, of_queries, grams
         if query_samples is not None:
             raise ConfigError("query_samples chooses among the samples of another run; `queries` has said which.")
+        queries = self.is_query if queries is None and self.is_query.any() else queries
         numbers, grams = _queries_within(grams, self.store.samples.per_sample("valid") == 1, queries)
         return numbers, self.store, grams
+
+    def _query_texts(
+        self, of_queries: RunStore, numbers: np.ndarray, texts: Sequence[str] | None
+    ) -> tuple[str, ...] | None:
+        """Return what the queries say: as it was given with this run's samples, where they are some, or stored."""
+        n = of_queries.n_samples
+        if texts is not None and of_queries is self.store:
+            return texts_of(texts, n, numbers)
+        stored = read_texts(of_queries.path, n, of_queries.manifest.config.get("store_text"))
+        return texts_of(stored, n, numbers)
 
     def _require_same_model(self, of_queries: RunStore) -> None:
         """Refuse queries whose gradients are of something else.
@@ -182,22 +213,33 @@ class InfluenceAnalyses(SampleAnalyses):
                     if store.kept.is_deleted(name):
                         raise RunError(
                             f"{store.path} keeps no gradients of {name}, and the products of two runs are made of "
-                            "both runs' gradients. Collect it with --keep-gradients all; or collect training samples "
-                            "and queries in one run, which needs no gradients, and name the queries by their numbers "
-                            "(--queries 4000:5000)."
+                            "both runs' gradients. Collect it with --keep-gradients all; form its gradients again in "
+                            "one more pass, by MODEL and DATA after RUN.zarr (model=, data=; for those of the queries "
+                            "--query-data, query_data=); or collect training samples and queries in one run, and "
+                            "name the queries by their numbers (--queries 4000:5000)."
                         )
 
     def _products(
-        self, grams: BlockGrams, key: str, numbers: np.ndarray, of_queries: RunStore, *, progress: bool
+        self,
+        grams: BlockGrams,
+        key: str,
+        numbers: np.ndarray,
+        of_queries: RunStore,
+        crossed: Mapping[str, CrossGram] = MappingProxyType({}),
+        *,
+        progress: bool,
     ) -> _Products:
         """Return the products of the queries with all samples of the run in a block."""
+        if of_queries is self.store and not grams.fits(_MATRICES):
+            cross = raw_rows(grams, key, numbers)
+            return _Products(cross, cross[np.arange(len(numbers)), numbers].copy())
         if of_queries is self.store:
             K = add(grams.gram_of(name) for name in grams.blocks[key])
             return _Products(K[numbers], K.diagonal()[numbers].copy())
-        members = parameters_of(self.store, grams, key)
-        found = build_cross_grams(self.store.rows, of_queries.rows, grams.config, {key: members}, progress=progress)[
-            key
-        ]
+        found = crossed.get(key)
+        if found is None:
+            members = {key: parameters_of(self.store, grams, key)}
+            found = build_cross_grams(self.store.rows, of_queries.rows, grams.config, members, progress=progress)[key]
         return _Products(found.cross[numbers], found.own.diagonal()[numbers].copy())
 
 
@@ -208,7 +250,10 @@ def _queries_within(grams: BlockGrams, valid: np.ndarray, queries: SampleChoice)
         DataError: no valid sample is chosen, or fewer than 2 are left.
     """
     if queries is None:
-        raise DataError("queries=None names no queries; give another run, or samples of this one.")
+        raise DataError(
+            "queries=None takes the samples that were added as queries, and there are none; give another run, or "
+            "samples of this one, or add some: run.add(model, samples, role='query')."
+        )
     numbers = select(len(valid), valid, queries, least=1).samples
     rest = np.flatnonzero(~np.isin(grams.selection.samples, numbers))
     if len(rest) < 2:
@@ -228,15 +273,24 @@ def _fields(store: RunStore, numbers: np.ndarray) -> dict[str, np.ndarray]:
 def _block_influence(
     grams: BlockGrams, key: str, products: _Products, asked: np.ndarray, relative: bool, pseudo_inverse: bool
 ) -> BlockInfluence:
-    """Return the scores of one block."""
+    """Return the scores of one block: from its matrix in memory, or from products with tiles of it."""
     selection, n = grams.selection, len(grams.selection)
-    matrix = grams.matrix(key, needs=4)
-    spectrum = grams.largest(matrix)
+    whole = grams.matrix(key, needs=_MATRICES) if grams.fits(_MATRICES) else None
+    if whole is None:
+        spectrum, _, tiled = grams.leading_space(key, 1)
+    else:
+        spectrum = grams.largest(whole)
     dampings = asked
     if relative:
         dampings = asked * spectrum.trace / max(min(n, spectrum.n_params), 1)
     if not dampings.all():
-        _require_regular(grams, key, matrix.K, spectrum.noise_floor, pseudo_inverse)
+        if whole is None:
+            raise ConfigError(
+                f"damping=0 takes all eigenvectors of {n} samples, which do not fit the memory budget. Give a damping, "
+                "raise --memory-budget, or take fewer samples (--samples)."
+            )
+        _require_regular(grams, key, whole.K, spectrum.noise_floor, pseudo_inverse)
+    raw = raw_operator(grams, key) if whole is None else None
     weights = np.ones(n) if selection.weights is None else selection.weights
     scale = np.sqrt(weights * selection.factor)
     inner = products.cross[:, selection.samples]
@@ -245,12 +299,12 @@ def _block_influence(
         p = weights / weights.sum()
         of_queries = inner @ p
         right = inner - of_queries[:, None]
-        means = matrix.raw @ p
+        means = whole.raw @ p if whole is not None else raw.matvec(p[:, None])[:, 0] if raw is not None else p
         mean = MeanProducts(scale * (means - p @ means), of_queries)
-    damped = damped_products(matrix.K, (right * scale).T, scale, dampings, floor=spectrum.noise_floor, mean=mean)
-    return BlockInfluence(
-        inner, damped, dampings, products.squared_norms, matrix.raw.diagonal().copy(), spectrum.noise_floor
-    )
+    K = whole.K if whole is not None else tiled
+    damped = damped_products(K, (right * scale).T, scale, dampings, floor=spectrum.noise_floor, mean=mean)
+    squared = whole.raw.diagonal().copy() if whole is not None else raw.diagonal() if raw is not None else p
+    return BlockInfluence(inner, damped, dampings, products.squared_norms, squared, spectrum.noise_floor)
 
 
 def _require_regular(grams: BlockGrams, key: str, K: np.ndarray, floor: float, pseudo_inverse: bool) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from streamfisher.analysis.analyses import Analyses
-from streamfisher.analysis.block_grams import BlockGrams, SampleSpace
+from streamfisher.analysis.block_grams import BlockGrams, SampleSpace, require_memory
+from streamfisher.analysis.tiled_samples import samples_by_tiles
 from streamfisher.errors import ConfigError, DataError
 from streamfisher.influence.deletion import leave_one_out
 from streamfisher.influence.leverage import effective_dimension, leverage_scores
@@ -18,6 +19,8 @@ from streamfisher.runtime.determinism import one_thread
 from streamfisher.solving.centering import CENTERING_ROUNDING
 from streamfisher.solving.selection import Selection
 
+#: N x N matrices that the eigenvectors take, beside a stored Gram.
+_MATRICES = 8
 #: Dampings of leverage scores where none are given, relative to the largest eigenvalue.
 RELATIVE_DAMPINGS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 
@@ -52,7 +55,7 @@ class SampleAnalyses(Analyses):
                 eigenvalue times 1, 0.1, 0.01, ..., as long as that is above the noise floor.
             threshold: of the cosine of near-duplicates, above 0 and at most 1.
             most_pairs: list no more than so many pairs of them.
-            texts: (N,) what each sample of the run says, to be shown beside its number.
+            texts: (N,) what each sample of the run says, to be shown beside its number; `None` means what is stored.
             options: of `block_grams`: samples, weights, normalization, partial, config.
 
         Raises:
@@ -65,7 +68,36 @@ class SampleAnalyses(Analyses):
         _check_samples_options(top, dampings, threshold, most_pairs)
         self.require_exact("what single samples do", options.get("config"))
         grams = self.block_grams(structure_of(block, block_structure), center, **options)
-        said = texts_of(texts, self.n_samples, grams.selection.samples)
+        return self.samples_of(grams, block, top, dampings, threshold, most_pairs, texts)
+
+    def samples_of(
+        self,
+        grams: BlockGrams,
+        block: str,
+        top: int = 20,
+        dampings: Sequence[float] | None = None,
+        threshold: float = 0.99,
+        most_pairs: int = 1000,
+        texts: Sequence[str] | None = None,
+    ) -> SampleAnalysis:
+        """Return what `samples` does of Grams that are at hand, whose choice of samples, weights and centering counts.
+
+        Raises:
+            ConfigError: there is no such block.
+            DataError: there is not one text for each sample of the run.
+            CapacityError: the Gram and its eigenvectors do not fit the memory budget.
+        """
+        said = texts_of(self.texts if texts is None else texts, self.n_samples, grams.selection.samples)
+        if not grams.fits(_MATRICES):
+            if dampings is not None:
+                require_memory(
+                    8 * (grams.n_stored**2 + _MATRICES * len(grams.selection) ** 2),
+                    f"leverage scores take all eigenvectors, and those of {len(grams.selection)} samples",
+                    grams.config,
+                )
+            numbers = grams.selection.samples
+            fields = {name: values[numbers] for name, values in self.store.samples.fields().items()}
+            return samples_by_tiles(grams, block, top, threshold, most_pairs, fields, said)
         space = grams.sample_space(block)
         with one_thread(grams.config.use_deterministic):
             return self._samples_of(grams, space, top, dampings, threshold, most_pairs, said)

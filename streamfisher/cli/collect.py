@@ -154,15 +154,18 @@ def _loaded(options: RunOptions, config: Any, device: Any) -> tuple[Any, Any]:
     )
 
 
-def load_what_it_was_made_with(run: Any, arguments: argparse.Namespace, usage: str) -> tuple[Any, Any]:
+def load_what_it_was_made_with(
+    run: Any, arguments: argparse.Namespace, usage: str, queries: Any = None
+) -> tuple[Any, ...]:
     """Load the model and the data of a run, where gradients are formed again.
 
     They are never taken from the manifest: a run from elsewhere must not choose what is loaded.
 
     Args:
         run: open.
-        arguments: parsed, with MODEL and DATA.
+        arguments: parsed, with MODEL and DATA; with `queries` also `query_data`.
         usage: how the command is to be given, for the message.
+        queries: another run of the model, whose data is returned as a third.
 
     Raises:
         ConfigError: model or data are missing, or cannot be loaded.
@@ -178,5 +181,15 @@ def load_what_it_was_made_with(run: Any, arguments: argparse.Namespace, usage: s
         else pick_device(config.device)
     )
     model, returned = _loaded(options, config, device)
-    n_samples = run.manifest.data.get("n_sequences", run.n_samples)
-    return model, samples_of(options, model if options.model_brings_tokenizer else None, returned, n_samples)
+
+    def data_of(one: Any, chosen: RunOptions) -> Any:
+        facts = one.manifest.data
+        n_samples = facts.get("n_sequences", facts.get("n_inputs", one.n_samples))
+        return samples_of(chosen, model if chosen.model_brings_tokenizer else None, returned, n_samples)
+
+    if queries is None:
+        return model, data_of(run, options)
+    if arguments.query_data is None:
+        return model, data_of(run, options), None
+    theirs = dataclasses.replace(read_model_options(arguments, queries.config, usage), data=arguments.query_data)
+    return model, data_of(run, options), data_of(queries, theirs)

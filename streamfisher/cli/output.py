@@ -104,6 +104,7 @@ def print_info(run: Any, arguments: argparse.Namespace) -> None:
         f"  on disk     {format_bytes(facts['bytes_on_disk'])}, rows in {facts['layout']['dtype_store']}",
         f"  data        {described.get('data') if isinstance(described, dict) else described or 'not described'}",
         *(f"  tokenizer   {text}" for text in _tokenizer(facts["data"])),
+        *(f"  classes     {text}" for text in _classes(facts["data"])),
         f"  loss        {facts['loss']['loss']}: {facts['loss']['loss_reduction']}",
         *(f"  excluded    {name}: {reason}" for name, reason in facts["excluded"].items()),
         *(f"  skipped     sample {sample}: {reason}" for sample, reason in facts["skipped"].items()),
@@ -124,3 +125,12 @@ def _tokenizer(data: Mapping[str, Any]) -> list[str]:
     about = [str(facts[key]) for key in ("class",) if facts.get(key)]
     about += [f"{facts['n_tokens']:,} tokens"] if isinstance(facts.get("n_tokens"), int) else []
     return [f"{facts.get('name')} ({', '.join(about)})" if about else str(facts.get("name"))]
+
+
+def _classes(data: Mapping[str, Any]) -> list[str]:
+    """Return in words which classes of each input are samples; nothing where a sample is an input."""
+    if "classes_per_input" not in data:
+        return []
+    k, of, left_out = data["classes_per_input"], data["n_classes"], data["left_out_probability"]
+    rest = f", the others' probability is {left_out['mean']:.2g} (at most {left_out['largest']:.2g})" if k < of else ""
+    return [f"{k:,} of {of:,} classes of each of {data['n_inputs']:,} inputs{rest}"]

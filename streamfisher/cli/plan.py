@@ -102,6 +102,7 @@ def plan_of(options: RunOptions, machine_options: argparse.Namespace, folder: Pa
     if not begins and options.data:
         source = samples_of(options, model if options.model_brings_tokenizer else None, returned)
     lengths, batch = _samples(options, source)
+    lengths = _of_every_class(lengths, model, batch, config)
     trace = _trace(model, batch, lengths, config)
     config, machine = _machine(arguments, config, folder)
     structures = len(options.structures) * len(options.centers)
@@ -165,6 +166,24 @@ def _samples(options: RunOptions, source: Any) -> tuple[list[int], dict[str, tor
     if len(lengths) < 2:
         raise DataError(f"{len(lengths)} sample was given; a spectrum needs at least 2.")
     return lengths, batch
+
+
+def _of_every_class(
+    lengths: list[int], model: torch.nn.Module, batch: dict[str, torch.Tensor], config: SpectralConfig
+) -> list[int]:
+    """Return the lengths of the samples: one for each class of each of these, with labels='expected'."""
+    from streamfisher.models.calling import try_forward
+
+    if config.labels != "expected":
+        return lengths
+    k = config.classes_per_sample
+    if k is None:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        logits, _ = try_forward(model, {name: value.to(device) for name, value in batch.items()})
+        if logits is None:
+            raise DataError("the model returns no logits, so its classes cannot be counted: --classes-per-sample.")
+        k = logits.shape[-1]
+    return [length for length in lengths for _ in range(k)]
 
 
 def _trace(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from streamfisher.analysis.run import StoredRun
-from streamfisher.cli.arguments import ANALYSIS, add_options
+from streamfisher.cli.arguments import ANALYSIS, add_model_options, add_options
+from streamfisher.cli.collect import load_what_it_was_made_with
 from streamfisher.cli.options import RunOptions, read_run_options
 from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.cli.selection import add_selection_options, check_target, chosen_samples, selection_options
@@ -45,9 +47,10 @@ def add_sample_commands(add: AddCommand) -> None:
     influence.add_argument("run", metavar="RUN.zarr", help="the folder of a run")
     influence.add_argument(
         "--queries",
-        required=True,
+        default=None,
         metavar="QUERIES.zarr|A:B|FILE",
-        help="another run of the same model; or samples of this one, as for --samples, which then do not train",
+        help="another run of the same model; or samples of this one, as for --samples, which then do not train "
+        "(default: those that were added as queries)",
     )
     influence.add_argument("--damping", required=True, metavar="A,B", help="lambda, one or more, with commas")
     influence.add_argument("--relative", action="store_true", help="dampings are times each block's mean eigenvalue")
@@ -58,7 +61,12 @@ def add_sample_commands(add: AddCommand) -> None:
     influence.add_argument(
         "--out", default=None, metavar="FILE", help="both ends to a .csv, .parquet or .json; all scores to an .npz"
     )
+    influence.add_argument(
+        "--query-data", default=None, metavar="DATA", help="of QUERIES.zarr, where its gradients were not kept either"
+    )
     _add_texts(influence)
+    purpose = "where gradients were not kept: as RUN.zarr was given it"
+    add_model_options(influence, "a pass with the model", purpose)
     add_options(influence, *ANALYSIS)
     add_selection_options(influence, bootstrap=False)
 
@@ -177,14 +185,23 @@ def _influence(arguments: argparse.Namespace) -> int:
     options = read_run_options(arguments, base=run.config)
     if arguments.out:
         check_target(Path(arguments.out), (*_SUFFIXES, ".npz"))
+    queries = None if arguments.queries is None else read_queries(arguments.queries, run)
+    again: dict[str, Any] = {}
+    if arguments.model is not None:
+        if not isinstance(queries, Path):
+            raise ConfigError("MODEL and DATA are for queries of another run; samples of this one need neither.")
+        usage = "streamfisher influence RUN.zarr MODEL DATA --queries QUERIES.zarr --damping 1e-3"
+        loaded = load_what_it_was_made_with(run, arguments, usage, open_run(queries))
+        again = dict(zip(("model", "data", "query_data"), loaded, strict=True))
     found = run.influence(
-        read_queries(arguments.queries, run),
+        queries,
         read_dampings(arguments.damping) or [],
         arguments.block,
         options.centers[0],
         block_structure=structure_option(arguments, options),
         relative=arguments.relative,
         pseudo_inverse=arguments.pseudo_inverse,
+        **again,
         texts=read_texts(arguments.texts),
         **selection_options(arguments, run.n_samples, run),
         config=options.analysis_config(run.config),

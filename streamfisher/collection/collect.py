@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from streamfisher.collection.behaviour import check_behaviour
+from streamfisher.collection.classes import stored_classes
 from streamfisher.collection.prepare import beside_weights, make_manifest, prepare_either, probe, within_devices
 from streamfisher.collection.producers import check_streamable, fixed_choice, make_producer
 from streamfisher.collection.resume import create_or_resume, grown_to, stored_routes
@@ -40,7 +41,8 @@ from streamfisher.runtime.ranks import Ranks, start_ranks
 from streamfisher.runtime.run_log import RunLog, event
 from streamfisher.runtime.signals import finishing_first
 from streamfisher.runtime.threads import chunks_at_a_time
-from streamfisher.store import RankLock, RunStore
+from streamfisher.store import RankLock, Role, RunStore, with_new_samples_as
+from streamfisher.store.texts import write_texts
 
 
 @modes_of_its_own()
@@ -55,6 +57,7 @@ def collect_gradients(
     description: str | Mapping[str, Any] | None = None,
     progress: bool = False,
     weights: Resident | None = None,
+    role: Role = "train",
 ) -> None:
     """Collect a run into the folder `path`: what `streamfisher.collect` does, and says what it takes and raises."""
     stated = SpectralConfig.of(config)
@@ -71,8 +74,10 @@ def collect_gradients(
         sparing_old_objects(),
         chunks_at_a_time(len(os.sched_getaffinity(0)) // local_ranks()),
     ):
-        known = RunStore(path).manifest.layout.get("kept_apart") if (path / "manifest.json").is_file() else None
-        data = survey(model, samples, config, loss, n_samples, known)
+        begun = RunStore(path) if (path / "manifest.json").is_file() else None
+        known = (None, None) if begun is None else (begun.manifest.layout.get("kept_apart"), stored_classes(begun))
+        data = survey(model, samples, config, loss, n_samples, *known)
+        config, stated = data.settled(config), data.settled(stated)
         reshard(model)
         sharded = is_sharded(model)
         config = within_devices(config, input_device(model), ranks, progress=progress)
@@ -85,6 +90,7 @@ def collect_gradients(
         chosen = make_producer(streamed, model, data, config, weights=weights, ranks=ranks)
         with chosen as producer, contextlib.ExitStack() as locks:
             manifest = make_manifest(model, producer, data, stated, description)
+            manifest = with_new_samples_as(role, manifest, None if begun is None else begun.manifest)
             ranks.agree(manifest.facts() | {"folder": str(path.absolute())})
             layout = None
             if ranks.is_main:
@@ -107,6 +113,8 @@ def collect_gradients(
             if ranks.is_main:
                 store.sweep()
                 store.samples.write_fields(data.fields)
+                if data.texts is not None:
+                    write_texts(path, data.texts)
             batches = data.batches(model, config, store.batch_tokens, store.units)
             left = beside_weights(producer, config)
             collection = Collection(store, producer, batches, left, ranks, sharded, progress)

@@ -54,6 +54,7 @@ def spectrum_in_memory(model: nn.Module, batch: Mapping[str, Any], n_samples: in
     model = in_dtype(model, config.dtype_model)
     with deterministic(config.use_deterministic, config.seed):
         data = survey(model, batch, config, n_samples=n_samples)
+        config = data.settled(config)
         with model_producer(model, data, config) as producer:
             manifest = make_manifest(model, producer, data, config, None, producer.probe())
             waves, factored, batch_tokens = _cut(producer, data, config)
@@ -70,7 +71,8 @@ def spectrum_in_memory(model: nn.Module, batch: Mapping[str, Any], n_samples: in
                 )
                 del sink
         ordered = [built[name] for name in parameters]
-        return spectrum_of_grams(ordered, parameters, source.n_samples, source.numpy_row_dtype, config, facts)
+        parts = batches.per_input
+        return spectrum_of_grams(ordered, parameters, source.n_samples, source.numpy_row_dtype, config, facts, parts)
 
 
 def _collected(

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from streamfisher.collection.classes import ClassChoice, every_class_of
 from streamfisher.collection.masks import Masks, check_masks
 from streamfisher.collection.padding import lengths_of, numbered, padding_changes
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import Unit, collate, make_units, sequence_length
 from streamfisher.data.samples import Samples, TokenSamples, add_contents, check_unchanged, sample_digest
+from streamfisher.data.snippets import snippets
 from streamfisher.data.tokenizing import Tokenizer, numbers_of, tokenizer_of
 from streamfisher.errors import ConfigError, DataError, LossError, ModelError, StreamfisherError
 from streamfisher.gradients import GradientEngine, select_parameters
@@ -43,11 +45,17 @@ class RunData:
     shapes: list[int] = field(default_factory=list)  # the same number for samples that need no padding to share a batch
     kept_apart: bool | None = None  # whether only such share one, see `padding`; None: all need no padding
     tokenizer: Tokenizer | None = None  # by which text became token ids, where that is known
+    classes: ClassChoice | None = None  # of labels='expected': each sample is one class of an input
+    texts: list[str] | None = None  # what each sample says, where that is to be stored
 
     @property
     def apart(self) -> list[int] | None:
         """Numbers of the samples, of which those with different ones never share a batch; `None`: any may."""
         return self.shapes if self.kept_apart else None
+
+    def settled(self, config: SpectralConfig) -> SpectralConfig:
+        """Return the config with units of whole inputs, so that a forward pass serves all classes of an input."""
+        return config if self.classes is None else config.replace(chunk_size=self.classes.whole_inputs(config))
 
     def sample_unit(self, config: SpectralConfig) -> str:
         """Return what N counts: 'sequence', 'token', or 'example' for samples that are no sequences."""
@@ -76,6 +84,7 @@ class RunData:
             label_seed=config.seed if config.labels == "model" else None,
             apart=self.apart,
             digests=self.sample_digests,
+            per_input=1 if self.classes is None else self.classes.classes.shape[1],
         )
 
     def data_manifest(self, config: SpectralConfig, description: str | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -88,6 +97,7 @@ class RunData:
             "fingerprint": hashlib.sha256("".join(self.chunk_digests).encode()).hexdigest(),
             "description": description,
             **({} if self.tokenizer is None else {"tokenizer": self.tokenizer.facts()}),
+            **({} if self.classes is None else self.classes.facts()),
         }
         return facts if self.n_sequences is None else facts | {"n_sequences": self.n_sequences}
 
@@ -99,6 +109,7 @@ def survey(
     loss: Callable[..., Tensor] | None = None,
     n_samples: int | None = None,
     kept_apart: bool | None = None,
+    known_classes: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> RunData:
     """Number the samples, choose the loss, and check that every sample has something to predict.
 
@@ -109,15 +120,17 @@ def survey(
         loss: the user's own `(model, batch) -> (B,)`; `None` means `config.loss`, or a choice.
         n_samples: how many to use, from the first (sequences, where the unit is the token).
         kept_apart: what a run that is resumed has found; `None`: it is to be found out.
+        known_classes: of a run that is resumed, see `choose_classes`.
 
     Raises:
         DataError: there are fewer than 2 samples, or one has no target token; the message names it.
         ModelError: it has no parameters to capture, or some without values; or it cannot be run on the samples.
         LossError: no loss fits the model's output and the labels.
         ConfigError: token samples are asked for where the loss has no tokens.
+        CapacityError: labels='expected' makes more samples than a Gram in memory has room for.
     """
-    samples = Samples(source, n_samples, config.max_length)
-    if len(samples) < 2 and config.sample_unit != "token":
+    samples = given = Samples(source, n_samples, config.max_length)
+    if len(samples) < 2 and config.sample_unit != "token" and config.labels != "expected":
         raise DataError(f"{len(samples)} sample was given; a spectrum needs at least 2.")
     tokenizer, numbers = tokenizer_of(samples.source), numbers_of(samples.source)
     check_bytes(model, tokenizer)
@@ -157,6 +170,16 @@ def survey(
         samples, sequence_of = Samples(tokens), np.array([sequence for sequence, _ in tokens.targets])
         if len(samples) < 2:
             raise DataError("the data holds 1 target token; a spectrum needs at least 2.")
+    texts = None
+    if config.store_text is not None:
+        texts = snippets(given, samples, sequence_of.tolist(), config.store_text, tokenizer)
+    classes = None
+    if config.labels == "expected":
+        samples, chosen, sequence_of, classes = every_class_of(
+            model, samples, chosen, config, sequence_of, known_classes
+        )
+        config = config.replace(chunk_size=classes.whole_inputs(config))
+        texts = None if texts is None else [texts[number] for number in classes.inputs]
     units = make_units(len(samples), config.chunk_size)
     lengths, scalars, digests, axes, masks = [], [], [], [], Masks()
     for index in range(len(samples)):
@@ -171,6 +194,7 @@ def survey(
     longest.warn()
     fields = {key: np.array([values[key] for values in scalars]) for key in _common_keys(scalars)}
     fields |= {key: np.array(values, dtype=np.float64)[sequence_of] for key, values in numbers.items()}
+    fields |= {} if classes is None else classes.fields()
     chunk_digests = [_read_again(samples, unit, digests) for unit in units]
     engine = GradientEngine(
         model, chosen, include=config.include, exclude=config.exclude, deterministic=config.use_deterministic
@@ -180,7 +204,20 @@ def survey(
         budget = None if config.memory_budget is None else int(config.memory_budget)
         kept_apart = padding_changes(engine, samples, axes, budget)
     shapes = numbered(axes)
-    return RunData(samples, chosen, lengths, chunk_digests, n_sequences, digests, fields, shapes, kept_apart, tokenizer)
+    return RunData(
+        samples,
+        chosen,
+        lengths,
+        chunk_digests,
+        n_sequences,
+        digests,
+        fields,
+        shapes,
+        kept_apart,
+        tokenizer,
+        classes,
+        texts,
+    )
 
 
 def _read_again(samples: Samples, unit: Unit, digests: Sequence[bytes]) -> str:

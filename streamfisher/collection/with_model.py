@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from streamfisher.analysis.run import StoredRun
 from streamfisher.byte_sizes import parse_bytes
+from streamfisher.collection.classes import stored_classes
 from streamfisher.collection.prepare import make_manifest
 from streamfisher.collection.producers import model_producer
 from streamfisher.collection.resume import stored_routes
@@ -68,7 +69,8 @@ def with_model(
         without_packing(model),
     ):
         kept_apart = run.manifest.layout.get("kept_apart")
-        now = survey(model, samples, config, loss, data.get("n_sequences", data["n_samples"]), kept_apart)
+        given = data.get("n_sequences", data.get("n_inputs", data["n_samples"]))
+        now = survey(model, samples, config, loss, given, kept_apart, stored_classes(run.store))
         with model_producer(model, now, config) as producer:
             manifest = make_manifest(model, producer, now, config, None)
             differences = resume_differences(run.manifest, manifest, now.samples.digest)

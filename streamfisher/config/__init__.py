@@ -7,7 +7,7 @@ from streamfisher.config.reduction import GramPer, ReductionOptions
 from streamfisher.config.resources import ResourceOptions, Stream
 from streamfisher.config.samples import Labels, SampleOptions, SampleUnit
 from streamfisher.config.solving import Solver, SolvingOptions
-from streamfisher.config.spectral import IDENTITY_FIELDS, SECTIONS, SpectralConfig
+from streamfisher.config.spectral import IDENTITY_FIELDS, SECTIONS, UNCENTERED, SpectralConfig
 from streamfisher.config.storage import Codec, HeldAs, Hold, StorageMode, StorageOptions
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ResourceOptions",
     "SECTIONS",
     "IDENTITY_FIELDS",
+    "UNCENTERED",
     # what their fields take
     "SampleUnit",
     "Labels",

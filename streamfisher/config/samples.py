@@ -10,7 +10,7 @@ from streamfisher.config.option import Section, documented, option
 from streamfisher.errors import ConfigError
 
 SampleUnit = Literal["sequence", "token", "example"]
-Labels = Literal["data", "model"]
+Labels = Literal["data", "model", "expected"]
 
 
 @documented
@@ -41,8 +41,16 @@ class SampleOptions(Section):
     labels: Labels = option(
         "data",
         one_of(*get_args(Labels)),
-        "data: empirical Fisher; model: labels drawn from the model's own prediction",
+        "data: empirical Fisher; model: labels drawn from the model's own prediction; expected: every class of a "
+        "sample, weighted by its probability, which is the exact Fisher of a classifier (generalised Gauss-Newton)",
         group="data",
+    )
+    classes_per_sample: int | None = option(
+        None,
+        optional(whole(1)),
+        "with labels='expected', only so many most probable classes of each sample; what is left out is reported",
+        group="data",
+        unset="all",
     )
     seed: int = option(42, whole(0, 2**64 - 1), "seed of all that is drawn at random", group="data")
     chunk_size: int = option(
@@ -51,9 +59,14 @@ class SampleOptions(Section):
     batch_tokens: int = option(4096, whole(1), "padded tokens per backward pass; bounds the activations", group="data")
 
     def check(self) -> None:
-        """Refuse a number of tokens to draw where N counts sequences."""
+        """Refuse a number of tokens to draw where N counts sequences, and one of classes where a sample has one."""
         if self.tokens_per_sequence is not None and self.sample_unit != "token":
             raise ConfigError(
                 f"tokens_per_sequence={self.tokens_per_sequence} draws tokens and sample_unit is "
                 f"{self.sample_unit!r}; set sample_unit='token'."
+            )
+        if self.classes_per_sample is not None and self.labels != "expected":
+            raise ConfigError(
+                f"classes_per_sample={self.classes_per_sample} chooses among the classes of each sample and labels is "
+                f"{self.labels!r}, which takes one; set labels='expected'."
             )

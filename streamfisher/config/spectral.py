@@ -44,6 +44,7 @@ IDENTITY_FIELDS = (
     "sample_unit",
     "tokens_per_sequence",
     "labels",
+    "classes_per_sample",
     "loss",
     "include",
     "exclude",
@@ -57,6 +58,12 @@ IDENTITY_FIELDS = (
     "gram_per",
     "on_nonfinite",
     "use_deterministic",
+)
+
+#: Why there is no covariance of the rows of labels='expected'.
+UNCENTERED = (
+    "over a model's own labels the mean gradient of every sample is zero, so that its covariance is its Fisher. Leave "
+    "out the centering."
 )
 
 # The order in which manifests list what they have listed from the first; a field that is not here comes after these.
@@ -90,6 +97,9 @@ class SpectralConfig(  # a dataclass lists the fields of its last base first
         """Check each section."""
         for section in SECTIONS:
             section.check(self)
+        if self.labels == "expected" and (self.center_gradients or self.store_centered):
+            field = "center_gradients" if self.center_gradients else "store_centered"
+            raise ConfigError(f"{field}=True and labels='expected' do not go together: {UNCENTERED}")
 
     @property
     def samples(self) -> SampleOptions:

@@ -85,6 +85,14 @@ class StorageOptions(Section):
         unset="all, if they fit at once",
     )
     store_centered: bool = option(False, FLAG, "write centered gradients (one more pass)", group="store")
+    store_text: int | None = option(
+        None,
+        optional(whole(1)),
+        "keep so many characters of what each sample says, to be shown in tables and reports",
+        group="store",
+        metavar="CHARACTERS",
+        unset="none",
+    )
     fsync: bool = option(False, FLAG, "flush the disk before each marker, against power cuts", group="store")
 
     def check(self) -> None:

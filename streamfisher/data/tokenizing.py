@@ -23,6 +23,7 @@ class Tokenizer:
     kind: str = ""  # its class
     n_tokens: int | None = None  # in its vocabulary, where it says so
     by_default: bool = False  # nobody asked for it
+    decode: Callable[[list[int]], str] | None = None  # token ids to text, where it can
 
     def facts(self) -> dict[str, Any]:
         """Return what the manifest of a run says about it, as plain JSON values."""
@@ -39,8 +40,13 @@ def tokenize_bytes(text: str) -> list[int]:
     return list(text.encode("utf-8"))
 
 
-BYTES = Tokenizer("UTF-8 bytes", tokenize_bytes, n_tokens=256)
-BYTES_BY_DEFAULT = Tokenizer("UTF-8 bytes", tokenize_bytes, n_tokens=256, by_default=True)
+def text_of_bytes(ids: list[int]) -> str:
+    """Return the text of UTF-8 bytes; what is none, as half a character, is replaced."""
+    return bytes(number for number in ids if 0 <= number < 256).decode("utf-8", errors="replace")
+
+
+BYTES = Tokenizer("UTF-8 bytes", tokenize_bytes, n_tokens=256, decode=text_of_bytes)
+BYTES_BY_DEFAULT = Tokenizer("UTF-8 bytes", tokenize_bytes, n_tokens=256, by_default=True, decode=text_of_bytes)
 
 
 def as_tokenizer(given: Tokenize) -> Tokenizer:
@@ -66,7 +72,14 @@ def as_tokenizer(given: Tokenize) -> Tokenizer:
         )
     kind = "" if isinstance(given, type(as_tokenizer)) else type(given).__name__
     name = getattr(given, "name_or_path", None) or getattr(given, "__qualname__", None) or kind
-    return Tokenizer(str(name), lambda text: _ids(encode(text), str(name)), kind, _count(given))
+    decode = getattr(given, "decode", None)
+    return Tokenizer(
+        str(name),
+        lambda text: _ids(encode(text), str(name)),
+        kind,
+        _count(given),
+        decode=decode if callable(decode) else None,
+    )
 
 
 @dataclass(frozen=True)

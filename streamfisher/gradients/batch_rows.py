@@ -20,7 +20,7 @@ class RowSink:
     Tied parameters and modules that are called several times contribute more than once. A parameter that nothing
     contributed to has the gradient zero: `finish` writes it, because the buffers are reused. Of parameters in
     `factored` the factors are kept instead of their product. Those in `projected` are projected before they are
-    multiplied, and their rows are `(B, k1 k2)`.
+    multiplied, and their rows are `(B, k1 k2)`. With a `window`, only its samples are kept of the B of the pass.
     """
 
     def __init__(
@@ -30,10 +30,13 @@ class RowSink:
         shapes: Mapping[str, tuple[int, ...]],
         factored: Collection[str] = (),
         projected: Mapping[str, Sides] | None = None,
+        window: slice | None = None,
     ) -> None:
         self.n_samples = n_samples
+        self.window = window
+        self._n_rows = n_samples if window is None else window.stop - window.start
         self.projected = dict(projected or {})
-        self.rows = {name: out[name][:n_samples] for name in shapes if name not in factored}  # (B, P_k) each
+        self.rows = {name: out[name][: self._n_rows] for name in shapes if name not in factored}  # (B, P_k) each
         self.factors: dict[str, list[FactorPair]] = {name: [] for name in shapes if name in factored}
         self.shapes = dict(shapes)
         self.written: set[str] = set()
@@ -48,6 +51,7 @@ class RowSink:
 
     def product(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add `left @ right`, `(B, m, T) @ (B, T, n)`, formed in the dtype of the rows, with m * n = P_k."""
+        left, right = self._seen(left), self._seen(right)
         if name in self.factors:
             self.factors[name].append(FactorPair(left.transpose(1, 2), right))
             return
@@ -72,7 +76,7 @@ class RowSink:
         if name in self.factors:
             raise ValueError(f"{name}: a rule formed a gradient that is no product of two factors")
         rows = self.rows[name]
-        value = value.reshape(self.n_samples, -1)
+        value = self._seen(value.reshape(self.n_samples, -1))
         if name in self.projected:
             value = self.projected[name].project(value.to(rows.dtype))
         if value.shape != rows.shape:
@@ -85,6 +89,7 @@ class RowSink:
 
     def scatter(self, name: str, index: Tensor, value: Tensor) -> None:
         """Add `value` `(B, T, d)` into the table rows `index` `(B, T)` of a parameter of shape `(V, d)`."""
+        index, value = self._seen(index), self._seen(value)
         if name in self.factors:
             self.factors[name].append(FactorPair(index, value))
             return
@@ -100,12 +105,15 @@ class RowSink:
             rows.zero_()
             self.written.add(name)
         if rows.is_contiguous():
-            offset = torch.arange(self.n_samples, device=index.device).unsqueeze(1) * n_entries
+            offset = torch.arange(self._n_rows, device=index.device).unsqueeze(1) * n_entries
             flat = (index + offset).reshape(-1)
-            rows.view(self.n_samples * n_entries, width).index_add_(0, flat, value.reshape(-1, width).to(rows.dtype))
+            rows.view(self._n_rows * n_entries, width).index_add_(0, flat, value.reshape(-1, width).to(rows.dtype))
             return
         for row, where, what in zip(rows, index, value, strict=True):
             row.view(n_entries, width).index_add_(0, where, what.to(rows.dtype))
+
+    def _seen(self, values: Tensor) -> Tensor:
+        return values if self.window is None else values[self.window]
 
     def formed(self, names: Collection[str]) -> dict[str, Tensor]:
         """Return a tensor that is zero where a parameter's gradient is, of those that something contributed to."""

@@ -16,6 +16,7 @@ from streamfisher.gradients.parameters import ParameterInfo
 from streamfisher.gradients.probe_report import ProbeReport
 from streamfisher.gradients.producer import Asked, BatchGradients, Wave
 from streamfisher.gradients.shapes import GradientShape
+from streamfisher.gradients.shared_forward import SharedInputs
 from streamfisher.gradients.tolerance import COUPLING
 from streamfisher.models.calling import samples_of
 
@@ -105,7 +106,10 @@ class ModelProducer:
 
     def gradients(self, batch: BatchRef, asked: Asked) -> BatchGradients:
         """Take the gradients of one batch by one forward and backward pass."""
-        return self.engine.rows(self._contents(batch), asked.rows, asked.factored)
+        contents = self._contents(batch)
+        per_input = 1 if self._wave is None else self._wave.batches.per_input
+        shared = None if per_input == 1 else SharedInputs(batch.start % per_input, per_input)
+        return self.engine.rows(contents, asked.rows, asked.factored, shared)
 
     def guard(
         self,

@@ -23,6 +23,7 @@ from streamfisher.gradients.parameters import ParameterInfo, select_parameters
 from streamfisher.gradients.plain import PlainAutograd, copies
 from streamfisher.gradients.producer import BatchGradients
 from streamfisher.gradients.rules import rule_named
+from streamfisher.gradients.shared_forward import SharedInputs, backward_of_shared
 from streamfisher.gradients.state import (
     as_it_was,
     inputs_of_checkpoints,
@@ -200,7 +201,11 @@ class GradientPasses:
         }
 
     def rows(
-        self, batch: Mapping[str, Any], out: Mapping[str, Tensor], factored: Collection[str] = ()
+        self,
+        batch: Mapping[str, Any],
+        out: Mapping[str, Tensor],
+        factored: Collection[str] = (),
+        shared: SharedInputs | None = None,
     ) -> BatchGradients:
         """Fill `out[name][:B]` with the gradient of each sample's loss, or return its factors.
 
@@ -210,6 +215,7 @@ class GradientPasses:
                 as narrow as `projection` makes a row, the row is projected. Parameters that are neither in `out` nor
                 in `factored` are not formed, and the backward pass stops at the lowest that is.
             factored: parameters, of those in `factorable`, of which the factors are returned instead.
+            shared: which samples are of one input and differ in their labels only.
 
         Raises:
             LossError: the loss has the wrong shape, or a sample has no target.
@@ -223,7 +229,7 @@ class GradientPasses:
         fast = [name for name in names if name not in self._per_sample]
         if batch_size(batch) == 1 and self.plain.changes(batch):
             fast = []  # this model is not to be trusted with it
-        losses, pending, factors = self._captured(batch, out, fast, factored)
+        losses, pending, factors = self._captured(batch, out, fast, factored, shared)
         slow = [name for name in names if name not in fast or name in pending]
         if slow or losses is None:
             rows = {name: out[name] if name in out else self._row_buffer(name, batch) for name in slow}
@@ -326,25 +332,52 @@ class GradientPasses:
         return losses.detach()
 
     def _captured(
-        self, batch: Mapping[str, Any], out: Mapping[str, Tensor], names: Sequence[str], factored: Collection[str]
+        self,
+        batch: Mapping[str, Any],
+        out: Mapping[str, Tensor],
+        names: Sequence[str],
+        factored: Collection[str],
+        shared: SharedInputs | None,
     ) -> tuple[Tensor | None, set[str], dict[str, list[FactorPair]]]:
         """Form the gradients of `names` in one pass; return losses, parameters not understood, and factors."""
         if self.loss.sequential or not names:
             return None, set(), {}
+        if shared is not None and not self._unproved.intersection(names) and shared.worthwhile(batch):
+            return self._captured_by_input(batch, out, names, factored, shared)
         watch = UseWatch({name: self.tensors[name] for name in names}, self._unproved)
         state = self._pass(batch, out, names, factored, watch=watch)
         with watch.watching():
             losses = self._backward(batch, state)
         return losses, state.deferred | self._left_out_by_rules(batch, state, watch), state.sink.factors
 
+    def _captured_by_input(
+        self,
+        batch: Mapping[str, Any],
+        out: Mapping[str, Tensor],
+        names: Sequence[str],
+        factored: Collection[str],
+        shared: SharedInputs,
+    ) -> tuple[Tensor, set[str], dict[str, list[FactorPair]]]:
+        """As `_captured`, by one forward pass of the inputs that samples share."""
+        watch = UseWatch({name: self.tensors[name] for name in names})
+        self._kept.forget()
+        with watch.watching():
+            sink = self._pass(batch, out, names, factored).sink
+            losses, deferred, factors = backward_of_shared(
+                self.capture, self.loss, batch, shared, sink, factored, watch
+            )
+        return losses, deferred | self._not_zero(batch, watch, {}), factors
+
     def _left_out_by_rules(self, batch: Mapping[str, Any], state: Pass, watch: UseWatch) -> set[str]:
         """Return parameters of which the rules did not give the whole gradient, or gave one that nothing proves."""
-        rows = state.sink.formed(self._unproved)
+        return self._not_zero(batch, watch, state.sink.formed(self._unproved))
+
+    def _not_zero(self, batch: Mapping[str, Any], watch: UseWatch, rows: Mapping[str, Tensor]) -> set[str]:
         wrong = nonzero(rows) | nonzero(watch.grads)
         # A sum of zero may be one of gradients that cancel, but not with other weights.
         unclear = watch.grads.keys() - wrong - rows.keys()
-        if unclear and state.n_samples > 1:
-            weights = torch.arange(2, state.n_samples + 2).sqrt()
+        if unclear and batch_size(batch) > 1:
+            weights = torch.arange(2, batch_size(batch) + 2).sqrt()
             _, grads = self.plain.gradients(batch, {n: self.tensors[n] for n in sorted(unclear)}, weights=weights)
             wrong |= nonzero({name: grad for name, grad in grads.items() if grad is not None})
         return wrong

@@ -22,10 +22,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from streamfisher.errors import ConvergenceError
 from streamfisher.solving.eigen import decompose
+from streamfisher.solving.lanczos import SymmetricOperator
 
 #: So many dampings are solved one by one; more, by one eigendecomposition.
 _FEW = 16
+#: Residual of a solution that is found by products with K only, relative; and products after which it is given up.
+_RESIDUAL, _MOST_STEPS = 1e-11, 2000
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class MeanProducts:
 
 
 def damped_products(
-    K: np.ndarray,
+    K: np.ndarray | SymmetricOperator,
     products: np.ndarray,
     scale: np.ndarray,
     dampings: Sequence[float] | np.ndarray,
@@ -48,16 +52,16 @@ def damped_products(
     """Return `q^T (F + lambda I)^-1 g_i` for all queries, training samples and dampings: (m, Q, n) float64.
 
     Args:
-        K: (n, n) float64, the Gram of the rows g'_i.
+        K: (n, n) float64, the Gram of the rows g'_i; or by its products only, and then no damping may be 0.
         products: (n, Q) float64, `G' q`.
         scale: (n,) float64, positive: s_i.
         dampings: not negative; 0 takes the pseudo-inverse.
         floor: eigenvalues of F that are not above it are left out of a pseudo-inverse.
         mean: where rows are centered.
     """
-    n = len(K)
+    n = len(products)
     right = products if mean is None else np.concatenate([products, mean.rows[:, None]], axis=1)
-    solve = _solver(K, right, dampings, floor)
+    solve = _solver(K, right, dampings, floor) if isinstance(K, np.ndarray) else _iterative_solver(K, right)
     found = np.empty((len(dampings), products.shape[1], n))
     for place, damping in enumerate(dampings):
         once, twice = solve(float(damping))
@@ -69,6 +73,40 @@ def damped_products(
                 part = n * twice[:, -1] @ products
             found[place] += part[:, None]
     return found
+
+
+def _iterative_solver(K: SymmetricOperator, right: np.ndarray) -> Callable[[float], tuple[np.ndarray, np.ndarray]]:
+    """Return damping -> `(K + damping n I)^-1 right`, twice, by conjugate gradients of all columns together.
+
+    Each step is one product with K. The last solution is where the next damping starts.
+    """
+    last: list[np.ndarray] = []
+
+    def solve(damping: float) -> tuple[np.ndarray, np.ndarray]:
+        shift = K.n * damping
+        X = last[0].copy() if last else np.zeros_like(right)
+        R = right - (K.matvec(X) + shift * X) if last else right.copy()
+        P, squares = R.copy(), np.square(R).sum(axis=0)
+        enough = np.square(_RESIDUAL) * np.square(right).sum(axis=0)
+        for _ in range(_MOST_STEPS):
+            going = squares > enough
+            if not going.any():
+                last[:] = [X]
+                return X, X
+            A = K.matvec(P) + shift * P
+            curvature = np.einsum("ij,ij->j", P, A)
+            alpha = np.where(going, squares / np.where(curvature > 0, curvature, np.inf), 0.0)
+            X += alpha * P
+            R -= alpha * A
+            before, squares = squares, np.square(R).sum(axis=0)
+            P = R + np.where(going, squares / np.where(before > 0, before, 1.0), 0.0) * P
+        worst = float(np.sqrt((squares / np.maximum(enough, np.finfo(float).tiny)).max())) * _RESIDUAL
+        raise ConvergenceError(
+            f"the damped inverse at {damping:.3g} did not converge in {_MOST_STEPS} products with the Gram: residual "
+            f"{worst:.1e}, and {_RESIDUAL:.0e} was asked for. Take a larger damping, fewer samples, or more memory."
+        )
+
+    return solve
 
 
 def _solver(

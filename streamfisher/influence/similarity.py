@@ -69,7 +69,15 @@ def clusters_of(K: np.ndarray, threshold: float, inverse: np.ndarray) -> np.ndar
             members += front.tolist()
         if len(members) > 1:
             groups.append(sorted(members))
-    numbers = np.full(n, -1)
-    for number, group in enumerate(sorted(groups, key=lambda group: (-len(group), group[0]))):
-        numbers[group] = number
-    return numbers
+    for members in groups:
+        label[members] = members[0]
+    return numbered_clusters(label)
+
+
+def numbered_clusters(label: np.ndarray) -> np.ndarray:
+    """Return clusters numbered from the largest, (n,) int64, -1 for what is alone, from any label of each."""
+    _, first, of, sizes = np.unique(label, return_index=True, return_inverse=True, return_counts=True)
+    order = np.lexsort((first, -sizes))
+    number = np.empty(len(sizes), dtype=np.int64)
+    number[order] = np.arange(len(sizes))
+    return np.where(sizes[of] > 1, number[of], -1)

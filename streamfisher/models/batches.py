@@ -26,6 +26,7 @@ class ModelBatches(Mapping[BatchRef, dict[str, Tensor]]):
         digests: of each sample as it was first read; a sample that has changed since is refused. Empty: not compared.
         label_seed: of labels drawn from the model's own prediction; `None`: labels are those of the data.
         apart: see `batches_of`.
+        per_input: so many consecutive samples differ in their labels only.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class ModelBatches(Mapping[BatchRef, dict[str, Tensor]]):
         label_seed: int | None = None,
         apart: Sequence[int] | None = None,
         digests: Sequence[bytes] = (),
+        per_input: int = 1,
     ) -> None:
-        self.digests, self.lengths = digests, lengths
+        self.digests, self.lengths, self.per_input = digests, lengths, per_input
         self.model, self.samples, self.loss, self.label_seed = model, samples, loss, label_seed
         self._of = {unit.index: batches_of(unit, lengths, batch_tokens, apart) for unit in units}
         self._known = {batch: batch for batches in self._of.values() for batch in batches}
@@ -70,7 +72,7 @@ class ModelBatches(Mapping[BatchRef, dict[str, Tensor]]):
         """Return a view of some of them."""
         part = object.__new__(ModelBatches)
         part.model, part.samples, part.loss, part.label_seed = self.model, self.samples, self.loss, self.label_seed
-        part.digests, part.lengths = self.digests, self.lengths
+        part.digests, part.lengths, part.per_input = self.digests, self.lengths, self.per_input
         part._of, part._known = self._of, {batch: batch for batch in batches}
         return part
 

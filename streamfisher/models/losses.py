@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
@@ -29,6 +29,7 @@ from streamfisher.models.calling import (
     scalar_loss,
     try_forward,
 )
+from streamfisher.models.expected_labels import by_root_of_probability
 from streamfisher.models.sharding import class_of
 
 REDUCTIONS = {
@@ -56,6 +57,7 @@ class PerSampleLoss:
     function: Callable[[nn.Module, Mapping[str, Any]], Tensor] | None = None  # the user's own
     labels_to_model: bool = False  # an encoder-decoder derives its decoder inputs from the labels
     leaves_batch: bool = False  # the function never writes into what it gets
+    expected: bool = False  # gradients count by the root of the probability of what they are the likelihood of
 
     @property
     def sequential(self) -> bool:
@@ -96,6 +98,10 @@ class PerSampleLoss:
 
     def from_logits(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
         """Return the losses `(B,)` of already computed logits."""
+        losses = self._from_logits(logits, batch)
+        return by_root_of_probability(losses) if self.expected else losses
+
+    def _from_logits(self, logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
         n_samples = batch_size(batch)
         if logits.dim() == 0 or logits.shape[0] != n_samples:
             raise LossError(
@@ -152,6 +158,29 @@ class PerSampleLoss:
         if self.name in ("causal", "token"):
             return (self.targets(batch) != IGNORED_LABEL).sum(1).to(torch.int64)
         return torch.ones(batch_size(batch), dtype=torch.int64)
+
+    def of_every_class(self) -> PerSampleLoss:
+        """Return the loss of samples of which each has one class, counted by the root of that class's probability.
+
+        The gradients of all classes of an input then add up to its part of the exact Fisher:
+        `sum_c p_c g_c g_c^T`, with `g_c` the gradient of `-log p_c`.
+
+        Raises:
+            LossError: the loss gives no probabilities of classes.
+        """
+        if self.name not in ("classification", "causal", "token"):
+            what = {"regression": "a Gaussian, which has no classes"}.get(self.name, "no probabilities of classes")
+            raise LossError(
+                f"labels='expected' takes every class of a classifier, and the loss {self.name!r} is of {what}. Use "
+                "labels='data', or a loss of classes: loss='classification', 'causal' or 'token'."
+            )
+        if self.labels_to_model:
+            raise LossError(
+                "labels='expected' changes the labels and not what the model sees, and this encoder-decoder makes its "
+                "decoder's inputs of the labels. Use labels='data' or labels='model'."
+            )
+        reduction = "cross-entropy of one class, its gradient times the root of the class's probability"
+        return replace(self, expected=True, reduction=reduction)
 
     def metadata(self) -> dict[str, Any]:
         """Return what a result must say about its loss, as plain JSON values."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from streamfisher.errors import ConfigError
 from streamfisher.reports.export import Table, write_tables
-from streamfisher.reports.samples import about, aligned, write_json_file
+from streamfisher.reports.samples import about, aligned, shortened, write_json_file
 from streamfisher.results.influence import Influence, Score
 from streamfisher.results.metrics import json_values
 from streamfisher.runtime.printable import printable
@@ -43,6 +43,8 @@ def influence_text(found: Influence, count: int = 10, score: Score = "influence"
         every = range(len(found.queries)) if len(found.queries) <= _EACH else [None]
         for query in every:
             name = "mean of all queries" if query is None else f"query {found.queries[query]}"
+            if query is not None and found.query_texts is not None:
+                name += f" ({shortened(found.query_texts[query])})"
             for lowest in (False, True):
                 ranked = found.top(query, count, score=score, damping=place, lowest=lowest)
                 rows = [(f"{one['sample']}", f"{one['score']:+.4g}", *about(one)) for one in ranked]

@@ -14,6 +14,7 @@ from streamfisher.reports.layer_maps import Cells, cells_and_alignment, layer_ma
 from streamfisher.reports.page_parts import Report, Section, write_page
 from streamfisher.reports.page_parts import figures_html as _figures
 from streamfisher.reports.page_parts import rendered as _rendered
+from streamfisher.reports.sample_map import sample_map
 from streamfisher.reports.verdict import verdict
 from streamfisher.results.analyses import Alignment, Growth
 from streamfisher.results.notebook import fact_table, metrics_table, run_facts, structure_name
@@ -61,7 +62,7 @@ def html_report(
         path,
         "page.html",
         findings,
-        sections(run, spectra, _maps(grams, cells), aligned, growth, seconds),
+        sections(run, spectra, _maps(grams, cells), aligned, growth, seconds, _samples(run, grams)),
         run=run.path.name,
         model=str(run.manifest.model["class"]).rsplit(".", 1)[-1],
         n_samples=f"{whole.n_samples:,}",
@@ -72,7 +73,13 @@ def html_report(
 
 
 def sections(
-    run: StoredRun, spectra: Sequence[Spectrum], maps: str, aligned: Alignment | None, growth: Growth, seconds: float
+    run: StoredRun,
+    spectra: Sequence[Spectrum],
+    maps: str,
+    aligned: Alignment | None,
+    growth: Growth,
+    seconds: float,
+    samples: str,
 ) -> list[Section]:
     """Return the parts of the page in their order."""
     found = [Section("Layers and modules", maps)]
@@ -81,7 +88,12 @@ def sections(
     if aligned is not None:
         found.append(Section("Block alignment", _alignment(aligned)))
     found += [Section(f"{_name(spectrum)}: metrics", _table(spectrum)) for spectrum in spectra]
+    found.append(Section("Samples", samples))
     return [*found, Section("Facts", _facts(run, spectra[0]))]
+
+
+def _samples(run: StoredRun, grams: BlockGrams) -> str:
+    return _rendered("samples.html", **sample_map(run, grams))
 
 
 def _of_layers(spectra: Sequence[Spectrum], grams: BlockGrams) -> Spectrum | None:

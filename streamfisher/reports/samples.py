@@ -53,6 +53,11 @@ def samples_text(found: SampleAnalysis, carriers: int = 3, count: int = 10) -> s
         whole = found.without.whole[metric] if found.without is not None else 0.0
         lines += ["", f"Moved most by leaving out one sample: {metric.replace('_', ' ')}, {whole:.4g}"]
         lines += aligned(moved)
+    if found.metadata.get("by_tiles"):
+        said = (
+            "The Gram does not fit the memory budget and was read by tiles: leverage scores and metrics without single "
+        )
+        lines += ["", said + "samples, which take all eigenvectors, are left out."]
     lines += ["", *_duplicates(found, count)]
     return "\n".join(line if line.startswith("\n") else printable(line) for line in lines)
 
@@ -72,11 +77,19 @@ def _duplicates(found: SampleAnalysis, count: int) -> list[str]:
 
 
 def about(one: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the last cell of a row: the snippet of a sample, or else its loss."""
+    """Return the last cells of a row: input and class of one of several samples of an input, and snippet or loss."""
+    of_class: tuple[str, ...] = ()
+    if "input" in one and "class" in one:
+        of_class = (f"input {one['input']:.0f}, class {one['class']:.0f}",)
     if "text" in one:
-        text = printable(one["text"])
-        return (text if len(text) <= _TEXT else text[: _TEXT - 3] + "...",)
-    return (f"loss {one['loss']:.4g}",) if "loss" in one else ()
+        return (*of_class, shortened(one["text"]))
+    return (*of_class, f"loss {one['loss']:.4g}") if "loss" in one else of_class
+
+
+def shortened(text: str) -> str:
+    """Return what a sample says as it fits into a table."""
+    text = printable(text)
+    return text if len(text) <= _TEXT else text[: _TEXT - 3] + "..."
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -61,7 +61,8 @@ class Influence:
     relative: bool  # they are multiples of each block's mean eigenvalue
     fields: Mapping[str, np.ndarray]  # of the training samples: name -> (n,) float64
     query_fields: Mapping[str, np.ndarray]
-    texts: tuple[str, ...] | None = None  # what each training sample says, where that was given
+    texts: tuple[str, ...] | None = None  # what each training sample says, where that was given or stored
+    query_texts: tuple[str, ...] | None = None  # what each query says
     centered: bool = False
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -138,7 +139,8 @@ class Influence:
                     "highest": self._ranked(scores[row], count, lowest=False),
                     "lowest": self._ranked(scores[row], count, lowest=True),
                 }
-                of_queries.append({"query": query, **ends})
+                said = {} if self.query_texts is None else {"text": self.query_texts[row]}
+                of_queries.append({"query": query, **said, **ends})
             mean = scores.mean(axis=0)
             ranked.append(
                 {

@@ -5,8 +5,9 @@ With weights `w_i >= 0` and gradient rows `g_i`:
     F = (1/Z) sum_i w_i g_i g_i^T            Z = sum_i w_i        (normalization 'samples')
                                              Z = sum_i w_i T_i    ('tokens', T_i target tokens of sample i)
 
-and the covariance takes `g_i - m` for `g_i`, with `m = sum_i w_i g_i / sum_i w_i`. Its non-zero eigenvalues are those
-of `D^(1/2) K D^(1/2) / Z`, with `D = diag(w)` and K the Gram of (centered) rows: a congruence of a stored matrix.
+where the k rows of an input, of labels='expected', count as one sample in Z. The covariance takes `g_i - m` for `g_i`,
+with `m = sum_i w_i g_i / sum_i w_i`. Its non-zero eigenvalues are those of `D^(1/2) K D^(1/2) / Z`, with `D = diag(w)`
+and K the Gram of (centered) rows: a congruence of a stored matrix.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Selection:
     denominator: float  # Z
     normalization: Normalization = "samples"
     shares: np.ndarray | None = None  # (n,) float64: what each sample adds to Z; None: its weight
+    parts: int = 1  # k: so many samples in a row are one input's, and count as one in Z
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -41,13 +43,18 @@ class Selection:
         """Return the selection of some of these samples; `places` are indices into `samples`, ascending."""
         shares = self.added()[places]
         weights = None if self.weights is None else self.weights[places]
-        return Selection(self.samples[places], weights, float(shares.sum()), self.normalization, shares)
+        return Selection(self.samples[places], weights, float(shares.sum()), self.normalization, shares, self.parts)
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """Return which input each sample is of: (n,) int64; another one each, but for labels='expected'."""
+        return self.samples // self.parts
 
     def added(self) -> np.ndarray:
         """Return what each sample adds to Z: (n,) float64."""
         if self.shares is not None:
             return self.shares
-        return np.ones(len(self)) if self.weights is None else self.weights
+        return (np.ones(len(self)) if self.weights is None else self.weights) / self.parts
 
     @property
     def factor(self) -> float:
@@ -95,7 +102,7 @@ class Selection:
         over = "N" if self.weights is None else "sum(w)"
         if self.normalization == "tokens":
             over = "tokens" if self.weights is None else "sum(w * tokens)"
-        return f"(1/{over}) * {rows[0]}{weight}{rows[1]}"
+        return f"({self.parts}/{over}) * {rows[0]}{weight}{rows[1]}"
 
     def facts(self) -> dict[str, Any]:
         """Return what the metadata of a result says about samples and weights."""
@@ -119,6 +126,7 @@ def select(
     *,
     normalization: Normalization = "samples",
     n_targets: np.ndarray | None = None,
+    parts: int = 1,
     least: int = 2,
 ) -> Selection:
     """Return the valid samples that are selected, with their weights.
@@ -130,6 +138,7 @@ def select(
         weights: (N,), one for each sample of the run, not only of those selected; samples of weight 0 drop out.
         normalization: divide by samples or by target tokens.
         n_targets: (N,) target tokens of each sample; needed for 'tokens'.
+        parts: samples in a row that are one input's, and together count as one.
         least: how many samples must be left.
 
     Raises:
@@ -158,7 +167,8 @@ def select(
             raise DataError("normalization='tokens': the selected samples have no target tokens; use 'samples'.")
     else:
         shares = each
-    return Selection(selected, chosen, float(shares.sum()), normalization, shares)
+    shares = shares / parts
+    return Selection(selected, chosen, float(shares.sum()), normalization, shares, parts)
 
 
 def _numbers(n_samples: int, samples: SampleChoice) -> np.ndarray:

@@ -117,6 +117,19 @@ class TiledGram:
                 diagonal = diagonal + 2 * products[:-1][self.samples] + products[-1]
             yield name, diagonal
 
+    def diagonal(self) -> np.ndarray:
+        """Return the diagonal, (n,) float64: only tiles on it are read."""
+        return np.concatenate([self._tile(part, part).diagonal() for part in self.parts])
+
+    def rows(self, places: np.ndarray) -> np.ndarray:
+        """Return some rows, (len(places), n) float64: only the rows of tiles that they are in are read."""
+        found = np.empty((len(places), self.n))
+        for left in self.parts:
+            wanted = np.flatnonzero((places >= left.places.start) & (places < left.places.stop))
+            for right in self.parts if len(wanted) else ():
+                found[wanted, right.places] = self._tile(left, right)[places[wanted] - left.places.start]
+        return found
+
     def matvec(self, X: np.ndarray) -> np.ndarray:
         """Return K X, (n, b) float64: one pass over the stored tiles."""
         Y = np.zeros_like(X, dtype=np.float64)

@@ -7,7 +7,7 @@ from streamfisher.store.growth import grow_run, grows_anew, resume_differences, 
 from streamfisher.store.kept import KeptGradients
 from streamfisher.store.layout import PANEL, chunk_columns
 from streamfisher.store.lock import RankLock, RunLock
-from streamfisher.store.manifest import Manifest, differences
+from streamfisher.store.manifest import Manifest, Role, differences, with_new_samples_as
 from streamfisher.store.markers import Markers, stage_of
 from streamfisher.store.names import node_name
 from streamfisher.store.rows import RowStore
@@ -33,6 +33,8 @@ __all__ = [
     "PANEL",
     # What it was made from
     "Manifest",
+    "Role",
+    "with_new_samples_as",
     "differences",
     "model_fingerprint",
     "model_manifest",

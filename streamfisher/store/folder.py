@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -68,6 +69,7 @@ class RunFolder:
         self.places = places_of(self.parameters, self.packs)
         self.fsync = False  # flush the filesystem before each marker
         self.arrays: dict[str, zarr.Array] = {}
+        self._opening = threading.Lock()  # threads that write units open each array once
         self._readers: dict[str, ChunkReader] = {}
         self._batch: MarkerBatch | None = None
 
@@ -144,6 +146,10 @@ class RunFolder:
 
     def array(self, path: str) -> zarr.Array:
         """Return an array of the run, opened once and as the manifest has it."""
+        with self._opening:
+            return self._array(path)
+
+    def _array(self, path: str) -> zarr.Array:
         if path not in self.arrays:
             require_inside(self.path, self.path / path)
             try:

@@ -264,7 +264,14 @@ MANIFEST = fields(
         "excluded": mapped(text),
         "data": fields(
             {"n_samples": whole(1), "chunk_digests": listed(text), "fingerprint": text},
-            {"sample_unit": text, "chunk_size": whole(1), "n_sequences": nothing_or(whole())},
+            {"sample_unit": text, "chunk_size": whole(1), "n_sequences": nothing_or(whole())}
+            | {
+                "queries": listed(listed(whole())),
+                "n_inputs": whole(1),
+                "classes_per_input": whole(1),
+                "n_classes": whole(1),
+            }
+            | {"left_out_probability": fields({"mean": number, "largest": number})},
         ),
         "loss": fields({"loss": text, "loss_reduction": text}, {"loss_reason": text}),
         "layout": _LAYOUT,

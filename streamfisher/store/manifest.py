@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from streamfisher.errors import CorruptRunError
 from streamfisher.store.integrity import check_manifest
@@ -18,6 +18,10 @@ LARGEST_MANIFEST = 64 << 20
 #: Version 1 knew rows only, one pass, and a Gram for each parameter, version 2 no packs: what a run without those keys
 #: has.
 _READ_VERSIONS = (1, 2, 3)
+
+
+#: What a sample is for: a query has weight zero in every spectrum, and is what training samples are held against.
+Role = Literal["train", "query"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,21 @@ class Manifest:
 def _version_of(values: Mapping[str, Any]) -> Any:
     found = values.get("versions")
     return found.get("streamfisher") if isinstance(found, dict) else None
+
+
+def with_new_samples_as(role: Role, now: Manifest, stored: Manifest | None) -> Manifest:
+    """Return the manifest of a run that grows, with which of its samples are queries: `data['queries']`, as ranges.
+
+    Args:
+        role: of the samples that the run has not yet.
+        now: of the work that is asked for.
+        stored: of the run; `None`: it is made now.
+    """
+    queries = [] if stored is None else list(stored.data.get("queries", []))
+    known = 0 if stored is None else stored.data["n_samples"]
+    if role == "query" and now.data["n_samples"] > known:
+        queries.append([known, now.data["n_samples"]])
+    return dataclasses.replace(now, data={**now.data, "queries": queries}) if queries else now
 
 
 def columns_of(item: Mapping[str, Any]) -> int:

@@ -22,6 +22,7 @@ from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.names import node_name
 from streamfisher.store.opening import open_array
 from streamfisher.store.repair import restore_metadata, wrong_metadata
+from streamfisher.store.texts import TEXT_FILE
 from streamfisher.verification.problem import Problem
 
 
@@ -69,6 +70,28 @@ class ConfigCheck:
         """Write it anew."""
         if self._wrong:
             write_config(self.run.path, self.run.manifest)
+
+
+class TextCheck:
+    """`texts.json`: what it was written as; few runs have one."""
+
+    def __init__(self, run: StoredRun) -> None:
+        self.run = run
+        self._wrong = False
+
+    def find(self) -> list[Problem]:
+        """Return whether it was altered."""
+        try:
+            _ = self.run.texts
+        except CorruptRunError as error:
+            self._wrong = True
+            return [Problem("texts", None, None, None, str(error))]
+        return []
+
+    def repair(self) -> None:
+        """Delete it, so that the next `run` with --store-text writes it."""
+        if self._wrong:
+            (self.run.path / TEXT_FILE).unlink(missing_ok=True)
 
 
 class UnitCheck:

@@ -26,6 +26,7 @@ from streamfisher.verification.checks import (
     NamedArrayCheck,
     ResultCheck,
     SpectrumCheck,
+    TextCheck,
     UnitCheck,
     forget_units,
 )
@@ -82,6 +83,7 @@ def verify(
         SpectrumCheck(run),
         NamedArrayCheck(run),
         ConfigCheck(run),
+        TextCheck(run),
     ]
     for check in checks:
         problems += check.find()

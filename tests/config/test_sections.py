@@ -74,8 +74,8 @@ FLAT = [
         "gram_device",
         "n_workers",
     ),
-    *("memory_budget", "disk_budget", "stream", "rank_timeout", "fsync", "use_deterministic", "hold"),
-    "device_memory_budget",
+    *("memory_budget", "disk_budget", "stream", "rank_timeout", "fsync", "use_deterministic"),
+    *("classes_per_sample", "hold", "store_text", "device_memory_budget"),
 ]
 OTHER = SpectralConfig(
     chunk_size=8, dtype_model="bfloat16", codec="zstd", gram_per="layer", solver="dense", memory_budget="2GB"
@@ -118,6 +118,7 @@ def test_config_is_a_value():
     [
         (SampleOptions, {"chunk_size": 0}, "chunk_size=0 must be a whole number of at least 1"),
         (SampleOptions, {"tokens_per_sequence": 2}, "set sample_unit='token'"),
+        (SampleOptions, {"classes_per_sample": 2}, "set labels='expected'"),
         (GradientOptions, {"dtype_compute": "bfloat16"}, "dtype_compute=bfloat16 is unknown; choose one of float32"),
         (GradientOptions, {"loss": "mse"}, "loss='mse' is unknown; choose one of None, causal"),
         (StorageOptions, {"project": 3, "representation": "factors"}, "project=3 makes rows of at most 3 numbers"),

@@ -233,7 +233,7 @@ def test_queries_of_other_weights_parameters_or_projections_are_refused_by_name(
         ({"dampings": []}, ConfigError, "give at least one"),
         ({"block": "layer_7"}, ConfigError, "no block 'layer_7'"),
         ({"partial": True}, ConfigError, "finished runs only"),
-        ({"queries": None}, DataError, "names no queries"),
+        ({"queries": None}, DataError, "added as queries, and there are none"),
         ({"queries": slice(0, 23)}, DataError, "1 training samples are left beside 23 queries"),
         ({"queries": [99]}, DataError, "sample 99 was selected"),
         ({"queries": [1], "query_samples": [2]}, ConfigError, "query_samples chooses among"),

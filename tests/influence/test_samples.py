@@ -194,8 +194,8 @@ def test_options_out_of_range_are_refused(run, options, message):
 
 
 def test_what_does_not_fit_the_memory_is_refused_in_a_sentence(run):
-    with pytest.raises(CapacityError, match=r"the eigenvectors of 24 samples need .* and the budget is"):
-        run.samples(config=run.config.replace(memory_budget=20_000))
+    with pytest.raises(CapacityError, match=r"those of 24 samples need .* and the budget is"):
+        run.samples(config=run.config.replace(memory_budget=20_000), dampings=[0.1])
 
 
 def test_projected_gradients_are_refused(tmp_path):

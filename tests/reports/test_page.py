@@ -45,7 +45,7 @@ def test_the_page_says_what_it_must(page, demo_run):
     assert demo_run.manifest.model["fingerprint"] in text
     assert "lm_head.weight" in text, "what was excluded is named"
     assert "20 subsets without 2 samples" in text
-    assert text.count("<svg") == 3 * 2 + 1 + 2 + 1
+    assert text.count("<svg") == 3 * 2 + 1 + 2 + 1 + 1
     assert text.count('class="heat"') == 2
     order = [text.index(word) for word in ('class="verdict"', "<nav", 'class="heat"', "data-plot", 'class="metrics"')]
     assert order == sorted(order), "words, contents, maps, curves, tables"

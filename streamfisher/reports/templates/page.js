@@ -67,3 +67,23 @@ for (const svg of document.querySelectorAll("svg[data-plot]")) {
   });
   svg.addEventListener("pointerleave", () => { tip.hidden = true; });
 }
+for (const figure of document.querySelectorAll("figure.samples")) {
+  const dots = [...figure.querySelectorAll("circle")], bar = document.createElement("div");
+  const loadings = dots.map(dot => dot.dataset.loadings.split(" ").map(Number));
+  const eigenvalues = figure.dataset.eigenvalues.split(" "), chosen = [0, Math.min(1, eigenvalues.length - 1)];
+  bar.className = "toggles";
+  ["across", "up"].forEach((word, axis) => {
+    const label = document.createElement("label"), select = document.createElement("select");
+    eigenvalues.forEach((value, k) => select.add(new Option(`eigenvector ${k + 1} (${value})`, k, false, k === chosen[axis])));
+    select.addEventListener("change", () => {
+      const k = chosen[axis] = Number(select.value), most = Math.max(...loadings.map(row => Math.abs(row[k]))) || 1;
+      dots.forEach((dot, i) => {
+        const at = loadings[i][k] / most;
+        dot.setAttribute(axis ? "cy" : "cx", (axis ? 150 - 135 * at : 200 + 180 * at).toFixed(1));
+      });
+    });
+    label.append(`${word}: `, select);
+    bar.append(label);
+  });
+  if (eigenvalues.length > 1) figure.querySelector("svg").after(bar);
+}
