@@ -39,12 +39,22 @@ class _Bound:
     tiles: TileChecksums | None  # where it was written tile by tile
 
 
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """Return what tells a file from what takes its place; `None` where it cannot be looked at."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size
+
+
 class GramStore:
     """The Grams of a run, whole or tile by tile, and the products of centered rows with their mean."""
 
     def __init__(self, run: RunFolder, moments: MomentStore) -> None:
         self.run, self.moments = run, moments
         self._bound: dict[str, _Bound] = {}  # Grams that were read in parts
+        self._markers: dict[str, tuple[tuple[int, int, int], dict[str, Any]]] = {}  # with the version of their files
 
     def done(self, settings: Mapping[str, Any]) -> set[str]:
         """Return the keys whose Gram exists for all samples, with its moment, and was made with `settings`."""
@@ -348,6 +358,10 @@ class GramStore:
             CorruptRunError: it is missing, damaged, or that of another Gram.
         """
         path = self._marker_path(key)
+        version = _version(path)
+        known = self._markers.get(key)
+        if known is not None and known[0] == version:
+            return known[1]
         marker = read_json(path)
         require_form(marker, GRAM, path)
         other = marker.get("parameter", key) != key or marker["n_samples"] > self.run.n_samples
@@ -355,6 +369,8 @@ class GramStore:
             raise CorruptRunError(
                 f"{path} is not the marker of the Gram of {key}; `streamfisher gram --rebuild` remakes it."
             )
+        if version is not None:
+            self._markers[key] = version, marker
         return marker
 
     def tile_folder(self, key: str) -> Path:

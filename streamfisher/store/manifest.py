@@ -42,8 +42,8 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the manifest as plain JSON values."""
-        return dataclasses.asdict(self)
+        """Return the manifest as plain JSON values, which are the manifest's own: not to be changed."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
 
     @property
     def names(self) -> list[str]:
