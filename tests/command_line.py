@@ -27,7 +27,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def arrays(run: Path) -> dict[str, bytes]:
-    """Return the files of a run's arrays: gradients, per-sample values and Grams; no coordinates."""
+    """Return the files of a run's arrays: gradients, per-sample values and Grams."""
     parts = ("gradients", "samples", "gram", "mean")
-    found = contents(run).items()
-    return {name: data for name, data in found if name.split("/")[0] in parts and "samples/parameter/" not in name}
+    return {name: data for name, data in contents(run).items() if name.split("/")[0] in parts}

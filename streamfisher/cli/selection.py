@@ -25,11 +25,12 @@ _COMPARISONS = {
 _CONDITION = re.compile(r"^\s*([A-Za-z_]\w*)\s*(<=|>=|==|!=|<|>)\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*$")
 
 
-class _OldName(argparse.Action):
-    """Takes `--bootstrap R` for `--intervals R`, and says so."""
+class _Intervals(argparse.Action):
+    """Takes `--bootstrap R`, the former name, for `--intervals R`, and says so."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        print(f"{option_string} is called --intervals: they are of a jackknife, not of a bootstrap.", file=sys.stderr)
+        if option_string == "--bootstrap":
+            print("--bootstrap is called --intervals: they are of a jackknife, not of a bootstrap.", file=sys.stderr)
         setattr(namespace, self.dest, values)
 
 
@@ -57,13 +58,14 @@ def add_selection_options(parser: argparse.ArgumentParser, *, bootstrap: bool = 
     elif bootstrap:
         group.add_argument(
             "--intervals",
+            "--bootstrap",
             dest="bootstrap",
+            action=_Intervals,
             type=int,
             default=0,
             metavar="R",
             help="intervals of the metrics from R subsets of the samples (delete-d jackknife), e.g. 100",
         )
-        group.add_argument("--bootstrap", action=_OldName, type=int, default=0, metavar="R", help=argparse.SUPPRESS)
     group.add_argument("--partial", action="store_true", help="analyse what an unfinished run has; marked as partial")
 
 

@@ -1,4 +1,4 @@
-"""What other programs see by name: solved spectra by block and index, and coordinates of samples and parameters.
+"""What other programs see by name: solved spectra by block and index, and coordinates of samples.
 
 Nothing here is read back: what a spectrum says is kept in `done/spectra`, and these arrays are made of it. Numbers of
 samples lie at the root of the run, from where every group inherits them (`xarray.open_datatree`), so they are only
@@ -26,7 +26,7 @@ from streamfisher.store.names import node_name
 #: Name of an array -> its dimensions and values.
 NamedArrays = Mapping[str, tuple[tuple[str, ...], np.ndarray]]
 
-COORDINATES = ("sample", "sample_j", "samples/parameter")
+COORDINATES = ("sample", "sample_j")
 _LARGEST_METADATA = 1 << 20
 _LARGEST = 2 << 30
 
@@ -56,15 +56,14 @@ class NamedArrayStore:
         self._mark(where)
 
     def write_coordinates(self) -> None:
-        """Write numbers of samples and names of parameters, for all groups, if all have as many samples."""
+        """Write numbers of samples, for all groups, if all have as many samples."""
         numbers = np.arange(self.run.n_samples)
         if not all(shape == self.run.n_samples for shape in self._lengths()):
             self.clear_coordinates()
             return
-        names = np.array(list(self.run.parameters), dtype=np.dtypes.StringDType())
-        for where, values in zip(COORDINATES, (numbers, numbers, names), strict=True):
+        for where in COORDINATES:
             self._forget(where)
-            self._write(where, (where.rpartition("/")[2],), values)
+            self._write(where, (where,), numbers)
             self._mark(where)
 
     def clear_coordinates(self) -> None:

@@ -146,7 +146,7 @@ def test_the_option_is_called_intervals_and_its_old_name_still_works(tmp_path, c
     with pytest.raises(SystemExit):
         build_parser().parse_args(["spectrum", "--help"])
     shown = capsys.readouterr().out
-    assert "--intervals R" in shown and "--bootstrap" not in shown
+    assert "--intervals R" in shown
 
 
 @pytest.mark.parametrize(("spread", "warned"), [(0.1, False), (0.8, True)])
