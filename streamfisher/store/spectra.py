@@ -11,6 +11,7 @@ from typing import Any
 from streamfisher.errors import CorruptRunError
 from streamfisher.runtime.durable import read_json, write_json
 from streamfisher.runtime.own_files import require_own
+from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.grams import GramStore
 
@@ -44,7 +45,7 @@ class SpectrumStore:
         """Keep something under a key; return whether that could be done."""
         path = self.folder / f"{key}.json"
         with contextlib.suppress(OSError, CorruptRunError):  # it is solved again when it is asked for
-            if not os.access(self.run.path / "done", os.W_OK):
+            if isinstance(self.run.path, RemotePath) or not os.access(self.run.path / "done", os.W_OK):
                 return False
             require_own(self.run.path, path)
             self.folder.mkdir(exist_ok=True)

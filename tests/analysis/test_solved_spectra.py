@@ -11,7 +11,7 @@ from command_line import cli, contents
 from tiny_runs import PATTERNS, make_run
 
 import streamfisher as sf
-from streamfisher.analysis import block_grams, solved_spectra
+from streamfisher.analysis import block_grams, solved_spectra, subset_sums
 from streamfisher.errors import CorruptRunError
 from streamfisher.runtime import read_json, write_json
 
@@ -39,7 +39,8 @@ def solved(monkeypatch):
         found.append(len(problem.selection))
         return original(gram_of, problem, **options)
 
-    monkeypatch.setattr(block_grams, "block_solutions", counting)
+    for module in (block_grams, subset_sums):
+        monkeypatch.setattr(module, "block_solutions", counting)
     return found
 
 
