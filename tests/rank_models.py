@@ -52,8 +52,8 @@ def rows_of_rank_1_spoilt() -> nn.Module:
 
     rows_of, first = GradientEngine.rows, thirty_vectors()["x"][0]
 
-    def spoil(self, batch, out, factored=()):
-        result = rows_of(self, batch, out, factored)
+    def spoil(self, batch, out, factored=(), *more):
+        result = rows_of(self, batch, out, factored, *more)
         if RANK == 1 and not torch.equal(batch["x"][0], first):
             out["second.weight"][1] *= 1.01
         return result
