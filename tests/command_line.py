@@ -28,5 +28,5 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def arrays(run: Path) -> dict[str, bytes]:
     """Return the files of a run's arrays: gradients, per-sample values and Grams."""
-    parts = ("gradients", "samples", "gram", "mean")
+    parts = ("gradients", "packed", "samples", "gram", "mean")
     return {name: data for name, data in contents(run).items() if name.split("/")[0] in parts}

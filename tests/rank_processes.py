@@ -67,7 +67,12 @@ def wait_for(condition, seconds=240):
 
 
 def bytes_of(out):
-    files = [path for part in ("gradients", "samples", "gram") for path in (out / part).rglob("c/*") if path.is_file()]
+    files = [
+        path
+        for part in ("gradients", "packed", "samples", "gram")
+        for path in (out / part).rglob("c/*")
+        if path.is_file()
+    ]
     found = {str(path.relative_to(out)): path.read_bytes() for path in files}
     return found | {"spectrum.json": (out / "spectrum.json").read_bytes()}
 

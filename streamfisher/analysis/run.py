@@ -99,9 +99,18 @@ class StoredRun(DirectionAnalyses):
         if not keys:
             return {}
         self.store.fsync = config.fsync
-        self.store.named.clear()  # spectra there are of other Grams
         with RunLock(self.path), RunLog(self.path, "grams", grams=len(keys)):
-            return build_stored_grams(self.store, config, keys, rebuild=rebuild, progress=progress)
+            before = self._versions_of_grams()
+            try:
+                return build_stored_grams(self.store, config, keys, rebuild=rebuild, progress=progress)
+            finally:
+                if self._versions_of_grams() != before:
+                    self.store.named.clear()  # spectra there are of other Grams
+
+    def _versions_of_grams(self) -> set[tuple[str, int, int]]:
+        """Return what tells a Gram's marker from another one that takes its place."""
+        found = ((path.name, path.stat()) for path in (self.path / "done").glob("gram-*.json"))
+        return {(name, facts.st_ino, facts.st_mtime_ns) for name, facts in found}
 
     def gram(self, name: str, *, center: bool = False) -> np.ndarray:
         """Return the Gram of one parameter's rows over the valid samples, (n, n) float64."""

@@ -37,8 +37,6 @@ def replay_options(manifest: Manifest) -> dict[str, Any]:
     """
     described = manifest.data.get("description")
     config = dict(manifest.config)
-    if config.get("codec") == "auto":
-        config["codec"] = manifest.layout["codec"]  # what it came to there
     if not isinstance(described, Mapping) or not described.get("model") or not described.get("data"):
         return config
     own = {name: described[name] for name in _FROM_COMMAND if described.get(name) is not None}

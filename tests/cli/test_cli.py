@@ -305,7 +305,9 @@ def empty(path):
 
 
 def arrays_of(files):
-    return {name: data for name, data in files.items() if name.split("/")[0] in ("gradients", "samples", "gram")}
+    return {
+        name: data for name, data in files.items() if name.split("/")[0] in ("gradients", "packed", "samples", "gram")
+    }
 
 
 DAMAGE = {

@@ -50,7 +50,9 @@ def test_what_is_on_disk_stays_within_the_budget(whole, tmp_path, monkeypatch):
     delete = KeptGradients.delete
 
     def watch(kept, wave):
-        arrays = [p for folder in ("gradients", "factors", "gram") for p in (kept.run.path / folder).rglob("c/**/*")]
+        arrays = [
+            p for folder in ("gradients", "packed", "factors", "gram") for p in (kept.run.path / folder).rglob("c/**/*")
+        ]
         seen.append(sum(path.stat().st_size for path in arrays if path.is_file()))
         delete(kept, wave)
 

@@ -51,7 +51,7 @@ def arrays(out):
         for path in out.rglob("zarr.json")
         if '"node_type": "array"' in path.read_text()
     )
-    assert any(path.startswith("gradients/") for path in paths)
+    assert any(path.startswith(("gradients/", "packed/")) for path in paths)
     assert any(path.startswith("gram/") for path in paths)
     return {path: group[path][...] for path in paths}
 
