@@ -54,7 +54,7 @@ def load_samples(
     Raises:
         DataError: nothing is there, it is empty, or of a kind that is not known.
     """
-    path = expanded(spec)
+    path = Path(spec) if is_hub_spec(spec) else expanded(spec)  # `hf::train` looks like a chain of URLs
     encode = TextEncoder(tokenize)
     length = max_length or DEFAULT_LENGTH
     if not path.exists() and is_hub_spec(spec):

@@ -106,7 +106,7 @@ class NamedArrayStore:
             if not all(self._is_ours(where) for where in found):
                 raise CorruptRunError(f"{self._marker} names what no run has.")
             return dict(found)
-        except (CorruptRunError, KeyError, TypeError, AttributeError) as error:
+        except (CorruptRunError, KeyError, TypeError, ValueError, AttributeError) as error:
             if strict:
                 raise CorruptRunError(f"{self._marker} is damaged.") from error
             return {}

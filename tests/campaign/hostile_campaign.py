@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 from campaign import hostile_configs, hostile_fields, hostile_inputs, hostile_runs
@@ -254,6 +255,8 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
+#: The one script of our pages.
+_SCRIPT = (resources.files("streamfisher.reports") / "templates" / "page.js").read_text(encoding="utf-8").strip()
 _ICON = {"rel": "icon", "href": "data:,"}
 
 
@@ -263,8 +266,21 @@ class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self._in_script, self._script = False, ""
+
+    def handle_data(self, data: str) -> None:
+        if self._in_script:
+            self._script += data
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._in_script and self._script.strip() != _SCRIPT:
+            self.found.append("<script>")
+        self._in_script, self._script = False, ""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._in_script = tag == "script" and not attrs
+        if self._in_script:
+            return
         if tag in ("script", "iframe", "img", "object", "embed", "form") or (tag == "link" and dict(attrs) != _ICON):
             self.found.append(f"<{tag}>")
         self.found += [f"{tag} {name}" for name, value in attrs if name.startswith("on") or "javascript:" in str(value)]

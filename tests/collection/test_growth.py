@@ -1,5 +1,7 @@
 """More samples for a stored run: only what is new is computed, and the end is that of a run from scratch."""
 
+import threading
+
 import numpy as np
 import pytest
 from factored_models import llama
@@ -208,18 +210,19 @@ def test_stopped_while_it_grows_a_run_is_the_old_one_or_goes_on(last, tmp_path, 
 def test_stopped_among_the_new_units_a_grown_run_goes_on(tmp_path, monkeypatch):
     collected(tmp_path / "run", 10)
     with monkeypatch.context() as patch:
-        write, written = RunStore.write_unit, []
+        write, written, one = RunStore.write_unit, [], threading.Lock()
 
         def stop(self, record):
-            if len(written) == 2:
-                raise StopError
-            write(self, record)
-            written.append(record.unit.index)
+            with one:  # units are written by threads, in any order
+                if len(written) == 2:
+                    raise StopError
+                write(self, record)
+                written.append(record.unit.index)
 
         patch.setattr(RunStore, "write_unit", stop)
         with pytest.raises(StopError):
             collected(tmp_path / "run", 24)
-    assert written == [2, 3]
+    assert len(written) == 2 and min(written) >= 2
     assert sf.open_run(tmp_path / "run").info()["samples_done"] == 16
     run, whole = collected(tmp_path / "run", 24), collected(tmp_path / "whole", 24)
     run.build_grams()

@@ -137,6 +137,7 @@ def test_everything_a_marker_stands_for_is_flushed_before_it(options, tmp_path, 
     monkeypatch.setattr(durable, "sync_filesystem", watched)
     monkeypatch.setattr(durable, "write_json", watched_write)
     monkeypatch.setattr(durable, "put_in_place", watched_place)
+    monkeypatch.setattr("streamfisher.collection.waves.write_threads", lambda: 1)  # nothing of the next unit between
     run = make_run(tmp_path / "run.zarr", fsync=True, n_workers=1, **options)
     run.spectrum("none")
     run.eigenvectors("global", 2, block_structure="none")
