@@ -25,8 +25,8 @@ def test_honest_rows_pass(tmp_path):
 def test_rows_that_do_not_sum_to_the_batch_gradient_stop_the_run(tmp_path, monkeypatch):
     rows_of = GradientEngine.rows
 
-    def spoil(self, batch, out, factored=()):
-        result = rows_of(self, batch, out, factored)
+    def spoil(self, batch, out, factored=(), *more):
+        result = rows_of(self, batch, out, factored, *more)
         if float(batch["input_ids"][0, 0]) > 10:
             out["0.weight"][0] *= 1.01
         return result
