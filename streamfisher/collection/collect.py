@@ -130,10 +130,7 @@ def collect_gradients(
 
 
 def _say_what_is_zero(store: RunStore) -> None:
-    """Say, on the screen and in the run's log, of which parameters no sample has a gradient.
-
-    No warning: those can be lost, where threads that read and write chunks switch others off.
-    """
+    """Say, on the screen and in the run's log, of which parameters no sample has a gradient."""
     try:
         squares = store.samples.per_sample("squared_norm")[store.samples.per_sample("valid") == 1]
     except CorruptRunError:

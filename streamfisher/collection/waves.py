@@ -90,7 +90,7 @@ class Collection:
             if ranks.is_main:
                 reopen_wave(store, index, products)
             ranks.wait("for the wave")
-            with DiskSink(store, index, self.producer, threads=write_threads(), room=self._room()) as disk:
+            with self._disk(store, index) as disk:
                 sink = CenteredSink(disk, means) if store.centered else disk
                 wave = self._wave(index, names, sink)
                 self.producer.begin(wave)
@@ -136,7 +136,7 @@ class Collection:
         own = RunStore(store.path, looked_over=True)  # whose markers do not wait for those of Grams
         own.fsync = store.fsync
         full: str | None = None
-        with DiskSink(own, index, self.producer, threads=write_threads(), room=self._room()) as disk:
+        with self._disk(own, index) as disk:
             try:
                 self._pass(KeepingSink(disk, held), wave, title, "for the other ranks' gradients", fixed=True)
                 build_held(store, index, held, products, ranks, progress=self.progress)
@@ -155,6 +155,17 @@ class Collection:
         ranks.wait("for the end of the wave")
         give_back()
         self.producer.finish(wave)
+
+    def _disk(self, store: RunStore, index: int) -> DiskSink:
+        """Return what writes a wave's gradients behind the back of the pass."""
+        return DiskSink(
+            store,
+            index,
+            self.producer,
+            threads=write_threads(),
+            room=self._room(),
+            direct_io=self.config.direct_io,
+        )
 
     def _memory(self, place: str | None, names: list[str], *, every_norm: bool) -> MemorySink:
         """Return what holds a wave's gradients, on each rank those of its own units."""

@@ -8,7 +8,7 @@ from streamfisher.config.resources import ResourceOptions, Stream
 from streamfisher.config.samples import Labels, SampleOptions, SampleUnit
 from streamfisher.config.solving import Solver, SolvingOptions
 from streamfisher.config.spectral import IDENTITY_FIELDS, SECTIONS, UNCENTERED, SpectralConfig
-from streamfisher.config.storage import Codec, HeldAs, Hold, StorageMode, StorageOptions
+from streamfisher.config.storage import Codec, DirectIo, HeldAs, Hold, StorageMode, StorageOptions
 
 __all__ = [
     # the config and its sections
@@ -29,6 +29,7 @@ __all__ = [
     "OnNonfinite",
     "StorageMode",
     "Codec",
+    "DirectIo",
     "HeldAs",
     "Hold",
     "GramPer",

@@ -14,6 +14,7 @@ from streamfisher.errors import ConfigError
 StorageMode = Literal["full", "chunked", "streaming"]
 Codec = Literal["auto", "blosc-lz4", "zstd", "raw"]
 HeldAs = Literal["auto", "dense", "factors"]
+DirectIo = Literal["auto", "always", "never"]
 Hold = Literal["auto", "device", "host", "disk"]
 
 
@@ -92,6 +93,12 @@ class StorageOptions(Section):
         group="store",
         metavar="CHARACTERS",
         unset="none",
+    )
+    direct_io: DirectIo = option(
+        "auto",
+        one_of(*get_args(DirectIo)),
+        "past the page cache: always, never; auto: of what is written, all that exceeds half of the free memory",
+        group="store",
     )
     fsync: bool = option(False, FLAG, "flush the disk before each marker, against power cuts", group="store")
 

@@ -34,11 +34,7 @@ from streamfisher.runtime.dask_pool import TaskBar, active_client, compute, comp
 from streamfisher.runtime.memory import working_memory
 from streamfisher.runtime.threads import blas_threads, limit_threads, worker_count
 from streamfisher.sinks.interface import GradientSource
-from streamfisher.store.layout import PANEL
-
-#: Columns of one Dask task, at most: enough products to outweigh one addition of an N x N sum, and few enough that a
-#: single wide parameter keeps many workers busy.
-FOLD = 16 * PANEL
+from streamfisher.store.layout import FOLD, PANEL
 
 #: Parameters of fewer columns are multiplied in float64 whatever `dtype_gram` is. The rounding errors of float32
 #: products average out over the columns, to `u / sqrt(P)`; over a few they do not, and there float64 costs nothing.

@@ -10,10 +10,12 @@ from types import TracebackType
 import numpy as np
 from torch import Tensor
 
+from streamfisher.config import DirectIo
 from streamfisher.data.batches import BatchRef, Unit
 from streamfisher.gradients.factors import BatchFactors, bytes_of, pack
 from streamfisher.gradients.norms import batch_norms
 from streamfisher.gradients.producer import Asked, BatchGradients, GradientProducer
+from streamfisher.runtime.direct_io import CacheShare
 from streamfisher.runtime.host_copies import HostCopies
 from streamfisher.sinks.interface import UnitFacts
 from streamfisher.sinks.unit_rows import UnitRows
@@ -33,10 +35,18 @@ class DiskSink:
         producer: makes the buffers, where it forms rows.
         threads: that write.
         room: bytes of factors that may wait to be written beside the batch that is being written.
+        direct_io: whether it is written past the page cache, see `CacheShare`.
     """
 
     def __init__(
-        self, store: RunStore, wave: int, producer: GradientProducer, *, threads: int = 1, room: int = 0
+        self,
+        store: RunStore,
+        wave: int,
+        producer: GradientProducer,
+        *,
+        threads: int = 1,
+        room: int = 0,
+        direct_io: DirectIo = "never",
     ) -> None:
         self.store, self.wave = store, wave
         names = store.waves[wave]
@@ -49,6 +59,7 @@ class DiskSink:
         self._rows: UnitRows | None = None  # of the unit at hand
         self._copies = HostCopies()
         self._writer = WriteBehind(threads, room)
+        self._cache = CacheShare(direct_io)
         self._unit: UnitInFlight | None = None
         self._writings: list[FactorWriting] = []  # of the unit's batches
 
@@ -123,7 +134,9 @@ class DiskSink:
         size: int = 0,
     ) -> int:
         copy = self._copies.of(rows)
-        writing = self.store.rows.writing(unit, copy.tensors, ready=copy.wait)
+        dense = sum(values.numel() for values in rows.values()) * self.store.store_dtype.itemsize
+        direct = self._cache.is_over(dense)
+        writing = self.store.rows.writing(unit, copy.tensors, ready=copy.wait, direct=direct)
         flight, writings = self._flight(unit), self._writings
         self._unit, self._writings = None, []
         for job, part in writing.jobs():
@@ -135,7 +148,6 @@ class DiskSink:
             self.store.write_unit(UnitRecord(unit, {}, *seen, entries, self.wave, writing))
 
         flight.end(mark, release)
-        dense = sum(values.numel() for values in rows.values()) * self.store.store_dtype.itemsize
         return dense + sum(part.size for part in writings)
 
     def settle(self) -> None:
@@ -150,7 +162,10 @@ class DiskSink:
         self, batch: BatchRef, packed: BatchFactors, ready: Callable[[], None], *, counted: bool
     ) -> None:
         flight = self._flight(batch.unit)
-        writing = self.store.factors.writing(batch.unit, batch.index, batch.start, packed, self.wave, ready)
+        direct = self._cache.is_over(sum(tensor.nbytes for tensor in packed.tensors.values()))
+        writing = self.store.factors.writing(
+            batch.unit, batch.index, batch.start, packed, self.wave, ready, direct=direct
+        )
         self._writings.append(writing)
         for job, size in writing.jobs():
             flight.add(job, size if counted else 0)

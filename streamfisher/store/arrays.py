@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,21 +36,19 @@ def create_array(
     """Lay out a float64 array of a run, instead of any that was there; what is not written reads as NaN."""
     require_own(run, run / path)  # what is there is deleted
     forget_freed(run / path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=UserWarning)
-        return zarr.create_array(
-            run,
-            name=path,
-            shape=shape,
-            chunks=tuple(min(size, chunk) for size in shape),
-            dtype="float64",
-            fill_value=float("nan"),
-            compressors=codecs.compressors("zstd", torch.float64),
-            dimension_names=tuple(dimensions),
-            attributes=dict(attributes),
-            config={"write_empty_chunks": True},
-            overwrite=True,
-        )
+    return zarr.create_array(
+        run,
+        name=path,
+        shape=shape,
+        chunks=tuple(min(size, chunk) for size in shape),
+        dtype="float64",
+        fill_value=float("nan"),
+        compressors=codecs.compressors("zstd", torch.float64),
+        dimension_names=tuple(dimensions),
+        attributes=dict(attributes),
+        config={"write_empty_chunks": True},
+        overwrite=True,
+    )
 
 
 def values_of(array: zarr.Array, where: Any = ...) -> np.ndarray:

@@ -8,8 +8,10 @@ a chunk, which bind it to its place, are known without reading it back.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator
+from io import BufferedWriter
 from pathlib import Path, PurePath
 
 import google_crc32c
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 
 from streamfisher.config import Codec
+from streamfisher.runtime.direct_io import LEAST_DIRECT, DirectFile, is_refused
 from streamfisher.runtime.durable import replacing
 from streamfisher.store import codecs
 
@@ -31,12 +34,14 @@ class ChunkWriter:
         shape: of a chunk.
         dtype: of the values; `None`: int32 token ids.
         codec: of the array.
+        direct: past the page cache, where chunks are large and the filesystem can.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype | None, codec: Codec):
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype | None, codec: Codec, *, direct: bool = False):
         self.shape = shape
         self.dtype = np.dtype("int32") if dtype is None else codecs.stored_dtype(dtype)
         self.fill = -1 if dtype is None else codecs.fill_value(dtype)
+        self._direct = direct and math.prod(shape) * self.dtype.itemsize >= LEAST_DIRECT
         self._pack = codecs.packer(codec, self.dtype.itemsize)
 
     def write(self, array: Path, index: tuple[int, ...], values: np.ndarray) -> tuple[PurePath, bytes]:
@@ -57,13 +62,22 @@ class ChunkWriter:
         path = array / place
         path.parent.mkdir(parents=True, exist_ok=True)
         checksum = 0
-        with replacing(path) as partial, partial.open("wb") as file:
+        with replacing(path) as partial, self._opened(partial) as file:
             for piece in self._pieces(values):
                 checksum = google_crc32c.extend(checksum, piece)
                 file.write(piece.data)
             end = struct.pack("<I", checksum)
-            file.write(end)
+            file.write(memoryview(end))
         return place, end
+
+    def _opened(self, path: Path) -> DirectFile | BufferedWriter:
+        if self._direct:
+            try:
+                return DirectFile(path)
+            except OSError as error:
+                if not is_refused(error):
+                    raise
+        return path.open("wb")
 
     def _pieces(self, values: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the bytes of an encoded chunk, but for its checksum."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
@@ -41,6 +40,7 @@ class FactorWriting:
         packed: on the CPU; not to change before all is written.
         codec: of the values.
         ready: returns when the tensors are there.
+        direct: past the page cache.
     """
 
     def __init__(
@@ -52,7 +52,10 @@ class FactorWriting:
         packed: BatchFactors,
         codec: Codec,
         ready: Callable[[], None] = lambda: None,
+        *,
+        direct: bool = False,
     ) -> None:
+        self.direct = direct
         self.folder, self.name, self.start, self.codec, self.ready = (
             folder,
             f"{unit:06d}-{batch:04d}",
@@ -86,7 +89,9 @@ class FactorWriting:
             "dtype": None if dtype is None else dtype_name(dtype),
             "lengths": list(self._lengths[key]),
             "crc32c": codecs.checksum(stored),
-            "chunks": _write_array(path, stored, dtype, self.codec) if stored.shape[0] else digest_of_ends({}),
+            "chunks": _write_array(path, stored, dtype, self.codec, self.direct)
+            if stored.shape[0]
+            else digest_of_ends({}),
         }
         del self._tensors[key]
 
@@ -101,7 +106,7 @@ def write_factors(
     return writing.entry()
 
 
-def _write_array(path: Path, stored: np.ndarray, dtype: torch.dtype | None, codec: Codec) -> int:
+def _write_array(path: Path, stored: np.ndarray, dtype: torch.dtype | None, codec: Codec, direct: bool) -> int:
     """Write an array instead of any that was there; return the digest of its files."""
     columns = min(stored.shape[1], _CHUNK_COLUMNS) if stored.ndim > 1 else 1
     rows = max(1, min(stored.shape[0], _CHUNK_BYTES // (columns * stored.itemsize)))
@@ -114,7 +119,7 @@ def _write_array(path: Path, stored: np.ndarray, dtype: torch.dtype | None, code
     with replacing(path / "zarr.json") as partial:
         partial.write_bytes(metadata)
     codec = "zstd" if dtype is None else codec
-    writer = ChunkWriter(chunk, dtype, codec)
+    writer = ChunkWriter(chunk, dtype, codec, direct=direct)
     ends: dict[PurePath, bytes] = {PurePath("zarr.json"): metadata}
     grid = [range(-(-size // step)) for size, step in zip(stored.shape, chunk, strict=True)]
     for index in np.ndindex(*map(len, grid)):
@@ -130,19 +135,17 @@ def _metadata(
 ) -> bytes:
     """Return the `zarr.json` that Zarr gives such an array: many arrays have the same."""
     store = MemoryStore()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=UserWarning)
-        zarr.create_array(
-            store,
-            shape=shape,
-            chunks=chunk,
-            dtype=stored,
-            fill_value=codecs.fill_value(dtype) if dtype is not None else -1,
-            compressors=codecs.compressors("zstd" if dtype is None else codec, dtype or torch.float32),
-            dimension_names=("position", "element")[: len(shape)],
-            attributes={"logical_dtype": "token id" if dtype is None else dtype_name(dtype)},
-            config={"write_empty_chunks": True},
-        )
+    zarr.create_array(
+        store,
+        shape=shape,
+        chunks=chunk,
+        dtype=stored,
+        fill_value=codecs.fill_value(dtype) if dtype is not None else -1,
+        compressors=codecs.compressors("zstd" if dtype is None else codec, dtype or torch.float32),
+        dimension_names=("position", "element")[: len(shape)],
+        attributes={"logical_dtype": "token id" if dtype is None else dtype_name(dtype)},
+        config={"write_empty_chunks": True},
+    )
     found = sync(store.get("zarr.json", default_buffer_prototype()))
     assert found is not None
     return found.to_bytes()

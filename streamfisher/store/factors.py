@@ -238,11 +238,14 @@ class FactorStore:
         packed: BatchFactors,
         wave: int = 0,
         ready: Callable[[], None] = lambda: None,
+        *,
+        direct: bool = False,
     ) -> FactorWriting:
         """Return what is to be done to write the factors of one batch of a unit, in pieces that any thread may do."""
         folder = self.folder(wave)
         require_own(self.run.path, folder)
-        return FactorWriting(folder, unit.index, batch, start, packed, self.run.manifest.layout["codec"], ready)
+        codec = self.run.manifest.layout["codec"]
+        return FactorWriting(folder, unit.index, batch, start, packed, codec, ready, direct=direct)
 
     def segments(self, name: str) -> list[FactorSegment]:
         """Return the factors of a parameter, in the order of the samples.

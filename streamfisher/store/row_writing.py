@@ -27,10 +27,17 @@ class UnitWriting:
         unit: the samples.
         rows: parameter -> (len(unit), P_k) on the CPU; not to change before all is written.
         ready: returns when they are there.
+        direct: past the page cache.
     """
 
     def __init__(
-        self, run: RunFolder, unit: Unit, rows: Mapping[str, Tensor], ready: Callable[[], None] = lambda: None
+        self,
+        run: RunFolder,
+        unit: Unit,
+        rows: Mapping[str, Tensor],
+        ready: Callable[[], None] = lambda: None,
+        *,
+        direct: bool = False,
     ) -> None:
         self.run, self.unit, self.rows, self.ready = run, unit, rows, ready
         self.bitround = run.manifest.layout["bitround"]
@@ -43,7 +50,8 @@ class UnitWriting:
         codec = run.manifest.layout["codec"]
         for path in self._members:
             columns = run.array(path).chunks[1]
-            self._writers.setdefault(columns, ChunkWriter((run.chunk_rows, columns), run.store_dtype, codec))
+            shape = (run.chunk_rows, columns)
+            self._writers.setdefault(columns, ChunkWriter(shape, run.store_dtype, codec, direct=direct))
 
     def jobs(self) -> Iterator[tuple[Callable[[], None], int]]:
         """Yield pieces of work, and the bytes that each writes."""

@@ -88,15 +88,23 @@ class RowStore:
         self._refuse_unfinished(name, self._require_bound(name))  # they would add nothing, as if they were zero
         return self.factors.segments(name)
 
-    def writing(self, unit: Unit, rows: Mapping[str, Tensor], ready: Callable[[], None] = lambda: None) -> UnitWriting:
+    def writing(
+        self,
+        unit: Unit,
+        rows: Mapping[str, Tensor],
+        ready: Callable[[], None] = lambda: None,
+        *,
+        direct: bool = False,
+    ) -> UnitWriting:
         """Return what is to be done to write the rows of a unit, in pieces that any thread may do.
 
         Args:
             unit: the samples.
             rows: parameter -> (len(unit), P_k) on the CPU; not to change before all is written.
             ready: returns when they are there.
+            direct: past the page cache.
         """
-        return UnitWriting(self.run, unit, rows, ready)
+        return UnitWriting(self.run, unit, rows, ready, direct=direct)
 
     def chunk_columns(self, name: str) -> int:
         """Return the columns of a parameter that are read together at no extra cost."""

@@ -438,6 +438,7 @@ EVERY_OPTION = {
     "project": 500,
     "stream": "none",
     "fsync": True,
+    "direct_io": "always",
     "hold": "disk",
     "keep_gradients": ["norm.*"],
     "store_text": None,

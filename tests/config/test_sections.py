@@ -75,7 +75,7 @@ FLAT = [
         "n_workers",
     ),
     *("memory_budget", "disk_budget", "stream", "rank_timeout", "fsync", "use_deterministic"),
-    *("classes_per_sample", "hold", "store_text", "device_memory_budget"),
+    *("classes_per_sample", "hold", "store_text", "direct_io", "device_memory_budget"),
 ]
 OTHER = SpectralConfig(
     chunk_size=8, dtype_model="bfloat16", codec="zstd", gram_per="layer", solver="dense", memory_budget="2GB"

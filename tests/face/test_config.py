@@ -113,6 +113,7 @@ BAD = {
     "device_memory_budget": ["lots", 0, -5],
     "use_deterministic": ["yes", 1],
     "fsync": ["yes", 1],
+    "direct_io": ["off", True, None],
     "hold": ["cloud", 3, None],
 }
 

@@ -1,5 +1,8 @@
 """Chunks that are written beside Zarr: byte for byte those that Zarr itself would have written."""
 
+import errno
+import os
+
 import google_crc32c
 import numpy as np
 import pytest
@@ -73,3 +76,27 @@ def test_a_write_that_fails_leaves_the_old_chunk_and_no_other_file(tmp_path, mon
         writer.write(tmp_path, (0, 0), old + 1)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["0"]
     assert (tmp_path / "c" / "0" / "0").read_bytes()[:-4] == old.tobytes()
+
+
+@pytest.mark.parametrize("codec", ["raw", "blosc-lz4"])
+def test_chunks_are_the_same_files(tmp_path, codec):
+    values = np.random.default_rng(0).standard_normal((8, 300_000), dtype=np.float32)
+    for name in (False, True):
+        ChunkWriter((8, 131_072), torch.float32, codec, direct=name).write(
+            tmp_path / str(name), (0, 1), values[:, :131_072]
+        )
+    assert (tmp_path / "True/c/0/1").read_bytes() == (tmp_path / "False/c/0/1").read_bytes()
+
+
+def test_a_filesystem_without_it_is_written_as_others_are(tmp_path, monkeypatch):
+    tried = []
+
+    def refused(path):
+        tried.append(path)
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr("streamfisher.store.chunks.DirectFile", refused)
+    values = np.ones((8, 65_536), dtype=np.float32)
+    ChunkWriter((8, 65_536), torch.float32, "raw", direct=True).write(tmp_path, (0, 0), values)
+    assert len(tried) == 1
+    assert (tmp_path / "c/0/0").read_bytes()[:-4] == values.tobytes()
