@@ -32,7 +32,9 @@ def main(folder: Path, every: int) -> None:
         optimiser.step()
         collector.step(model)
     total = sum(float(parameter.detach().double().sum()) for parameter in model.parameters())
-    print(f"rank {rank}: {total.hex()} logged {logged}", flush=True)
+    sys.stdout.write(f"rank {rank}: {total.hex()} logged {logged}\n")  # in one piece: the ranks share the pipe
+    sys.stdout.flush()
+    distributed.barrier()  # a rank that leaves while another still talks to it can be aborted by gloo's threads
     distributed.destroy_process_group()
 
 
