@@ -97,7 +97,7 @@ class StorageOptions(Section):
     direct_io: DirectIo = option(
         "auto",
         one_of(*get_args(DirectIo)),
-        "past the page cache: always, never; auto: of what is written, all that exceeds half of the free memory",
+        "write gradients past the page cache: always, never; auto: those beyond half of the free memory",
         group="store",
     )
     fsync: bool = option(False, FLAG, "flush the disk before each marker, against power cuts", group="store")

@@ -65,7 +65,7 @@ class DirectFile:
         path: of a file that is there, empty.
 
     Raises:
-        OSError: EINVAL or EOPNOTSUPP, the filesystem has no direct I/O.
+        OSError: EINVAL or EOPNOTSUPP, the filesystem has no direct I/O; some say so at the first write only.
     """
 
     def __init__(self, path: Path) -> None:

@@ -61,23 +61,30 @@ class ChunkWriter:
         place = PurePath("c", *map(str, index))
         path = array / place
         path.parent.mkdir(parents=True, exist_ok=True)
-        checksum = 0
-        with replacing(path) as partial, self._opened(partial) as file:
-            for piece in self._pieces(values):
-                checksum = google_crc32c.extend(checksum, piece)
-                file.write(piece.data)
-            end = struct.pack("<I", checksum)
-            file.write(memoryview(end))
+        with replacing(path) as partial:
+            end = self._put(partial, values)
         return place, end
 
-    def _opened(self, path: Path) -> DirectFile | BufferedWriter:
+    def _put(self, path: Path, values: np.ndarray) -> bytes:
+        """Fill a file and return its last 4 bytes; where the filesystem refuses direct I/O, also midway, without."""
         if self._direct:
             try:
-                return DirectFile(path)
+                with DirectFile(path) as direct:
+                    return self._fill(direct, values)
             except OSError as error:
                 if not is_refused(error):
                     raise
-        return path.open("wb")
+        with path.open("wb") as file:
+            return self._fill(file, values)
+
+    def _fill(self, file: DirectFile | BufferedWriter, values: np.ndarray) -> bytes:
+        checksum = 0
+        for piece in self._pieces(values):
+            checksum = google_crc32c.extend(checksum, piece)
+            file.write(piece.data)
+        end = struct.pack("<I", checksum)
+        file.write(memoryview(end))
+        return end
 
     def _pieces(self, values: np.ndarray) -> Iterator[np.ndarray]:
         """Yield the bytes of an encoded chunk, but for its checksum."""

@@ -88,15 +88,22 @@ def test_chunks_are_the_same_files(tmp_path, codec):
     assert (tmp_path / "True/c/0/1").read_bytes() == (tmp_path / "False/c/0/1").read_bytes()
 
 
-def test_a_filesystem_without_it_is_written_as_others_are(tmp_path, monkeypatch):
+def test_a_filesystem_that_refuses_direct_io_when_opened_or_written_is_written_as_others_are(tmp_path, monkeypatch):
     tried = []
 
     def refused(path):
         tried.append(path)
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
 
+    def refused_write(*_):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
     monkeypatch.setattr("streamfisher.store.chunks.DirectFile", refused)
     values = np.ones((8, 65_536), dtype=np.float32)
     ChunkWriter((8, 65_536), torch.float32, "raw", direct=True).write(tmp_path, (0, 0), values)
     assert len(tried) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "pwrite", refused_write)
+    ChunkWriter((8, 65_536), torch.float32, "raw", direct=True).write(tmp_path, (0, 1), values)
+    assert (tmp_path / "c/0/1").read_bytes() == (tmp_path / "c/0/0").read_bytes()
     assert (tmp_path / "c/0/0").read_bytes()[:-4] == values.tobytes()
