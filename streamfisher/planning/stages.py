@@ -29,7 +29,8 @@ from streamfisher.planning.rates import Rates
 from streamfisher.planning.representation import Representation
 from streamfisher.planning.strategy import Stage
 from streamfisher.reduction.factor_gram import least_kernel_bytes, slab_memory
-from streamfisher.reduction.gram import dtype_of_products, share_memory
+from streamfisher.reduction.folds import dtype_of_products
+from streamfisher.reduction.gram import share_memory
 from streamfisher.reduction.slabs import DECODING_BYTES, least_bytes, slabs_within, sums_bytes
 from streamfisher.reduction.tiles import needs_tiles, tile_bytes, tile_workers
 from streamfisher.runtime.threads import worker_count

@@ -1,6 +1,7 @@
 """From stored gradients to Grams: rows, factors, tiles; whole or a wave at a time; in bounded memory."""
 
-from streamfisher.reduction.gram import FOLD, ParameterGram, build_grams, gram_settings
+from streamfisher.reduction.folds import FOLD
+from streamfisher.reduction.gram import ParameterGram, build_grams, gram_settings
 from streamfisher.reduction.moment import moment_of
 from streamfisher.reduction.products import NumpySum, PanelSum, TorchSum, panel_sum
 from streamfisher.reduction.slabs import SlabPlan, plan_slabs

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from streamfisher.config import SpectralConfig
 from streamfisher.gradients.factors import matrix_shape
-from streamfisher.reduction.gram import ParameterGram, dtype_of_products, finished
+from streamfisher.reduction.folds import dtype_of_products
+from streamfisher.reduction.gram import ParameterGram, finished
 from streamfisher.reduction.products import SAFE_PEAK, full_precision
 from streamfisher.runtime.bars import Bar
 from streamfisher.runtime.run_log import event

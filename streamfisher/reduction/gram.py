@@ -1,10 +1,10 @@
 """Gram matrices of gradient rows, K = G G^T, one per parameter or group of them, by Dask, in bounded memory.
 
 The columns of G are read in slabs. Each slab is multiplied in panels of `PANEL` columns (float32 or float64 products)
-and added up in float64, which keeps the error of float32 products near 2e-8 of the largest eigenvalue. One Dask task
-*folds* many slabs into one N x N sum; the folds of a parameter are added in the order of its columns, each as soon as
-it and the sum before it are there. Panels and folds depend on the data only, so neither the memory budget nor the
-number of workers changes a bit of the result.
+and added up in float64, which keeps the error of float32 products near 2e-8 of the largest eigenvalue. A Dask task
+*folds* many slabs into one N x N sum (`folds.py`); the folds of a parameter are added in the order of its columns, each
+as soon as it and the sum before it are there. Panels and folds depend on the data only, so neither the memory budget
+nor the number of workers changes a bit of the result.
 
 Gradients that are held as factors are reduced by `factor_gram.py`, one task for each parameter.
 
@@ -19,26 +19,29 @@ from typing import Any
 
 import dask
 import numpy as np
-import torch
 
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig, dtype_name
 from streamfisher.errors import CapacityError, CorruptRunError
 from streamfisher.gradients.factors import matrix_shape
-from streamfisher.reduction.factor_gram import choose_kernel, factor_gram, least_kernel_bytes
-from streamfisher.reduction.products import complete, panel_sum
-from streamfisher.reduction.slabs import SlabBuffers, least_bytes, plan_slabs, read_slabs
+from streamfisher.reduction.factor_gram import choose_kernel, least_kernel_bytes
+from streamfisher.reduction.folds import (
+    Fold,
+    Products,
+    add_folds,
+    fold_factors,
+    fold_ranges,
+    fold_rows,
+    product_dtype_of,
+)
+from streamfisher.reduction.products import complete
+from streamfisher.reduction.slabs import SlabBuffers, least_bytes
 from streamfisher.reduction.subsets import ColumnSubset
 from streamfisher.runtime.bars import Bar
 from streamfisher.runtime.dask_pool import TaskBar, active_client, compute, compute_on
 from streamfisher.runtime.memory import working_memory
-from streamfisher.runtime.threads import blas_threads, limit_threads, worker_count
+from streamfisher.runtime.threads import blas_threads, worker_count
 from streamfisher.sinks.interface import GradientSource
-from streamfisher.store.layout import FOLD, PANEL
-
-#: Parameters of fewer columns are multiplied in float64 whatever `dtype_gram` is. The rounding errors of float32
-#: products average out over the columns, to `u / sqrt(P)`; over a few they do not, and there float64 costs nothing.
-WIDE = 16 * PANEL
 
 
 @dataclass(frozen=True)
@@ -48,21 +51,6 @@ class GrownGram:
     known: int  # so many rows, whose products with each other it holds
     read: Callable[[str], np.ndarray]  # parameter -> (at least known, at least known) float64
     single: bool = True  # float32 products are in it
-
-
-@dataclass(frozen=True)
-class _Products:
-    """How tasks multiply."""
-
-    dtype: torch.dtype
-    device: str  # 'cpu', 'cuda' or 'auto'
-    threads: int | None  # of BLAS, set in the task; None: they were set for the whole process
-    budget: int  # bytes for one worker
-    buffers: SlabBuffers  # of all workers of a process
-
-
-#: New rows of a Gram, (N - known, N) float64, and the rows times their mean, (N + 1,), where they are centered.
-_Fold = tuple[np.ndarray, np.ndarray | None]
 
 
 @dataclass(frozen=True)
@@ -123,35 +111,35 @@ def build_grams(
     factored = {name for name in names if rows.representation(name) == "factors" and name not in subsets}
     workers, budget = _share_memory(rows, names, factored, config)
     client = active_client()
-    products = _Products(
+    products = Products(
         config.dtype_gram,
         config.gram_device,
         None if client is None else blas_threads(1, config),
         budget,
         SlabBuffers(),
     )
-    tasks, n_folds = [], 0
+    tasks, n_tasks = [], 0
     held = dask.delayed(rows, traverse=False)  # one node of the graph: a cluster's workers open a run once each
     for key, members in keys.items():
         known = grown[key].known if key in grown else 0
         total = None
         for name in members:
             if name in factored:
-                folds = [dask.delayed(_factor_fold, pure=False)(held, name, products, known)]
+                parts = [dask.delayed(fold_factors, pure=False)(held, name, products, known)]
             else:
-                folds = [
-                    dask.delayed(_fold, pure=False)(held, name, start, stop, products, subsets.get(name), known)
-                    for start, stop in _fold_ranges(rows.parameters[name])
+                parts = [
+                    dask.delayed(fold_rows, pure=False)(held, name, start, stop, products, subsets.get(name), known)
+                    for start, stop in fold_ranges(rows, name)
                 ]
-            n_folds += len(folds)
-            for fold in folds:
-                total = fold if total is None else dask.delayed(_add, pure=False)(total, fold)
+            n_tasks += len(parts)
+            for part in parts:
+                total = dask.delayed(add_folds, pure=False)(total, part)
         single = any(_in_float32(rows, name, config, as_factors=name in factored) for name in members)
         tasks.append(dask.delayed(_finish, pure=False)(key, total, grown.get(key), single, sink))
     if client is not None:
         return compute_on(client, tasks, progress)
-    with Bar(total=n_folds, desc="Gram", unit="fold", disable=not progress) as bar:
-        return compute(tasks, workers, config, TaskBar(bar, "_fold", "_factor_fold"))
+    with Bar(total=n_tasks, desc="Gram", unit="fold", disable=not progress) as bar:
+        return compute(tasks, workers, config, TaskBar(bar, "fold_rows", "fold_factors"))
 
 
 def _share_memory(
@@ -196,99 +184,21 @@ def share_memory(n_samples: int, of_rows: int, of_factors: int, config: Spectral
 def _factor_memory(rows: Any, name: str, config: SpectralConfig) -> int:
     """Return the least bytes that the reduction of a parameter's factors needs."""
     segments, shape = rows.segments(name), matrix_shape(rows.shape(name))
-    itemsize = _product_dtype(rows, name, config.dtype_gram).itemsize
+    itemsize = product_dtype_of(rows, name, config.dtype_gram).itemsize
     kernel = choose_kernel(segments, shape, rows.n_samples, single=itemsize == 4)
     lengths = [sum(segment.lengths) for segment in segments]
     return least_kernel_bytes(kernel, sum(lengths), max(lengths, default=0), shape, rows.n_samples, itemsize)
 
 
-def dtype_of_products(columns: int, dtype_gram: torch.dtype, row_dtype: np.dtype | None) -> np.dtype:
-    """Return the dtype in which the products of rows of so many columns are formed.
-
-    Args:
-        columns: of a row.
-        dtype_gram: what the config asks for.
-        row_dtype: in which rows were computed.
-    """
-    wide = dtype_gram == torch.float64 or columns < WIDE or row_dtype == np.float64
-    return np.dtype("float64" if wide else "float32")
-
-
-def _product_dtype(rows: Any, name: str, dtype_gram: torch.dtype) -> np.dtype:
-    """Return the dtype in which a parameter's products are formed."""
-    return dtype_of_products(rows.parameters[name], dtype_gram, getattr(rows, "numpy_row_dtype", None))
-
-
 def _in_float32(rows: GradientSource, name: str, config: SpectralConfig, *, as_factors: bool) -> bool:
     """Return whether products of a parameter are formed in float32; those of its factors are only where rows are."""
-    if _product_dtype(rows, name, config.dtype_gram) == np.float64:
+    if product_dtype_of(rows, name, config.dtype_gram) == np.float64:
         return False
     shape = matrix_shape(rows.shape(name)) if as_factors else (0, 0)
     return not as_factors or choose_kernel(rows.segments(name), shape, rows.n_samples, single=True) == "slabs"
 
 
-def _fold_ranges(n_columns: int) -> list[tuple[int, int]]:
-    return [(start, min(start + FOLD, n_columns)) for start in range(0, max(n_columns, 1), FOLD)]
-
-
-def _factor_fold(rows: Any, name: str, how: _Products, known: int) -> _Fold:
-    """Return the rows from `known` on of the Gram of a parameter that is held as factors."""
-    limit_threads(how.threads)
-    found = factor_gram(
-        rows.segments(name),
-        matrix_shape(rows.shape(name)),
-        rows.n_samples,
-        known=known,
-        total=panel_sum(rows.n_samples, known, how.device),
-        dtype=_product_dtype(rows, name, how.dtype),
-        budget=how.budget,
-    )
-    return found, None
-
-
-def _fold(
-    rows: GradientSource,
-    name: str,
-    start: int,
-    stop: int,
-    how: _Products,
-    subset: ColumnSubset | None,
-    known: int,
-) -> _Fold:
-    """Return the rows from `known` on of the Gram of columns `start` to `stop`, and those columns times the mean."""
-    limit_threads(how.threads)
-    total = panel_sum(rows.n_samples, known, how.device)
-    products = None
-    product_dtype = _product_dtype(rows, name, how.dtype)
-    plan = plan_slabs(rows, name, product_dtype, how.budget)
-    for left, slab in read_slabs(rows, name, start, stop, plan, how.buffers):
-        if slab.dtype != np.float64:  # of float64 rows, products are never formed in less
-            slab = slab.astype(product_dtype, copy=False)
-        mean = rows.mean(name, left, left + slab.shape[1])
-        for first in range(0, slab.shape[1], PANEL):
-            panel = slab[:, first : first + PANEL]
-            inside = slice(None) if subset is None else subset.inside(left + first, left + first + panel.shape[1])
-            if subset is not None:
-                panel = panel[:, inside]
-            total.add(panel)
-            if mean is not None:
-                part = mean[first : first + PANEL][inside]
-                here = np.append(panel.astype(np.float64) @ part, part @ part)
-                products = here if products is None else products + here
-    if subset is None:
-        return total.result(), products
-    return total.result() * subset.scale, None if products is None else products * subset.scale
-
-
-def _add(total: _Fold, fold: _Fold) -> _Fold:
-    """Add the next fold, in the order of the columns. Neither is changed: a cluster may do a task again."""
-    (gram, products), (more, more_products) = total, fold
-    return gram + more, None if products is None else products + more_products
-
-
-def _finish(
-    name: str, total: _Fold, grown: GrownGram | None, single: bool, sink: Callable[[ParameterGram], Any]
-) -> Any:
+def _finish(name: str, total: Fold, grown: GrownGram | None, single: bool, sink: Callable[[ParameterGram], Any]) -> Any:
     """Put the new rows to those that are known, check, and hand the Gram on."""
     gram, products = total
     gram = complete(gram, None if grown is None else grown.read(name)[: grown.known, : grown.known])

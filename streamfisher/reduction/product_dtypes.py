@@ -9,7 +9,8 @@ from streamfisher.config import SpectralConfig
 from streamfisher.errors import CorruptRunError
 from streamfisher.gradients.factors import matrix_shape
 from streamfisher.reduction.factor_gram import choose_kernel
-from streamfisher.reduction.gram import WIDE, gram_settings
+from streamfisher.reduction.folds import WIDE
+from streamfisher.reduction.gram import gram_settings
 from streamfisher.store import RunStore
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CapacityError, CorruptRunError
-from streamfisher.reduction.gram import dtype_of_products
+from streamfisher.reduction.folds import dtype_of_products
 from streamfisher.reduction.products import scaled_product
 from streamfisher.reduction.slabs import least_bytes
 from streamfisher.reduction.subsets import ColumnSubset

@@ -22,8 +22,8 @@ from streamfisher.store.opening import LARGEST_CHUNK
 
 #: Columns of one product of the Gram; chunk widths are multiples of it.
 PANEL = 4096
-#: Columns of one Dask task, at most: enough products to outweigh one addition of an N x N sum, and few enough that a
-#: single wide parameter keeps many workers busy. No chunk is wider, as each of its tasks would read all of it.
+#: Columns of one N x N sum, at most: enough products to outweigh its addition to the others, and few enough that a
+#: single wide parameter keeps many workers busy. A wider chunk is several of them, which one task sums.
 FOLD = 16 * PANEL
 #: What a damaged manifest is restored from.
 MANIFEST_COPY = "manifest.copy.json"
@@ -41,9 +41,10 @@ _AMPLE = 8 << 30
 def chunk_columns(
     n_columns: int, n_samples: int, chunk_rows: int, itemsize: int, memory_budget: int | None = None
 ) -> int:
-    """Return the columns of one chunk: about 16 MiB, at most a fold, full-height slabs of one under 256 MiB.
+    """Return the columns of one chunk: about 16 MiB, full-height slabs of one under 256 MiB.
 
-    A multiple of `PANEL` (or all columns, when they are fewer), so that products never split a chunk.
+    A multiple of `PANEL`, and of `FOLD` where it is wider (or all columns, when they are fewer), so that neither
+    products nor sums split a chunk.
 
     Args:
         n_columns: of the parameter.
@@ -53,8 +54,9 @@ def chunk_columns(
         memory_budget: bytes, where one was given; below 8 GiB slabs are of 64 MiB at most.
     """
     slab = _SLAB_BYTES if memory_budget is None or memory_budget >= _AMPLE else _SMALL_SLAB_BYTES
-    width = min(_CHUNK_BYTES // (chunk_rows * itemsize), slab // (n_samples * 4), FOLD)
-    return min(n_columns, max(PANEL, width // PANEL * PANEL))
+    width = min(_CHUNK_BYTES // (chunk_rows * itemsize), slab // (n_samples * 4))
+    step = FOLD if width >= FOLD else PANEL
+    return min(n_columns, max(PANEL, width // step * step))
 
 
 def create_run(path: Path, manifest: Manifest) -> None:

@@ -9,7 +9,7 @@ import torch
 import streamfisher as sf
 from streamfisher import SpectralConfig
 from streamfisher.errors import CapacityError, CorruptRunError
-from streamfisher.reduction import FOLD, SlabPlan, build_grams, draw_columns, plan_slabs
+from streamfisher.reduction import FOLD, SlabPlan, build_grams, draw_columns, folds, plan_slabs
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.slabs import SlabBuffers, read_slabs
 from streamfisher.sinks import MemoryRows
@@ -52,6 +52,33 @@ def test_neither_workers_nor_budget_change_a_bit(options):
     reference = grams_of(rows, dtype_gram="float32", use_deterministic=True)["p0"]
     other = grams_of(rows, dtype_gram="float32", use_deterministic=True, **options)["p0"]
     assert np.array_equal(reference, other)
+
+
+class WideChunks(MemoryRows):
+    """Rows in chunks of three folds, which tells what is read."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.read = []
+
+    def chunk_columns(self, name):
+        return 3 * FOLD
+
+    def columns(self, name, start, stop, rows=None, *, out=None):
+        self.read.append((start, stop))
+        return super().columns(name, start, stop, rows)
+
+
+@pytest.mark.parametrize("subset", [False, True])
+def test_chunks_of_several_folds_are_read_once_and_change_no_bit(subset):
+    rows = random_rows(n=3, widths=(4 * FOLD + PANEL + 5,), dtype=np.float32)
+    config = SpectralConfig(dtype_gram="float32", n_workers=1, use_deterministic=True)
+    subsets = draw_columns({"p0": rows["p0"].shape[1]}, {"b": ["p0"]}, 1000, seed=3) if subset else None
+    wide = WideChunks(rows)
+    (found,) = build_grams(wide, config, lambda gram: gram, subsets=subsets)
+    (reference,) = build_grams(MemoryRows(rows), config, lambda gram: gram, subsets=subsets)
+    assert np.array_equal(found.gram, reference.gram)
+    assert sorted(wide.read) == [(0, 3 * FOLD), (3 * FOLD, 4 * FOLD + PANEL + 5)]
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -143,7 +170,7 @@ def test_slabs_are_whole_chunks_read_ahead_where_the_budget_allows_it():
 
 def test_the_sums_of_many_folds_do_not_pile_up(monkeypatch):
     alive, most = 0, 0
-    add_up = grams._fold
+    fold_rows = grams.fold_rows
 
     class Counted(np.ndarray):
         def __del__(self):
@@ -152,13 +179,13 @@ def test_the_sums_of_many_folds_do_not_pile_up(monkeypatch):
 
     def counted(*arguments):
         nonlocal alive, most
-        found, products = add_up(*arguments)
+        ((found, products),) = fold_rows(*arguments)
         alive += 1
         most = max(most, alive)
-        return found.view(Counted), products
+        return [(found.view(Counted), products)]
 
-    monkeypatch.setattr(grams, "FOLD", PANEL)
-    monkeypatch.setattr(grams, "_fold", counted)
+    monkeypatch.setattr(folds, "FOLD", PANEL)
+    monkeypatch.setattr(grams, "fold_rows", counted)
     rows = random_rows(n=4, widths=(30 * PANEL,))
     np.testing.assert_allclose(grams_of(rows, n_workers=2)["p0"], rows["p0"] @ rows["p0"].T, rtol=1e-12)
     assert 0 < most <= 8

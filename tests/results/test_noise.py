@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import streamfisher as sf
-from streamfisher.reduction.gram import WIDE
+from streamfisher.reduction.folds import WIDE
 from streamfisher.results import noise_floor
 from streamfisher.results.noise import RawScale, backward_noise
 
