@@ -20,8 +20,9 @@ from streamfisher.data.batches import make_units
 from streamfisher.errors import CapacityError, NonFiniteError
 from streamfisher.gradients.producer import GradientProducer, Wave
 from streamfisher.models.dtypes import in_dtype
+from streamfisher.planning.held_where import limits_in_memory
 from streamfisher.planning.representation import choose_representation, sample_bytes
-from streamfisher.planning.run_layout import fit_batches, limits_in_memory, samples_of_batches
+from streamfisher.planning.run_layout import fit_batches, samples_of_batches
 from streamfisher.planning.waves import WaveSizes, cut_waves
 from streamfisher.reduction.gram import ParameterGram
 from streamfisher.results.spectrum import Spectrum

@@ -8,7 +8,7 @@ from tiny_models import TinyRegression, vectors
 
 import streamfisher as sf
 from streamfisher.errors import CapacityError, ConfigError
-from streamfisher.planning import run_layout
+from streamfisher.planning import held_where, run_layout
 from streamfisher.reduction import device_grams
 from streamfisher.runtime.run_log import read_log
 from streamfisher.sinks.device import DeviceSink
@@ -134,7 +134,7 @@ def test_little_room_on_the_device_takes_waves(tmp_path, room):
     options = {"hold": "device", "representation": "dense"}
     whole = collected(tmp_path / "whole", llama(), sequences(), **options)
     rows = 8 * whole.n_samples * sum(whole.parameters.values())
-    room(int(0.6 * rows / run_layout.DEVICE_SHARE))
+    room(int(0.6 * rows / held_where.DEVICE_SHARE))
     cut = collected(tmp_path / "cut", llama(), sequences(), **options)
     assert len(whole.store.waves) == 1 and len(cut.store.waves) == 2
     close(whole, cut)

@@ -14,7 +14,7 @@ from streamfisher.collection.prepare import least_room, within_devices
 from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import make_units
 from streamfisher.gradients.shapes import GradientShape
-from streamfisher.planning import run_layout
+from streamfisher.planning import held_where, run_layout
 
 HELD = ("--keep-gradients", "none", "--hold", "host", "--chunk-size", "4")
 
@@ -153,14 +153,14 @@ def test_a_rank_plans_for_its_own_samples_and_for_what_comes_of_one_gram(monkeyp
     )
 
     def waves(memory, count):
-        monkeypatch.setattr(run_layout, "world_size", lambda: count)
+        monkeypatch.setattr(held_where, "world_size", lambda: count)
         limits = {"disk": 1 << 40, "memory": memory, "row_dtype": torch.float32}
         return len(run_layout.layout_within(shapes, [8] * 64, config, **limits).waves)
 
     of_all = 8 * 64 * 64 * 64 * 4  # bytes of the rows of all samples
-    enough = int(of_all / run_layout.HOST_SHARE) + 1000
+    enough = int(of_all / held_where.HOST_SHARE) + 1000
     assert waves(enough, 1) == 1
     one = of_all // 8
-    assert waves(int((of_all / 2 + 3 * one) / run_layout.HOST_SHARE) + 1000, 2) == 1
-    assert waves(int((of_all / 2 + 3 * one) / run_layout.HOST_SHARE) - 1000, 2) > 1
+    assert waves(int((of_all / 2 + 3 * one) / held_where.HOST_SHARE) + 1000, 2) == 1
+    assert waves(int((of_all / 2 + 3 * one) / held_where.HOST_SHARE) - 1000, 2) > 1
     assert sum(map(len, make_units(64, 4)[::2])) == 32

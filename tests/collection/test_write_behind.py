@@ -189,7 +189,7 @@ def test_writing_goes_on_while_gradients_are_computed(tmp_path, monkeypatch):
 def test_where_memory_is_short_of_a_second_unit_there_is_one_and_the_bits_are_the_same(tmp_path, monkeypatch):
     twice = collected(tmp_path / "two.zarr", representation="dense")
     with monkeypatch.context() as patch:
-        patch.setattr(run_layout, "_written_behind", lambda sizes, limits, keep, segments, waves: (waves, 1))
+        patch.setattr(run_layout, "written_behind", lambda sizes, limits, keep, segments, waves: (waves, 1))
         once = collected(tmp_path / "one.zarr", representation="dense")
     assert (twice.store.unit_buffers, once.store.unit_buffers) == (2, 1)
     assert same(rows(twice), rows(once))

@@ -6,7 +6,7 @@ from factored_models import llama, sequences
 from stream.stream_models import assert_same_bits, model_and_batches, ordinary_rows, streamed_rows
 
 import streamfisher as sf
-from streamfisher.planning import run_layout
+from streamfisher.planning import held_where, run_layout
 from streamfisher.stream import Boundaries, StreamProducer
 from streamfisher.stream.boundaries import MISSING
 from streamfisher.stream.host_copies import HostBuffers, HostCopies
@@ -103,7 +103,7 @@ def test_a_layer_that_does_not_fit_the_device_is_taken_in_parts(tmp_path, monkey
     largest = max(whole.parameters.values())
     room = 8 * whole.n_samples * max(layer // 2, largest) + 1
     monkeypatch.setattr(
-        run_layout, "device_room", lambda device, budget: int(room / run_layout.DEVICE_SHARE) + 24 * 14**2
+        run_layout, "device_room", lambda device, budget: int(room / held_where.DEVICE_SHARE) + 24 * 14**2
     )
     parts = streamed(tmp_path / "parts", **options)
     assert len(parts.store.waves) > len(whole.store.waves)

@@ -1,0 +1,200 @@
+"""Where a run's gradients are until they are reduced, and the waves that this place takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from streamfisher.blocks.gram_keys import gram_keys
+from streamfisher.config import SpectralConfig
+from streamfisher.data.batches import make_units
+from streamfisher.errors import CapacityError, ConfigError
+from streamfisher.planning.waves import WaveLimits, WaveSize, WaveSizes, cut_waves
+from streamfisher.reduction.tiles import needs_tiles
+from streamfisher.runtime.memory import world_size
+from streamfisher.store.layout import PANEL
+
+#: Gradients held in memory take at most this share of it; the rest is for the pass and the reduction.
+HOST_SHARE = 0.6
+#: Gradients held on a device take at most this share of its room; the rest is for the pass and the reduction.
+DEVICE_SHARE = 0.6
+#: Waves more than on the disk that holding gradients in memory is worth.
+HOST_WAVES = 3
+
+
+def written_behind(
+    sizes: WaveSizes,
+    limits: WaveLimits,
+    keep: Sequence[str],
+    segments: Sequence[Sequence[str]] | None,
+    waves: list[WaveSize],
+) -> tuple[list[WaveSize], int]:
+    """Return waves, and the units whose rows are in memory at a time: two where that takes no further wave.
+
+    One is computed while the other is written.
+    """
+    twice = sizes.with_buffers(2)
+    try:
+        found = _cut(twice, limits, keep, segments)
+    except CapacityError:
+        return waves, 1
+    return (found, 2) if len(found) <= len(waves) else (waves, 1)
+
+
+def _cut(
+    sizes: WaveSizes, limits: WaveLimits, keep: Sequence[str], segments: Sequence[Sequence[str]] | None
+) -> list[WaveSize]:
+    groups: Sequence[Sequence[str] | None] = [None] if segments is None else segments
+    return [wave for names in groups for wave in cut_waves(sizes, limits, keep, names)]
+
+
+def cut_and_hold(
+    sizes: WaveSizes,
+    limits: WaveLimits,
+    keep: Sequence[str],
+    config: SpectralConfig,
+    segments: Sequence[Sequence[str]] | None,
+    needs_disk: str | None,
+    device_memory: int | None,
+) -> tuple[list[WaveSize], str]:
+    """Return the waves, and where their gradients are until they are reduced: the nearest place that has room.
+
+    Unless that takes clearly more waves than the next one does: each is another pass, and other places cost some.
+
+    Raises:
+        CapacityError: one parameter alone does not fit.
+        ConfigError: gradients are to be held in memory, and what else was asked for needs the disk.
+    """
+    if config.hold in ("host", "device") and needs_disk is not None:
+        raise ConfigError(f"hold={config.hold!r} holds gradients in memory, and {needs_disk}; leave out --hold.")
+    places = {"disk": (sizes, limits)}
+    if needs_disk is None:
+        places = _places_in_memory(sizes, limits, config, device_memory) | places
+    if config.hold != "auto":
+        return _cut(*places[config.hold], keep, segments), config.hold
+    best: tuple[list[WaveSize], str] | None = None
+    problem: CapacityError | None = None
+    for place, (of_place, within) in places.items():
+        try:
+            waves = _cut(of_place, within, keep, segments)
+        except CapacityError as error:
+            problem = error
+            continue
+        if best is None or len(best[0]) > HOST_WAVES + len(waves):
+            best = (waves, place)
+        if len(best[0]) <= HOST_WAVES:
+            break
+    if best is None:
+        assert problem is not None  # the disk was tried
+        raise problem
+    return best
+
+
+def _places_in_memory(
+    sizes: WaveSizes, limits: WaveLimits, config: SpectralConfig, device_memory: int | None
+) -> dict[str, tuple[WaveSizes, WaveLimits]]:
+    """Return what waves take and may take on the device, if there is one, and in host memory; the nearest comes first.
+
+    Raises:
+        ConfigError: a device is asked for that there is not.
+    """
+    if config.hold == "device" and device_memory is None:
+        raise ConfigError("hold='device': the model is not on a CUDA device; --hold host holds gradients in memory.")
+    held, joined = _of_one_rank(sizes, config, world_size())
+    places = {}
+    if device_memory is not None:
+        on_device = int(DEVICE_SHARE * (device_memory - 3 * 8 * sizes.n_samples**2))  # beside a sum of products
+        why = set_by(config.device_memory_budget, "--device-memory-budget", "what is free on the device")
+        places["device"] = (held, WaveLimits(on_device - joined, limits.memory, why, place="on the device"))
+    places["host"] = (held, limits_in_memory(limits.memory, limits.memory_why, joined))
+    return places
+
+
+def cut_and_copy(
+    sizes: WaveSizes,
+    limits: WaveLimits,
+    keep: Sequence[str],
+    config: SpectralConfig,
+    segments: Sequence[Sequence[str]] | None,
+    device_memory: int | None,
+) -> tuple[list[WaveSize], str | None]:
+    """Return the waves of a run that keeps gradients, and where they are held too, so that no Gram waits for the disk.
+
+    Where it was asked for; and on a device that has room without another wave, from which reading back is far.
+
+    Raises:
+        CapacityError: what was asked for does not fit.
+        ConfigError: a device is asked for that there is not.
+    """
+    on_disk = _cut(sizes, limits, keep, segments)
+    if config.hold == "disk" or (config.hold == "auto" and device_memory is None):
+        return on_disk, None
+    places = _places_in_memory(sizes, limits, config, device_memory)
+    place = config.hold if config.hold != "auto" else "device"
+    of_place, within = places[place]
+    try:
+        held = _cut(of_place, within, (), segments)
+    except CapacityError:
+        if config.hold != "auto":
+            raise
+        return on_disk, None
+    if config.hold == "auto" and len(held) > len(on_disk):
+        return on_disk, None
+    return (held, place) if len(held) >= len(on_disk) else (on_disk, place)
+
+
+def _of_one_rank(sizes: WaveSizes, config: SpectralConfig, count: int) -> tuple[WaveSizes, int]:
+    """Return the sizes of what one of several ranks holds, and the bytes of one Gram's gradients of all samples.
+
+    The latter pass beside what it holds: those that go to the others, those that come, and those that are multiplied.
+    """
+    if count == 1:
+        return sizes.in_memory(), 0
+    own = sum(map(len, make_units(sizes.n_samples, config.chunk_size)[::count]))
+    whole = sizes.in_memory()
+    of_grams = gram_keys(list(sizes.shapes), config.gram_per).values()
+    return sizes.in_memory(own), 3 * max((whole.of(names).disk for names in of_grams), default=0)
+
+
+def limits_in_memory(memory: int, why: str, joined: int = 0) -> WaveLimits:
+    """Return what a wave may take whose gradients are held in memory.
+
+    Args:
+        memory: bytes for gradients, the pass and the reduction.
+        why: what sets that limit, for messages.
+        joined: bytes of what comes from other ranks for one Gram.
+    """
+    room = int(HOST_SHARE * memory)
+    return WaveLimits(room - joined, memory - room, why, why, place="in memory")
+
+
+def held_on_disk_for(config: SpectralConfig, keep: Sequence[str], n_samples: int, memory: int) -> str | None:
+    """Return why gradients go to the disk whatever memory there is; `None`: nothing asks for it.
+
+    Args:
+        config: of the run.
+        keep: glob patterns of parameters whose gradients stay.
+        n_samples: N.
+        memory: bytes that one rank may take.
+    """
+    if keep:
+        return "some are to be kept"
+    if config.store_centered or config.bitround is not None or config.dtype_store is not None:
+        return "they are asked for as a store would hold them (store_centered, store_dtype, bitround)"
+    if config.max_params_per_block is not None:
+        return "Grams of drawn columns (max_params_per_block) are of stored rows"
+    if _by_tiles(n_samples, memory):
+        return f"Grams of {n_samples} samples, which are larger than the memory, are built by tiles of stored rows"
+    return None
+
+
+def _by_tiles(n_samples: int, memory: int) -> bool:
+    try:
+        return needs_tiles(n_samples, memory, PANEL)
+    except CapacityError:  # the reduction says so
+        return False
+
+
+def set_by(value: Any, option: str, otherwise: str) -> str:
+    """Return what sets a limit, for messages: the option, where it has a value."""
+    return option if value is not None else otherwise
