@@ -20,7 +20,7 @@ from streamfisher.runtime.paths import expanded
 from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.store import Role
 from streamfisher.store.eigenvectors import Eigenvectors
-from streamfisher.store.staged import written
+from streamfisher.store.staged import ranks_of, written
 
 
 class Run(StoredRun):
@@ -193,20 +193,23 @@ def collect(
         CapacityError: there is no room on the disk, or no memory for one chunk of rows.
     """
     path = expanded(path)
-    with written(path, staging=staging) as folder:
-        collect_gradients(
-            model,
-            samples,
-            folder,
-            config=config,
-            loss=loss,
-            n_samples=n_samples,
-            description=description,
-            progress=progress,
-            weights=weights,
-        )
-        if isinstance(path, RemotePath):  # while what they are made of is here
-            Run(folder).build_grams(progress=progress)
+    with ranks_of(path, SpectralConfig.of(config)) as ranks:
+        with written(path, staging=staging, ranks=ranks) as folder:
+            collect_gradients(
+                model,
+                samples,
+                folder,
+                config=config,
+                loss=loss,
+                n_samples=n_samples,
+                description=description,
+                progress=progress,
+                weights=weights,
+            )
+            if isinstance(path, RemotePath) and (ranks is None or ranks.is_main):  # what they are made of is here
+                Run(folder).build_grams(progress=progress)
+        if ranks is not None:
+            ranks.wait("until the run is sent")
     return Run(str(path) if isinstance(path, RemotePath) else path)
 
 

@@ -82,12 +82,15 @@ def collect_command(arguments: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _written(options: RunOptions) -> Iterator[RunOptions]:
     """Yield the options with the folder that a run is written in, where they name a URL, and say that it was sent."""
-    from streamfisher.store.staged import written
+    from streamfisher.store.staged import ranks_of, written
 
     budget, locked = options.staging_budget, not options.no_lock
-    with written(options.out, staging=options.staging, budget=budget, locked=locked) as folder:
+    with (
+        ranks_of(options.out, options.config) as ranks,
+        written(options.out, staging=options.staging, budget=budget, locked=locked, ranks=ranks) as folder,
+    ):
         yield dataclasses.replace(options, out=str(folder)) if is_url(options.out) else options
-    if is_url(options.out):
+    if is_url(options.out) and (ranks is None or ranks.is_main):
         print(f"The run is at {options.out}", file=sys.stderr)
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
+import socket
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from streamfisher.byte_sizes import parse_bytes
+from streamfisher.config import SpectralConfig
 from streamfisher.errors import ConfigError, RunError
 from streamfisher.runtime.disk import DISK_MARGIN, free_disk
 from streamfisher.runtime.durable import write_json
 from streamfisher.runtime.memory import world_size
 from streamfisher.runtime.paths import expanded
+from streamfisher.runtime.ranks import Ranks, start_ranks
 from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.runtime.remote_store import RemoteStore
 from streamfisher.runtime.staging import Staging, may_be_freed
@@ -35,6 +39,7 @@ def written(
     staging: str | os.PathLike[str] | None = None,
     budget: str | int | None = None,
     locked: bool = True,
+    ranks: Ranks | None = None,
 ) -> Iterator[Path]:
     """Let a run be written, wherever it is: yield the local folder that stands for it.
 
@@ -47,11 +52,15 @@ def written(
         staging: folder for the run while it is written; `None` means `<name of the run>.staging` in the working folder.
         budget: bytes that it may take there, as '200GB'; `None` means what is free.
         locked: take the lock of the URL. Without it nothing keeps two writers apart.
+        ranks: all that write the run, see `ranks_of`. Rank 0 locks, brings and sends; the staging folder is one that
+            all of them see, and holds the whole run. Others may leave it while rank 0 still sends.
 
     Raises:
         RunError: another process writes the run, or there is something else at the URL or in the staging folder.
         RemoteError: the store does not answer.
-        ConfigError: there are several ranks.
+        ConfigError: there are several ranks and `ranks` was not given, or a budget was; this one does not see the
+            staging folder.
+        RankError: another rank failed.
     """
     run = expanded(path)
     if not isinstance(run, RemotePath):
@@ -59,21 +68,76 @@ def written(
             raise ConfigError(f"{run} is a local folder, which takes no staging; leave --staging out.")
         yield run
         return
-    if world_size() > 1:
-        raise ConfigError(
-            f"{run} cannot be written by {world_size()} ranks; give a folder that all of them see, and copy the run "
-            "when it is finished."
-        )
     place = Path(f"{run.name}.staging") if staging is None else expanded(staging)
+    if ranks is None:
+        if world_size() > 1:
+            raise ConfigError(
+                f"{run} is to be written by {world_size()} ranks. `run` and `collect` do that; this takes one process."
+            )
+        with _staged(place, run, budget, locked=locked) as (folder, _):
+            yield folder
+        return
+    if budget is not None:
+        raise ConfigError(
+            f"--staging-budget {budget}: of {ranks.count} ranks each reads in the staging folder what others wrote, so "
+            "that nothing there is freed; leave it out, and give --staging a disk that has room for the run."
+        )
+    with contextlib.ExitStack() as sending:
+        shared = None
+        if ranks.is_main:
+            folder, token = sending.enter_context(_staged(place, run, 1 << 62, locked=locked, whole=True))
+            shared = [str(folder.absolute()), token]
+        path, token = ranks.share("the staging folder", shared)
+        folder = Path(path)
+        if _token(folder.parent / _RECORD) != token:
+            raise ConfigError(
+                f"rank {ranks.index} on {socket.gethostname()} does not see rank 0's {folder.parent}. Name a staging "
+                "folder that all ranks see with --staging."
+            )
+        ranks.wait("for the staging folder")
+        yield folder
+
+
+@contextlib.contextmanager
+def ranks_of(path: str | os.PathLike[str], config: SpectralConfig) -> Iterator[Ranks | None]:
+    """Yield the ranks that write a run below a URL; `None` where there is one, or the run is a local folder.
+
+    They wait for one another as long as they live: what rank 0 brings and sends may take hours.
+
+    Args:
+        path: of the run, or its URL.
+        config: `device` and `rank_timeout` count here.
+    """
+    if world_size() == 1 or not isinstance(expanded(path), RemotePath):
+        yield None
+        return
+    state = start_ranks(cpu=config.device == "cpu", timeout=config.rank_timeout)
+    with Ranks(state, timeout=math.inf) as ranks:
+        yield ranks
+
+
+@contextlib.contextmanager
+def _staged(
+    place: Path, run: RemotePath, budget: str | int | None, *, locked: bool, whole: bool = False
+) -> Iterator[tuple[Path, str]]:
+    """Yield the folder of the run in a staging folder, and the token of this turn of writing it."""
     with RemoteLock(str(run), locked=locked) as lock:
         folder = _prepared(place, run, lock)
         with Staging(folder, run.store, place / _LEDGER) as staged:
-            _bring(staged, run.store)
+            _bring(staged, run.store, whole=whole)
             room = free_disk(place) - DISK_MARGIN if budget is None else parse_bytes(budget)
             with Upload(staged, lock.check, room) as upload:
                 staged.made = upload.made
-                yield folder
+                yield folder, _token(place / _RECORD)
         shutil.rmtree(place)
+
+
+def _token(record: Path) -> str:
+    """Return the token that a staging folder was last written under; '' where there is none."""
+    try:
+        return str(json.loads(record.read_bytes())["token"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _prepared(place: Path, run: RemotePath, lock: RemoteLock) -> Path:
@@ -102,8 +166,8 @@ def _prepared(place: Path, run: RemotePath, lock: RemoteLock) -> Path:
     return folder
 
 
-def _bring(staged: Staging, store: RemoteStore) -> None:
-    """Bring what the store has and this folder lacks, but for chunks of gradients, which are only noted."""
+def _bring(staged: Staging, store: RemoteStore, *, whole: bool) -> None:
+    """Bring what the store has and this folder lacks; chunks of gradients are only noted, but for a `whole` one."""
     there = {name: store.size(name) or 0 for name in store.below("")}
     foreign = sorted({name.split("/")[0] for name in there} - OWN_NAMES - {TURNS, "manifest.json", "stream"})
     if foreign and "manifest.json" not in there:
@@ -118,10 +182,11 @@ def _bring(staged: Staging, store: RemoteStore) -> None:
             if staged.sent.get(name, (0, 0))[0] != size:
                 staged.note(name, [size, 0])
             continue
-        path = staged.folder / name
-        if path.exists() or (name in staged.sent and not may_be_freed(name)):  # deleted here, and there before long
+        path, stays = staged.folder / name, whole or not may_be_freed(name)
+        sent = name in staged.sent and name not in staged.away
+        if path.exists() or (sent and stays):  # deleted here, and there before long
             continue
-        if not may_be_freed(name):
+        if stays:
             wanted.append(name)
         elif name not in staged.away or staged.away[name] != size:
             staged.note(name, [size, 0])

@@ -188,12 +188,9 @@ def test_a_staging_folder_that_is_none_is_left_alone(memory, tmp_path):
     assert (tmp_path / "run.zarr.staging" / "thesis.tex").read_text() == "mine"
 
 
-def test_a_local_run_takes_no_staging_and_ranks_take_no_url(memory, tmp_path, monkeypatch):
+def test_a_local_run_takes_no_staging(tmp_path):
     with pytest.raises(ConfigError, match="takes no staging"), written(tmp_path / "run.zarr", staging="x"):
         pass
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="cannot be written by 2 ranks"):
-        make_run(URL)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), StoppedError(signal.SIGTERM)])
