@@ -97,7 +97,7 @@ class StorageOptions(Section):
     direct_io: DirectIo = option(
         "auto",
         one_of(*get_args(DirectIo)),
-        "write gradients past the page cache: always, never; auto: those beyond half of the free memory",
+        "write gradients past the page cache: always, never; auto: those that the disk takes in time",
         group="store",
     )
     fsync: bool = option(False, FLAG, "flush the disk before each marker, against power cuts", group="store")

@@ -17,6 +17,7 @@ import torch
 from streamfisher.gradients.factors import matrix_shape
 from streamfisher.reduction.factor_gram import factor_gram
 from streamfisher.reduction.products import panel_sum
+from streamfisher.reduction.read_ahead import Coming
 from streamfisher.reduction.slabs import SlabBuffers, plan_slabs, read_slabs
 from streamfisher.reduction.subsets import ColumnSubset
 from streamfisher.runtime.threads import limit_threads
@@ -39,6 +40,13 @@ class Products:
     threads: int | None  # of BLAS, set in the task; None: they were set for the whole process
     budget: int  # bytes for one worker
     buffers: SlabBuffers  # of all workers of a process
+    coming: Coming | None = None  # of tasks of this process
+
+    def begin(self, name: str, start: int) -> None:
+        """Do what a task begins with."""
+        limit_threads(self.threads)
+        if self.coming is not None:
+            self.coming.begun(name, start)
 
 
 #: New rows of a Gram, (N - known, N) float64, and the rows times their mean, (N + 1,), where they are centered.
@@ -72,7 +80,7 @@ def fold_ranges(rows: GradientSource, name: str) -> list[tuple[int, int]]:
 
 def fold_factors(rows: Any, name: str, how: Products, known: int) -> list[Fold]:
     """Return the rows from `known` on of the Gram of a parameter that is held as factors."""
-    limit_threads(how.threads)
+    how.begin(name, 0)
     found = factor_gram(
         rows.segments(name),
         matrix_shape(rows.shape(name)),
@@ -98,7 +106,7 @@ def fold_rows(
 
     One for each `FOLD` columns, in their order.
     """
-    limit_threads(how.threads)
+    how.begin(name, start)
     folds = []
     for _, panels in itertools.groupby(_panels(rows, name, start, stop, how), key=lambda panel: panel[0] // FOLD):
         total = panel_sum(rows.n_samples, known, how.device)

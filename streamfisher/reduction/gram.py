@@ -13,6 +13,9 @@ After a run has grown, only the products with its new rows are formed (`products
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,13 +38,17 @@ from streamfisher.reduction.folds import (
     product_dtype_of,
 )
 from streamfisher.reduction.products import complete
+from streamfisher.reduction.read_ahead import Coming
 from streamfisher.reduction.slabs import SlabBuffers, least_bytes
 from streamfisher.reduction.subsets import ColumnSubset
 from streamfisher.runtime.bars import Bar
 from streamfisher.runtime.dask_pool import TaskBar, active_client, compute, compute_on
 from streamfisher.runtime.memory import working_memory
 from streamfisher.runtime.threads import blas_threads, worker_count
-from streamfisher.sinks.interface import GradientSource
+from streamfisher.sinks.interface import GradientSource, OnFiles
+
+#: Number of the first task; those that follow have as many digits.
+_LAST = 999_999_999
 
 
 @dataclass(frozen=True)
@@ -110,36 +117,40 @@ def build_grams(
     names = [name for members in keys.values() for name in members]
     factored = {name for name in names if rows.representation(name) == "factors" and name not in subsets}
     workers, budget = _share_memory(rows, names, factored, config)
+    ranges = {name: [(0, rows.parameters[name])] if name in factored else fold_ranges(rows, name) for name in names}
     client = active_client()
-    products = Products(
-        config.dtype_gram,
-        config.gram_device,
-        None if client is None else blas_threads(1, config),
-        budget,
-        SlabBuffers(),
-    )
-    tasks, n_tasks = [], 0
-    held = dask.delayed(rows, traverse=False)  # one node of the graph: a cluster's workers open a run once each
-    for key, members in keys.items():
-        known = grown[key].known if key in grown else 0
-        total = None
-        for name in members:
-            if name in factored:
-                parts = [dask.delayed(fold_factors, pure=False)(held, name, products, known)]
-            else:
-                parts = [
-                    dask.delayed(fold_rows, pure=False)(held, name, start, stop, products, subsets.get(name), known)
-                    for start, stop in fold_ranges(rows, name)
-                ]
-            n_tasks += len(parts)
-            for part in parts:
-                total = dask.delayed(add_folds, pure=False)(total, part)
-        single = any(_in_float32(rows, name, config, as_factors=name in factored) for name in members)
-        tasks.append(dask.delayed(_finish, pure=False)(key, total, grown.get(key), single, sink))
-    if client is not None:
-        return compute_on(client, tasks, progress)
-    with Bar(total=n_tasks, desc="Gram", unit="fold", disable=not progress) as bar:
-        return compute(tasks, workers, config, TaskBar(bar, "fold_rows", "fold_factors"))
+    with contextlib.ExitStack() as stack:
+        coming = None
+        if client is None and isinstance(rows, OnFiles):
+            order = [(name, *columns) for name in names for columns in ranges[name]]
+            coming = stack.enter_context(Coming(rows, order, workers))
+        threads = None if client is None else blas_threads(1, config)
+        products = Products(config.dtype_gram, config.gram_device, threads, budget, SlabBuffers(), coming)
+        held = dask.delayed(rows, traverse=False)  # one node of the graph: a cluster's workers open a run once each
+        numbers, token = itertools.count(_LAST, -1), uuid.uuid4().hex
+
+        def task(function: Callable[..., Any], *arguments: Any) -> Any:
+            """Return a task. Of those that nothing else sets in order, Dask begins with the last by name."""
+            name = f"{function.__name__}-{next(numbers)}-{token}"
+            return dask.delayed(function, pure=False)(*arguments, dask_key_name=name)
+
+        tasks = []
+        for key, members in keys.items():
+            known = grown[key].known if key in grown else 0
+            total = None
+            for name in members:
+                for start, stop in ranges[name]:
+                    if name in factored:
+                        part = task(fold_factors, held, name, products, known)
+                    else:
+                        part = task(fold_rows, held, name, start, stop, products, subsets.get(name), known)
+                    total = task(add_folds, total, part)
+            single = any(_in_float32(rows, name, config, as_factors=name in factored) for name in members)
+            tasks.append(task(_finish, key, total, grown.get(key), single, sink))
+        if client is not None:
+            return compute_on(client, tasks, progress)
+        with Bar(total=sum(map(len, ranges.values())), desc="Gram", unit="fold", disable=not progress) as bar:
+            return compute(tasks, workers, config, TaskBar(bar, "fold_rows", "fold_factors"))
 
 
 def _share_memory(

@@ -1,14 +1,13 @@
 """Files written past the page cache, where the filesystem offers that.
 
-What is written once, is larger than memory and is not read soon gains nothing by a copy in the page cache, and pays for
-it: the pages are found, filled by a core that could have computed, and make others go. `O_DIRECT` (open(2)) hands
-aligned memory to the disk instead. docs/design.md has the figures.
+A copy in the page cache costs a core that could have computed: pages are found, filled, and make others go. `O_DIRECT`
+(open(2)) hands aligned memory to the disk instead, where the disk is as fast as what is written comes.
+docs/design.md has the figures.
 """
 
 from __future__ import annotations
 
 import errno
-import math
 import mmap
 import os
 import threading
@@ -43,17 +42,27 @@ class CacheShare:
     """What the page cache is given of what one pass writes.
 
     Args:
-        asked: always past it: nothing; never: all; auto: half of the memory that is free now, shared by the ranks of
-            this machine. What is written after that would push out what came before.
+        asked: always past it: nothing; never: all; auto: what a disk that is behind does not take in time, at most half
+            of the memory that is free now, shared by the ranks of this machine.
     """
 
     def __init__(self, asked: DirectIo) -> None:
-        self._left = 0 if asked == "always" else math.inf if asked == "never" else working_memory(None)
+        self._asked = asked
+        self._left = working_memory(None) if asked == "auto" else 0
 
-    def is_over(self, size: int) -> bool:
-        """Count bytes that are about to be written; return whether they are to go past the cache."""
+    def is_past(self, size: int, *, behind: bool) -> bool:
+        """Return whether bytes that are about to be written are to go past the cache.
+
+        Args:
+            size: how many.
+            behind: what came before them is not written yet.
+        """
+        if self._asked != "auto":
+            return self._asked == "always"
+        if not behind or size > self._left:
+            return True
         self._left -= size
-        return self._left < 0
+        return False
 
 
 class DirectFile:

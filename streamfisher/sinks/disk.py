@@ -135,7 +135,7 @@ class DiskSink:
     ) -> int:
         copy = self._copies.of(rows)
         dense = sum(values.numel() for values in rows.values()) * self.store.store_dtype.itemsize
-        direct = self._cache.is_over(dense)
+        direct = self._cache.is_past(dense, behind=self._writer.is_behind)
         writing = self.store.rows.writing(unit, copy.tensors, ready=copy.wait, direct=direct)
         flight, writings = self._flight(unit), self._writings
         self._unit, self._writings = None, []
@@ -162,13 +162,14 @@ class DiskSink:
         self, batch: BatchRef, packed: BatchFactors, ready: Callable[[], None], *, counted: bool
     ) -> None:
         flight = self._flight(batch.unit)
-        direct = self._cache.is_over(sum(tensor.nbytes for tensor in packed.tensors.values()))
+        size = sum(tensor.nbytes for tensor in packed.tensors.values())
+        direct = self._cache.is_past(size, behind=self._writer.is_behind)
         writing = self.store.factors.writing(
             batch.unit, batch.index, batch.start, packed, self.wave, ready, direct=direct
         )
         self._writings.append(writing)
-        for job, size in writing.jobs():
-            flight.add(job, size if counted else 0)
+        for job, part in writing.jobs():
+            flight.add(job, part if counted else 0)
 
     def _flight(self, unit: Unit) -> UnitInFlight:
         if self._unit is None:

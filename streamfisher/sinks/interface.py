@@ -7,9 +7,10 @@ was taken in is read back through one `GradientSource`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -61,6 +62,14 @@ class GradientSink(Protocol):
 
     def settle(self) -> None:
         """Return when all that was taken is where it stays."""
+
+
+@runtime_checkable
+class OnFiles(Protocol):
+    """A source whose gradients lie in files of this machine."""
+
+    def files(self, name: str, start: int, stop: int) -> Iterable[Path]:
+        """Return the files that these columns of a parameter are read from, as far as that is known."""
 
 
 class GradientSource(Protocol):

@@ -25,8 +25,14 @@ class WriteBehind:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="write")
         self._changed = threading.Condition()
         self._waiting = 0  # bytes
+        self._pieces = 0  # that are not written
         self._open: set[UnitInFlight] = set()
         self._failure: tuple[str, BaseException] | None = None
+
+    @property
+    def is_behind(self) -> bool:
+        """Return whether pieces that were brought are not written yet."""
+        return self._pieces > 0
 
     def begin(self, what: str) -> UnitInFlight:
         """Return a unit to add pieces to.
@@ -94,11 +100,13 @@ class WriteBehind:
     def _submit(self, work: Callable[[], None], size: int) -> None:
         with self._changed:
             self._waiting += size
+            self._pieces += 1
         self._threads.submit(work)
 
     def _written(self, size: int) -> None:
         with self._changed:
             self._waiting -= size
+            self._pieces -= 1
             self._changed.notify_all()
 
     def _finished(self, unit: UnitInFlight, error: BaseException | None) -> None:

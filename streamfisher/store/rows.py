@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,10 @@ from torch import Tensor
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError, RunError, unreadable
 from streamfisher.gradients.factors import matrix_shape
+from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.store.arrays import values_of
 from streamfisher.store.chunk_reading import read_decoded
-from streamfisher.store.factors import FactorSegment, FactorStore, check_factors, columns_of_segments
+from streamfisher.store.factors import FactorSegment, FactorSide, FactorStore, check_factors, columns_of_segments
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.kept import KeptGradients
@@ -112,6 +113,25 @@ class RowStore:
             return self.run.chunk_columns(name)
         _, width = matrix_shape(self.shape(name))
         return width * max(1, _FACTORED_SLAB // (8 * self.run.n_samples * width))
+
+    def files(self, name: str, start: int, stop: int) -> Iterator[Path]:
+        """Return the chunks that some columns of a parameter are read from; none where they are at a store.
+
+        Those of packs are left out: they are small, and read once for many parameters.
+        """
+        place = self.run.places[name]
+        if isinstance(self.run.path, RemotePath) or place.pack is not None:
+            return
+        if self.representation(name) == "factors":
+            for segment in self.factors.segments(name):
+                for side in (segment.left, segment.right):
+                    if isinstance(side, FactorSide):
+                        yield from (path for path in (side.path / "c").rglob("*") if path.is_file())
+            return
+        width = self.run.chunk_columns(name)
+        for column in range(start // width, -(-stop // width)):
+            for unit in range(len(self.run.units)):
+                yield self.run.path / place.array / "c" / str(unit) / str(column)
 
     def columns(
         self,

@@ -18,8 +18,7 @@ from tiny_models import TinyRegression, vectors
 
 import streamfisher as sf
 from streamfisher.errors import ConfigError
-from streamfisher.reduction import NumpySum, TorchSum, build_grams, panel_sum
-from streamfisher.reduction import gram as grams
+from streamfisher.reduction import NumpySum, TorchSum, build_grams, folds, panel_sum
 from streamfisher.reduction.products import complete
 from streamfisher.runtime import dask_client
 from streamfisher.sinks import MemoryRows
@@ -63,7 +62,7 @@ def test_grams_by_torch_end_to_end(monkeypatch):
     rows = {"p": np.random.default_rng(3).standard_normal((10, 20 * PANEL)).astype(np.float32)}
     config = sf.SpectralConfig(n_workers=2)
     (expected,) = build_grams(MemoryRows(rows), config, lambda gram: gram)
-    monkeypatch.setattr(grams, "panel_sum", lambda n, known, device: TorchSum(n, known, torch.device("cpu")))
+    monkeypatch.setattr(folds, "panel_sum", lambda n, known, device: TorchSum(n, known, torch.device("cpu")))
     (found,) = build_grams(MemoryRows(rows), config, lambda gram: gram)
     np.testing.assert_allclose(found.gram, expected.gram, atol=1e-6 * expected.gram.max())
 

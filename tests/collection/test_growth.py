@@ -10,7 +10,7 @@ from tiny_models import TinyCausal, TinyRegression, sequences, vectors
 
 import streamfisher as sf
 from streamfisher.errors import CapacityError, RunError, RunMismatchError
-from streamfisher.reduction import gram as grams
+from streamfisher.reduction import folds
 from streamfisher.store import RunStore
 
 
@@ -124,13 +124,13 @@ def test_only_products_with_new_rows_are_formed(tmp_path, monkeypatch):
     collected(tmp_path / "run", 10).build_grams()
     seen = []
     monkeypatch.setattr(
-        grams, "panel_sum", lambda n, known, device: seen.append((n, known)) or grams_panel_sum(n, known, device)
+        folds, "panel_sum", lambda n, known, device: seen.append((n, known)) or grams_panel_sum(n, known, device)
     )
     collected(tmp_path / "run", 24).build_grams()
     assert seen == [(24, 8)] * 4
 
 
-grams_panel_sum = grams.panel_sum
+grams_panel_sum = folds.panel_sum
 
 
 def test_tokens_and_drawn_labels_keep_their_numbers(tmp_path):

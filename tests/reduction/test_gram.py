@@ -1,5 +1,6 @@
 """Grams from column slabs are those of the whole matrix, at any budget and with any number of workers."""
 
+import os
 import pickle
 
 import numpy as np
@@ -79,6 +80,48 @@ def test_chunks_of_several_folds_are_read_once_and_change_no_bit(subset):
     (reference,) = build_grams(MemoryRows(rows), config, lambda gram: gram, subsets=subsets)
     assert np.array_equal(found.gram, reference.gram)
     assert sorted(wide.read) == [(0, 3 * FOLD), (3 * FOLD, 4 * FOLD + PANEL + 5)]
+
+
+def test_tasks_begin_in_the_order_of_the_columns_and_the_disk_is_told_of_those_that_come(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, data = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.Linear(300, 2)), torch.randn(6, 300)
+    settings = {"chunk_size": 2, "representation": "dense", "keep_gradients": ("*",)}
+    run = sf.collect(
+        model, {"x": data, "labels": torch.arange(6) % 2}, tmp_path / "run", config=SpectralConfig(**settings)
+    )
+    wide, begun, hinted = next(iter(run.parameters)), [], []
+    monkeypatch.setattr("streamfisher.reduction.folds.FOLD", PANEL)
+    monkeypatch.setattr(type(run.store.rows), "chunk_columns", lambda self, name: PANEL)
+    plain = type(run.store.rows).columns
+
+    def columns(self, name, start, stop, rows=None, **options):
+        begun.append((name, start))
+        return plain(self, name, start, stop, rows, **options)
+
+    monkeypatch.setattr(type(run.store.rows), "columns", columns)
+    monkeypatch.setattr(
+        type(run.store.rows), "files", lambda self, name, start, stop: hinted.append((name, start)) or []
+    )
+    build_grams(run.store.rows, SpectralConfig(n_workers=1), lambda gram: None)
+    expected = [(wide, start) for start in range(0, 90_000, PANEL)]
+    assert begun[: len(expected)] == expected
+    assert set(begun) == set(hinted)
+
+
+@pytest.mark.parametrize("representation", ["dense", "factors"])
+def test_the_files_of_some_columns_are_those_that_are_read(tmp_path, representation, monkeypatch):
+    torch.manual_seed(0)
+    data = {"x": torch.randn(6, 300), "labels": torch.arange(6) % 2}
+    settings = {"chunk_size": 2, "representation": representation, "keep_gradients": ("*",)}
+    run = sf.collect(torch.nn.Linear(300, 2), data, tmp_path / "run", config=SpectralConfig(**settings))
+    rows, read = run.store.rows, set()
+    plain = os.open
+    monkeypatch.setattr(os, "open", lambda path, *more, **by: read.add(str(path)) or plain(path, *more, **by))
+    rows.columns("weight", 0, 600)
+    chunks = {path for path in read if "/c/" in path and ("gradients" in path or "factors" in path)}
+    packed = rows.run.places["weight"].pack is not None
+    assert {str(path) for path in rows.files("weight", 0, 600)} == (set() if packed else chunks)
+    assert packed or chunks
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])

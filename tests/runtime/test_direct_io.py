@@ -72,9 +72,12 @@ def test_a_disk_that_takes_nothing_is_no_endless_loop(file, monkeypatch):
         opened.write(memoryview(bytes(BUFFER)))
 
 
-def test_auto_leaves_half_of_the_free_memory_to_the_page_cache(monkeypatch):
+def test_auto_gives_the_page_cache_what_a_disk_that_is_behind_does_not_take_up_to_half_of_the_free_memory(monkeypatch):
     monkeypatch.setattr(direct_io, "working_memory", lambda budget: 100)
     share = direct_io.CacheShare("auto")
-    assert [share.is_over(40) for _ in range(4)] == [False, False, True, True]
-    assert direct_io.CacheShare("always").is_over(1)
-    assert not direct_io.CacheShare("never").is_over(10**15)
+    assert [share.is_past(40, behind=behind) for behind in (False, True, False, True, True)] == [
+        *(True, False, True, False, True)
+    ]
+    for behind in (False, True):
+        assert direct_io.CacheShare("always").is_past(1, behind=behind)
+        assert not direct_io.CacheShare("never").is_past(10**15, behind=behind)
