@@ -94,7 +94,7 @@ def runs(tmp_path_factory):
     factored = sf.collect(convolution().double(), images(N), folder / "factored.zarr", config=config)
     factored.build_grams()
     config = config.replace(representation="dense", keep_gradients=("*",))
-    packed = sf.collect(Layers().double(), layered(N), folder / "packed.zarr", config=config)
+    packed = sf.collect(Layers(5).double(), layered(N), folder / "packed.zarr", config=config)
     packed.build_grams()
     return {run.path.stem: run.path for run in (whole, tiled, factored, packed)}
 

@@ -288,8 +288,9 @@ def lines(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kept", ["the staging folder is kept", "the run goes on elsewhere"])
-@pytest.mark.parametrize("how", ["dense", "factors"])
+@pytest.mark.parametrize(
+    ("how", "kept"), [("dense", "the run goes on elsewhere"), ("factors", "the staging folder is kept")]
+)
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(how, kept, tmp_path):
     """At every kill, what the store has is intact, and says how far it is."""
     url, draw, seen = "s3://runs/killed.zarr", random.Random(how), []
