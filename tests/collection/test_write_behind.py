@@ -55,6 +55,18 @@ class TestUnits:
             writer.begin("empty").end(lambda: ended.append("empty"))
         assert ended == ["empty"]
 
+    def test_it_is_behind_while_pieces_are_not_written(self):
+        go = threading.Event()
+        with WriteBehind(threads=1) as writer:
+            assert not writer.is_behind
+            unit = writer.begin("unit")
+            unit.add(go.wait)
+            unit.end(lambda: None)
+            assert writer.is_behind
+            go.set()
+            writer.settle()
+            assert not writer.is_behind
+
     def test_whoever_brings_more_than_there_is_room_for_waits(self):
         go, through = threading.Event(), []
         with WriteBehind(threads=1, room=10) as writer:
