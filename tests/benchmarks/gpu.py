@@ -8,13 +8,15 @@ whole is cut off; a part that has no time left is left out and said to be. The t
 
 correct   small models: top eigenvalues against float64 on the CPU, relative to the largest; for each hold
 job       collect, Grams and the spectra of `none` and `layer`, nothing kept, over a plain forward and backward pass
-streamed  the same for a model of the shape of Llama-2-7B, layer by layer
+kept      collecting with all gradients kept, over writing as many bytes raw
+streamed  the job for a model of the shape of Llama-2-7B, layer by layer
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -48,10 +50,11 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.part is not None:
         kind, _, how = arguments.part.partition("/")
-        print(json.dumps({"correct": correct, "job": job, "streamed": streamed}[kind](how, arguments)))
+        print(json.dumps({"correct": correct, "job": job, "kept": kept, "streamed": streamed}[kind](how, arguments)))
         return
     holds = HOLDS if arguments.device != "cpu" else HOLDS[1:]
-    parts = [f"correct/{hold}" for hold in holds] + [f"job/{hold}" for hold in holds] + [f"streamed/{holds[0]}"]
+    parts = [f"correct/{hold}" for hold in holds] + [f"job/{hold}" for hold in holds]
+    parts += ["kept/auto", f"streamed/{holds[0]}"]
     deadline, lines = time.monotonic() + arguments.seconds, []
     for part in parts:
         left = deadline - time.monotonic()
@@ -108,13 +111,40 @@ def streamed(hold: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return _timed(STREAMED[arguments.scale], hold, arguments, stream="layers", samples=arguments.samples)
 
 
-def _timed(
-    sizes: tuple[int, ...], hold: str, arguments: argparse.Namespace, *, stream: str, samples: int | None = None
-) -> dict[str, Any]:
+def kept(hold: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time collecting with all gradients kept beside writing as many bytes, both into the folder of temporary files."""
+    from benchmarks.kept_gradients import files_of, write_raw
+
+    model, ids = _model(JOBS[arguments.scale], arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.zarr"
+        options = sf.SpectralConfig(hold=hold, keep_gradients="all", device=arguments.device, batch_tokens=8192)
+        start = time.perf_counter()
+        run = sf.collect(model, {"input_ids": ids}, path, config=options)
+        collected = time.perf_counter() - start
+        size = sum(file.stat().st_size for file in files_of(path))
+        shutil.rmtree(path)
+        start = time.perf_counter()
+        write_raw(Path(folder) / "raw", size)
+        raw = time.perf_counter() - start
+    layout = run.manifest.layout
+    return {
+        "ratio": round(collected / raw, 2),
+        "collect": f"{collected:.1f} s",
+        "raw": f"{raw:.1f} s",
+        "bytes": f"{size / 1e9:.2f} GB",
+        "codec": layout["codec"],
+        "held too": layout["copy"],
+    }
+
+
+def _model(
+    sizes: tuple[int, ...], arguments: argparse.Namespace, samples: int | None = None
+) -> tuple[torch.nn.Module, torch.Tensor]:
+    """Return a Llama of random weights on the device, and token ids of random samples."""
     import transformers
 
     hidden, intermediate, layers, heads, vocabulary, n, length = sizes
-    n = samples or n
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=hidden,
@@ -127,7 +157,14 @@ def _timed(
     )
     with torch.device(arguments.device):
         model = transformers.LlamaForCausalLM._from_config(config).eval()
-    ids = torch.randint(0, vocabulary, (n, length), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(0, vocabulary, (samples or n, length), generator=torch.Generator().manual_seed(1))
+    return model, ids
+
+
+def _timed(
+    sizes: tuple[int, ...], hold: str, arguments: argparse.Namespace, *, stream: str, samples: int | None = None
+) -> dict[str, Any]:
+    model, ids = _model(sizes, arguments, samples)
     on_cuda = arguments.device.startswith("cuda")
     plain = min(_plain(model, ids, arguments.device) for _ in range(2))
     if on_cuda:

@@ -32,7 +32,7 @@ SIZES = {
     "small": (128, 64, {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 4, "vocab_size": 256}),
 }
 PIECE = 16 << 20
-PLACES = ("gradients", "packed")
+PLACES = ("gradients", "packed", "factors")
 
 
 def timed(call: Callable[[], object], before: Callable[[], object] = lambda: None, repeat: int = 1) -> float:
@@ -47,7 +47,9 @@ def timed(call: Callable[[], object], before: Callable[[], object] = lambda: Non
 
 
 def files_of(run: Path) -> list[Path]:
-    return [path for place in PLACES for path in (run / place).rglob("c/*/*") if path.is_file()]
+    """Return the chunks of a run's gradients."""
+    files = [path for place in PLACES for path in (run / place).rglob("*")]
+    return [path for path in files if path.is_file() and path.name != "zarr.json"]
 
 
 def write_raw(folder: Path, size: int) -> None:
