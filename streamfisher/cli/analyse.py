@@ -13,6 +13,7 @@ from streamfisher.cli.output import AddCommand, print_json
 from streamfisher.cli.selection import add_selection_options, check_target, selection_options
 from streamfisher.errors import ConfigError
 from streamfisher.runtime.printable import printable
+from streamfisher.runtime.remote_filesystem import is_url
 
 FORMATS = ("csv", "json", "npz", "parquet", "safetensors")
 
@@ -58,12 +59,20 @@ def add_commands(add: AddCommand) -> None:
 
 
 def _eigenvectors(arguments: argparse.Namespace) -> int:
-    from streamfisher import open_run
+    from streamfisher.store.staged import rewritten
 
-    run = open_run(arguments.run)
-    options = read_run_options(arguments, base=run.config)
     if arguments.out:
         check_target(Path(arguments.out), (".safetensors",))
+    with rewritten(arguments.run) as folder:
+        return _eigenvectors_of(folder, arguments)
+
+
+def _eigenvectors_of(folder: Path, arguments: argparse.Namespace) -> int:
+    """Write eigenvectors into the run in a folder, which is that of `arguments.run` or stands for its URL."""
+    from streamfisher import open_run
+
+    run = open_run(folder)
+    options = read_run_options(arguments, base=run.config)
     model, data = None, None
     if arguments.model is not None:
         usage = "streamfisher eigenvectors RUN.zarr MODEL DATA --block BLOCK"
@@ -81,12 +90,15 @@ def _eigenvectors(arguments: argparse.Namespace) -> int:
     )
     if arguments.out:
         found.save_safetensors(arguments.out)
+    place = str(found.path)
+    if is_url(arguments.run):
+        place = f"{arguments.run.rstrip('/')}/{found.path.relative_to(folder).as_posix()}"
     if arguments.json:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps(found.to_dict() | {"path": place}))
         return 0
     values = ", ".join(f"{value:.4g}" for value in found.eigenvalues[:5])
     error = found.orthonormality_error
-    print(f"{len(found)} eigenvectors of {printable(found.block)}, orthonormal to {error:.1e}: {found.path}")
+    print(f"{len(found)} eigenvectors of {printable(found.block)}, orthonormal to {error:.1e}: {printable(place)}")
     print(f"  eigenvalues {values}{', ...' if len(found) > 5 else ''}")
     if arguments.out:
         print(f"  copied to {arguments.out}")

@@ -196,9 +196,9 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _gram(arguments: argparse.Namespace) -> int:
     from streamfisher import open_run
-    from streamfisher.store.staged import written
+    from streamfisher.store.staged import rewritten
 
-    with written(arguments.run) as folder:
+    with rewritten(arguments.run) as folder:
         run = open_run(folder)
         options = read_run_options(arguments, base=run.config)
         with dask_client(options.dask_scheduler):

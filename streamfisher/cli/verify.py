@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from streamfisher.cli.collect import load_what_it_was_made_with
@@ -17,6 +18,16 @@ UNFINISHED = 7
 
 def verify_command(arguments: argparse.Namespace) -> int:
     """Check a run against its checksums, and with `--deep` against its model; change it only with `--repair`."""
+    from streamfisher.store.staged import rewritten
+
+    if arguments.repair:
+        with rewritten(arguments.run) as folder:
+            return _verify(folder, arguments)
+    return _verify(expanded(arguments.run), arguments)
+
+
+def _verify(path: Path, arguments: argparse.Namespace) -> int:
+    """Check the run at a path, which is that of `arguments.run` or stands for its URL."""
     from streamfisher import open_run
     from streamfisher.errors import CorruptRunError
     from streamfisher.verification.problem import Problem
@@ -24,9 +35,9 @@ def verify_command(arguments: argparse.Namespace) -> int:
 
     run, state = None, None
     deep: dict[str, Any] = {}
-    problems: list[Problem] = verify_manifest(expanded(arguments.run), repair=arguments.repair)
+    problems: list[Problem] = verify_manifest(path, repair=arguments.repair)
     if not problems or arguments.repair:
-        run = open_run(arguments.run)
+        run = open_run(path)
         state = unfinished(run)
         deep = _deep(run, arguments)
         problems += verify(run, repair=arguments.repair, progress=not arguments.quiet, **deep)

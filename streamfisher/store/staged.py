@@ -25,8 +25,9 @@ from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.runtime.remote_store import RemoteStore
 from streamfisher.runtime.staging import Staging, may_be_freed
 from streamfisher.runtime.upload import Upload
-from streamfisher.store.layout import OWN_NAMES
+from streamfisher.store.layout import MANIFEST_COPY, OWN_NAMES
 from streamfisher.store.remote_lock import TURNS, RemoteLock
+from streamfisher.store.run_store import RunStore
 
 _LEDGER, _RECORD = "sent.jsonl", "staging.json"
 _AT_A_TIME = 16
@@ -95,6 +96,20 @@ def written(
                 "folder that all ranks see with --staging."
             )
         ranks.wait("for the staging folder")
+        yield folder
+
+
+@contextlib.contextmanager
+def rewritten(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Let a run that is there be changed, wherever it is; see `written`.
+
+    Raises:
+        RunError: there is none.
+    """
+    run = expanded(path)
+    if not any((run / name).is_file() for name in ("manifest.json", MANIFEST_COPY)):
+        RunStore(run)  # says so; a place that holds no run is not locked
+    with written(path) as folder:
         yield folder
 
 

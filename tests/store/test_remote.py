@@ -113,14 +113,16 @@ def test_commands_that_read_take_a_url(there, tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.iterdir()} == named
 
 
-def test_what_would_be_written_is_refused_and_not_written(there, tmp_path, capsys):
+def test_what_would_be_written_is_refused_and_not_written(there):
+    run = sf.open_run("memory://dense.zarr")
     before = content(there)
-    assert cli("eigenvectors", "memory://dense.zarr", "--block", "global", "--blocks", "none", "--quiet") == 2
-    assert "is open for reading only" in capsys.readouterr().err
+    with pytest.raises(RunError, match="is open for reading only"):
+        run.eigenvectors("global", block_structure="none")
+    assert content(there) == before
     there.store["/dense.zarr/gram/first.weight/c/0/0"].write(b"x")
     before = content(there)
-    assert cli("verify", "memory://dense.zarr", "--repair", "--quiet") == 2
-    assert "is open for reading only" in capsys.readouterr().err
+    with pytest.raises(RunError, match="is open for reading only"):
+        sf.verify(sf.open_run("memory://dense.zarr"), repair=True)
     assert content(there) == before
 
 

@@ -156,6 +156,31 @@ def test_commands_write_below_a_url(memory, tmp_path, capsys):
     assert cli("info", "memory://bucket/demo.zarr") == 0
 
 
+def test_commands_repair_runs_below_a_url_and_put_eigenvectors_there(memory, tmp_path, capsys):
+    make_run(URL)
+    name = "/bucket/run.zarr/gram/first.weight/c/0/0"
+    right = memory.cat(name)
+    memory.pipe_file(name, right[:-9] + b"altered!!")
+    assert cli("verify", URL, "--quiet") == 4
+    assert f"`streamfisher verify {URL} --repair` removes" in capsys.readouterr().out
+    assert cli("verify", URL, "--repair", "--quiet") == 4
+    assert "gram" in capsys.readouterr().out and not memory.exists("/bucket/run.zarr/done/gram-first.weight.json")
+    assert cli("gram", URL, "--quiet") == 0 and memory.cat(name) == right
+    assert cli("eigenvectors", URL, "--block", "global", "--blocks", "none", "--top", "2", "--quiet") == 0
+    assert f"{URL}/eigenvectors/global" in capsys.readouterr().out
+    assert cli("verify", URL, "--quiet") == 0
+    local = make_run(tmp_path / "here" / "run.zarr").eigenvectors("global", 2, block_structure="none").projections()
+    np.testing.assert_array_equal(open_eigenvectors(sf.open_run(URL).path, "global").projections(), local)
+    assert not (tmp_path / "run.zarr.staging").exists()
+
+
+@pytest.mark.parametrize("command", [["gram"], ["verify", "--repair"], ["eigenvectors", "--block", "global"]])
+def test_a_place_without_a_run_is_not_locked(command, memory, tmp_path, capsys):
+    assert cli(command[0], "memory://bucket/none.zarr", *command[1:], "--quiet") == 2
+    assert "memory://bucket/none.zarr" in capsys.readouterr().err
+    assert memory.find("/") == [] and list(tmp_path.iterdir()) == []
+
+
 def test_whatever_writes_runs_writes_them_below_a_url(memory):
     make_run(URL)
     chunk = "/bucket/run.zarr/gradients/first.weight/c/1/0"
