@@ -17,7 +17,7 @@ from streamfisher.errors import CorruptRunError, RunError
 from streamfisher.runtime.durable import read_json, write_json, write_marker
 from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import RunLock, RunStore, codecs
-from streamfisher.store.eigenvectors import folder_name
+from streamfisher.store.eigenvectors import folder_name, read_marker
 from streamfisher.store.forms import EIGENVECTORS, require_form
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.names import node_name
@@ -74,8 +74,12 @@ class EigenvectorJob:
         write_marker(self.marks / f"{what}.json", {**content, "marker": what}, fsync=self.store.fsync)
 
     def marker(self, what: str) -> Any:
-        """Return what a marker says."""
-        return read_json(self.marks / f"{what}.json")
+        """Return what a marker says.
+
+        Raises:
+            CorruptRunError: it is not there, damaged, or another one.
+        """
+        return read_marker(self.marks, what)
 
     def array(self, name: str) -> np.ndarray:
         """Return a small array of the group."""

@@ -17,7 +17,7 @@ from streamfisher.errors import CorruptRunError, DataError, RunError, Streamfish
 from streamfisher.runtime.durable import read_json
 from streamfisher.runtime.paths import expanded
 from streamfisher.store.arrays import values_of
-from streamfisher.store.forms import EIGENVECTORS, FINISHED_EIGENVECTORS, GRAM, require_form
+from streamfisher.store.forms import EIGENVECTORS, GRAM, eigenvector_marker, require_form
 from streamfisher.store.gram_tiles import gram_checksums
 from streamfisher.store.integrity import chunk_digest, require_inside
 from streamfisher.store.names import node_name
@@ -145,6 +145,24 @@ def folder_name(block: str, center: bool) -> str:
     return node_name(block) + (".centered" if center else "")
 
 
+def read_marker(marks: Path, what: str) -> Any:
+    """Return what one of the markers of eigenvectors says.
+
+    Args:
+        marks: the folder of their markers.
+        what: its name.
+
+    Raises:
+        CorruptRunError: it is not there, damaged, or another one.
+    """
+    path = marks / f"{what}.json"
+    content = read_json(path)
+    require_form(content, eigenvector_marker(what), path)
+    if content.get("marker", what) != what:
+        raise CorruptRunError(f"{path} is another marker.")
+    return content
+
+
 def open_eigenvectors(run: str | Path, block: str, *, center: bool = False) -> Eigenvectors:
     """Open the eigenvectors of a block that `streamfisher eigenvectors` wrote.
 
@@ -166,9 +184,8 @@ def open_eigenvectors(run: str | Path, block: str, *, center: bool = False) -> E
             "makes them."
         )
     path = run / "eigenvectors" / folder
-    identity, finished = read_json(marks / "identity.json"), read_json(marks / "finished.json")
+    identity, finished = read_json(marks / "identity.json"), read_marker(marks, "finished")
     require_form(identity, EIGENVECTORS, marks / "identity.json")
-    require_form(finished, FINISHED_EIGENVECTORS, marks / "finished.json")
     require_inside(run, path)
     if finished.get("files") not in (None, chunk_digest(path)):
         raise CorruptRunError(

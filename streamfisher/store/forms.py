@@ -200,6 +200,18 @@ EIGENVECTORS = fields(
     {"gram_keys": listed(text)},
 )
 FINISHED_EIGENVECTORS = fields({"orthonormality_error": number}, {"files": CRC, "marker": text})
+_OF_PARAMETER = fields({"overlap": listed(listed(number))}, {"vectors": CRC, "marker": text})
+_EIGENVECTOR_MARKERS = {
+    "finished": FINISHED_EIGENVECTORS,
+    "solved": fields({"overlap_before": number}, {"coefficients": CRC, "rotation": CRC, "marker": text}),
+    "begun": fields({"coefficients": CRC}, {"marker": text}),
+}
+
+
+def eigenvector_marker(what: str) -> Form:
+    """Return the form of `done/eigenvectors/FOLDER/WHAT.json`; those of single parameters are of one form."""
+    return _EIGENVECTOR_MARKERS.get(what, _OF_PARAMETER)
+
 
 _PARAMETER = fields(
     {"name": text, "shape": listed(whole()), "dtype": text, "chunk_columns": whole(1)}, {"columns": whole(1)}

@@ -16,8 +16,9 @@ from streamfisher.runtime.durable import read_json
 from streamfisher.runtime.own_files import remove_tree
 from streamfisher.store import codecs, stage_of
 from streamfisher.store.config_file import CONFIG_FILE, is_right, write_config
+from streamfisher.store.eigenvectors import read_marker
 from streamfisher.store.factors import checksum_of
-from streamfisher.store.forms import EIGENVECTORS, FINISHED_EIGENVECTORS, require_form
+from streamfisher.store.forms import EIGENVECTORS, require_form
 from streamfisher.store.integrity import chunk_digest
 from streamfisher.store.names import node_name
 from streamfisher.store.opening import open_array
@@ -324,15 +325,12 @@ def _wrong_eigenvectors(marks: Path, folder: Path) -> str | None:
     try:
         finished = read_json(marks / "finished.json") if (marks / "finished.json").is_file() else {}
         identity = read_json(marks / "identity.json")
-        for marker in marks.glob("*.json"):
-            if marker.stem != "identity" and read_json(marker).get("marker", marker.stem) != marker.stem:
-                return f"{marker} is another marker."
         require_form(identity, EIGENVECTORS, marks / "identity.json")
+        names = {marker.stem for marker in marks.glob("*.json")} - {"identity"}
         if finished:
-            require_form(finished, FINISHED_EIGENVECTORS, marks / "finished.json")
-        names = ["solved", *(f"parameter-{node_name(name)}" for name in identity["parameters"])] if finished else []
-        for name in names:
-            read_json(marks / f"{name}.json")
+            names |= {"solved", *(f"parameter-{node_name(name)}" for name in identity["parameters"])}
+        for name in sorted(names):
+            read_marker(marks, name)
         if finished.get("files") not in (None, chunk_digest(folder)):
             return "not what was written"
     except (CorruptRunError, AttributeError, TypeError) as error:

@@ -9,6 +9,7 @@ from command_line import cli
 from safetensors.torch import load_file
 from tiny_runs import PATTERNS, forget_last_unit, make_run, rows
 
+import streamfisher as sf
 from streamfisher import demo
 from streamfisher.analysis import eigenvectors as module
 from streamfisher.analysis.eigenvector_job import EigenvectorJob
@@ -168,6 +169,20 @@ def test_eigenvectors_of_changed_grams_are_refused(tmp_path):
     run.store.grams.write("first.bias", 2 * gram, products, {})
     with pytest.raises(RunError, match=r"Gram of first.bias is not the one"):
         open_eigenvectors(run.path, "first")
+
+
+@pytest.mark.parametrize("what", ["solved", "parameter-first.weight", "finished"])
+def test_a_marker_that_is_another_file_of_the_run_is_found_and_made_again(tmp_path, what):
+    run = make_run(tmp_path / "run.zarr")
+    run.eigenvectors("first", 2, **BLOCK)
+    marks = run.path / "done" / "eigenvectors" / "first"
+    before = {path.name: path.read_bytes() for path in marks.iterdir()}
+    for other in (run.path / "zarr.json", marks / "identity.json", run.path / "done" / "gram-first.weight.json"):
+        (marks / f"{what}.json").write_bytes(other.read_bytes())
+        assert [problem.what for problem in sf.verify(run)] == ["eigenvectors"]
+        sf.verify(run, repair=True)
+        run.eigenvectors("first", 2, **BLOCK)
+        assert {path.name: path.read_bytes() for path in marks.iterdir()} == before
 
 
 def test_the_command_line_writes_and_says_where(tmp_path, capsys):
