@@ -187,7 +187,9 @@ def _array_of(chunk: Path) -> dict[str, Any]:
 
 def _size_of(array: dict[str, Any]) -> int:
     sizes = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "float16": 2, "uint16": 2, "uint8": 1}
-    return sizes[array["data_type"]] * int(np.prod(array["chunk_grid"]["configuration"]["chunk_shape"]))
+    kind = array["data_type"]  # of texts, whose entries have no size of their own, a name or an object
+    itemsize = sizes.get(kind, 8) if isinstance(kind, str) else 8
+    return itemsize * int(np.prod(array["chunk_grid"]["configuration"]["chunk_shape"]))
 
 
 _GZIP = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "gzip", "configuration": {"level": 9}}]
