@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.planning.model_trace import BlockCost
-from streamfisher.reduction.factor_gram import FLOAT64_COST, Kernel, cheapest_kernel, kernel_operations
+from streamfisher.reduction.kernels import FLOAT64_COST, Kernel, cheapest_kernel, kernel_operations
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
 from streamfisher.planning.representation import Representation
 from streamfisher.planning.strategy import Stage
-from streamfisher.reduction.factor_gram import least_kernel_bytes, slab_memory
 from streamfisher.reduction.folds import dtype_of_products
 from streamfisher.reduction.gram import share_memory
+from streamfisher.reduction.kernels import FactorUse, least_kernel_bytes, slab_memory
 from streamfisher.reduction.slabs import DECODING_BYTES, least_bytes, slabs_within, sums_bytes
 from streamfisher.reduction.tiles import needs_tiles, tile_bytes, tile_workers
 from streamfisher.runtime.threads import worker_count
@@ -227,11 +227,8 @@ class StageCosts:
         for shape in self.rows:
             if chosen[shape.name] == "factors":
                 kernel = self._product_cost(shape, chosen).kernel
-                each, matrix = sum(shape.positions), _matrix(shape)
-                positions, longest = int(self.n * each), int(max(self.batches) * each)
-                least = max(
-                    least, least_kernel_bytes(kernel, positions, longest, matrix, self.n, self._itemsize(shape))
-                )
+                longest = int(max(self.batches) * sum(shape.positions))
+                least = max(least, least_kernel_bytes(kernel, self._use(shape), longest, self._itemsize(shape)))
         return least
 
     def _reduction_memory(self, chosen: Mapping[str, Representation]) -> float:
@@ -260,11 +257,12 @@ class StageCosts:
             return sums_bytes(self.n) + slabs.size
         if self._product_cost(shape, chosen).kernel != "slabs":
             return sums_bytes(self.n)
-        _, whole = slab_memory(int(self.n * sum(shape.positions)), _matrix(shape), self.n, itemsize)
+        _, whole = slab_memory(self._use(shape), itemsize)
         return min(whole, budget)
 
-
-def _matrix(shape: GradientShape) -> tuple[int, int]:
-    """Return (m, n) of a factored gradient."""
-    width = shape.pairs[0][1].width
-    return shape.numel // width, width
+    def _use(self, shape: GradientShape) -> FactorUse:
+        """Return how the factors of a parameter will be used."""
+        width = shape.pairs[0][1].width
+        by_index = sum(left.width == 1 for left, _ in shape.pairs)
+        matrix = (shape.numel // width, width)
+        return FactorUse(matrix, self.n, int(self.n * sum(shape.positions)), by_index, len(shape.pairs))

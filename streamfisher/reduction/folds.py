@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from streamfisher.gradients.factors import matrix_shape
-from streamfisher.reduction.factor_gram import factor_gram
+from streamfisher.reduction.factor_gram import factor_folds
+from streamfisher.reduction.kernels import FactorUse, choose_kernel, parts_of, use_of
 from streamfisher.reduction.products import panel_sum
 from streamfisher.reduction.read_ahead import Coming
 from streamfisher.reduction.slabs import SlabBuffers, plan_slabs, read_slabs
@@ -78,19 +79,38 @@ def fold_ranges(rows: GradientSource, name: str) -> list[tuple[int, int]]:
     return [(start, min(start + width, columns)) for start in range(0, max(columns, 1), width)]
 
 
-def fold_factors(rows: Any, name: str, how: Products, known: int) -> list[Fold]:
-    """Return the rows from `known` on of the Gram of a parameter that is held as factors."""
-    how.begin(name, 0)
-    found = factor_gram(
+def use_in(rows: Any, name: str) -> FactorUse:
+    """Return how the factors of a parameter are used."""
+    return use_of(rows.segments(name), matrix_shape(rows.shape(name)), rows.n_samples)
+
+
+def factor_ranges(rows: Any, name: str, dtype_gram: torch.dtype, workers: int) -> list[tuple[int, int]]:
+    """Return the first column and one past the last of each task of factors, see `parts_of`.
+
+    Each reads the other factor once: there are no more than workers, unless their sums take much memory.
+    """
+    use = use_in(rows, name)
+    single = product_dtype_of(rows, name, dtype_gram) == np.float32
+    parts = parts_of(choose_kernel(use, single=single), use)
+    some = max(1, min(-(-len(parts) // workers), _SUMS_BYTES // (8 * rows.n_samples**2)))
+    return [(parts[first][0], parts[min(first + some, len(parts)) - 1][1]) for first in range(0, len(parts), some)]
+
+
+def fold_factors(rows: Any, name: str, start: int, stop: int, how: Products, known: int) -> list[Fold]:
+    """Return the rows from `known` on of the Gram of each part of a parameter's factors, from `start` to `stop`."""
+    how.begin(name, start)
+    use, dtype = use_in(rows, name), product_dtype_of(rows, name, how.dtype)
+    parts = parts_of(choose_kernel(use, single=dtype == np.float32), use)
+    found = factor_folds(
         rows.segments(name),
-        matrix_shape(rows.shape(name)),
-        rows.n_samples,
+        use,
+        [part for part in parts if start <= part[0] < stop],
         known=known,
-        total=panel_sum(rows.n_samples, known, how.device),
-        dtype=product_dtype_of(rows, name, how.dtype),
+        new_sum=lambda: panel_sum(rows.n_samples, known, how.device),
+        dtype=dtype,
         budget=how.budget,
     )
-    return [(found, None)]
+    return [(gram, None) for gram in found]
 
 
 def fold_rows(

@@ -6,7 +6,7 @@ and added up in float64, which keeps the error of float32 products near 2e-8 of 
 as soon as it and the sum before it are there. Panels and folds depend on the data only, so neither the memory budget
 nor the number of workers changes a bit of the result.
 
-Gradients that are held as factors are reduced by `factor_gram.py`, one task for each parameter.
+Gradients that are held as factors are reduced by `factor_gram.py`, by parts that are folds too (`kernels.py`).
 
 After a run has grown, only the products with its new rows are formed (`products.py`).
 """
@@ -18,7 +18,7 @@ import itertools
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import dask
 import numpy as np
@@ -26,17 +26,18 @@ import numpy as np
 from streamfisher.byte_sizes import format_bytes
 from streamfisher.config import SpectralConfig, dtype_name
 from streamfisher.errors import CapacityError, CorruptRunError
-from streamfisher.gradients.factors import matrix_shape
-from streamfisher.reduction.factor_gram import choose_kernel, least_kernel_bytes
 from streamfisher.reduction.folds import (
     Fold,
     Products,
     add_folds,
+    factor_ranges,
     fold_factors,
     fold_ranges,
     fold_rows,
     product_dtype_of,
+    use_in,
 )
+from streamfisher.reduction.kernels import choose_kernel, least_kernel_bytes
 from streamfisher.reduction.products import complete
 from streamfisher.reduction.read_ahead import Coming
 from streamfisher.reduction.slabs import SlabBuffers, least_bytes
@@ -114,43 +115,104 @@ def build_grams(
     """
     keys = {name: [name] for name in rows.parameters} if keys is None else keys
     subsets, grown = subsets or {}, grown or {}
-    names = [name for members in keys.values() for name in members]
-    factored = {name for name in names if rows.representation(name) == "factors" and name not in subsets}
-    workers, budget = _share_memory(rows, names, factored, config)
-    ranges = {name: [(0, rows.parameters[name])] if name in factored else fold_ranges(rows, name) for name in names}
-    client = active_client()
-    with contextlib.ExitStack() as stack:
-        coming = None
-        if client is None and isinstance(rows, OnFiles):
-            order = [(name, *columns) for name in names for columns in ranges[name]]
-            coming = stack.enter_context(Coming(rows, order, workers))
-        threads = None if client is None else blas_threads(1, config)
-        products = Products(config.dtype_gram, config.gram_device, threads, budget, SlabBuffers(), coming)
-        held = dask.delayed(rows, traverse=False)  # one node of the graph: a cluster's workers open a run once each
-        numbers, token = itertools.count(_LAST, -1), uuid.uuid4().hex
-
-        def task(function: Callable[..., Any], *arguments: Any) -> Any:
-            """Return a task. Of those that nothing else sets in order, Dask begins with the last by name."""
-            name = f"{function.__name__}-{next(numbers)}-{token}"
-            return dask.delayed(function, pure=False)(*arguments, dask_key_name=name)
-
+    graph = _Folds(rows, [name for members in keys.values() for name in members], subsets, config)
+    with graph:
         tasks = []
         for key, members in keys.items():
             known = grown[key].known if key in grown else 0
             total = None
             for name in members:
-                for start, stop in ranges[name]:
-                    if name in factored:
-                        part = task(fold_factors, held, name, products, known)
-                    else:
-                        part = task(fold_rows, held, name, start, stop, products, subsets.get(name), known)
-                    total = task(add_folds, total, part)
-            single = any(_in_float32(rows, name, config, as_factors=name in factored) for name in members)
-            tasks.append(task(_finish, key, total, grown.get(key), single, sink))
-        if client is not None:
-            return compute_on(client, tasks, progress)
-        with Bar(total=sum(map(len, ranges.values())), desc="Gram", unit="fold", disable=not progress) as bar:
-            return compute(tasks, workers, config, TaskBar(bar, "fold_rows", "fold_factors"))
+                for start, stop in graph.ranges(name):
+                    total = graph.task(add_folds, total, graph.folds(name, start, stop, known))
+            tasks.append(graph.task(_finish, key, total, grown.get(key), graph.in_float32(members), sink))
+        return graph.compute(tasks, progress=progress)
+
+
+def build_folds(
+    rows: GradientSource, pieces: Sequence[tuple[str, int, int]], config: SpectralConfig
+) -> list[list[Fold]]:
+    """Return the products of some columns of some parameters, as they are added up in `build_grams`.
+
+    Args:
+        rows: where the gradients are.
+        pieces: parameter, first column and one past the last: of rows whole folds, of factors whole parts.
+        config: as for `build_grams`.
+
+    Raises:
+        CapacityError: not even one panel fits the memory budget.
+    """
+    if not pieces:
+        return []
+    with _Folds(rows, list(dict.fromkeys(name for name, _, _ in pieces)), {}, config, pieces) as graph:
+        return graph.compute([graph.folds(*piece, 0) for piece in pieces])
+
+
+class _Folds(contextlib.ExitStack):
+    """Tasks that multiply, in the order in which they are asked for. A context manager: while they are computed.
+
+    Args:
+        rows: where the gradients are.
+        names: parameters, in the order of the tasks.
+        subsets: columns to use of some.
+        config: of the products.
+        pieces: name, first and last column of each task, where they are not all columns.
+
+    Raises:
+        CapacityError: not even one panel fits the memory budget.
+    """
+
+    def __init__(
+        self,
+        rows: GradientSource,
+        names: Sequence[str],
+        subsets: Mapping[str, ColumnSubset],
+        config: SpectralConfig,
+        pieces: Sequence[tuple[str, int, int]] | None = None,
+    ) -> None:
+        super().__init__()
+        self._rows, self._subsets, self._config, self._client = rows, subsets, config, active_client()
+        self._factored = {name for name in names if rows.representation(name) == "factors" and name not in subsets}
+        self._workers, self._budget = _share_memory(rows, names, self._factored, config)
+        self._pieces = pieces or [(name, *columns) for name in names for columns in self.ranges(name)]
+        self._held = dask.delayed(rows, traverse=False)  # one node of the graph: a cluster's workers open a run once
+        self._numbers, self._token = itertools.count(_LAST, -1), uuid.uuid4().hex
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        coming, config = None, self._config
+        if self._client is None and isinstance(self._rows, OnFiles):
+            coming = self.enter_context(Coming(self._rows, self._pieces, self._workers))
+        threads = None if self._client is None else blas_threads(1, config)
+        self._how = Products(config.dtype_gram, config.gram_device, threads, self._budget, SlabBuffers(), coming)
+        return self
+
+    def ranges(self, name: str) -> list[tuple[int, int]]:
+        """Return the columns of each task of a parameter."""
+        if name not in self._factored:
+            return fold_ranges(self._rows, name)
+        return factor_ranges(self._rows, name, self._config.dtype_gram, self._workers)
+
+    def task(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return a task. Of those that nothing else sets in order, Dask begins with the last by name."""
+        name = f"{function.__name__}-{next(self._numbers)}-{self._token}"
+        return dask.delayed(function, pure=False)(*arguments, dask_key_name=name)
+
+    def folds(self, name: str, start: int, stop: int, known: int) -> Any:
+        """Return the task of some columns of a parameter."""
+        if name in self._factored:
+            return self.task(fold_factors, self._held, name, start, stop, self._how, known)
+        return self.task(fold_rows, self._held, name, start, stop, self._how, self._subsets.get(name), known)
+
+    def in_float32(self, names: Sequence[str]) -> bool:
+        """Return whether products of any of some parameters are formed in float32."""
+        return any(in_float32(self._rows, name, self._config, as_factors=name in self._factored) for name in names)
+
+    def compute(self, tasks: Sequence[Any], *, progress: bool = False) -> list[Any]:
+        """Return what tasks return."""
+        if self._client is not None:
+            return compute_on(self._client, tasks, progress)
+        with Bar(total=len(self._pieces), desc="Gram", unit="fold", disable=not progress) as bar:
+            return compute(tasks, self._workers, self._config, TaskBar(bar, "fold_rows", "fold_factors"))
 
 
 def _share_memory(
@@ -194,19 +256,16 @@ def share_memory(n_samples: int, of_rows: int, of_factors: int, config: Spectral
 
 def _factor_memory(rows: Any, name: str, config: SpectralConfig) -> int:
     """Return the least bytes that the reduction of a parameter's factors needs."""
-    segments, shape = rows.segments(name), matrix_shape(rows.shape(name))
+    use, lengths = use_in(rows, name), [sum(segment.lengths) for segment in rows.segments(name)]
     itemsize = product_dtype_of(rows, name, config.dtype_gram).itemsize
-    kernel = choose_kernel(segments, shape, rows.n_samples, single=itemsize == 4)
-    lengths = [sum(segment.lengths) for segment in segments]
-    return least_kernel_bytes(kernel, sum(lengths), max(lengths, default=0), shape, rows.n_samples, itemsize)
+    return least_kernel_bytes(choose_kernel(use, single=itemsize == 4), use, max(lengths, default=0), itemsize)
 
 
-def _in_float32(rows: GradientSource, name: str, config: SpectralConfig, *, as_factors: bool) -> bool:
+def in_float32(rows: GradientSource, name: str, config: SpectralConfig, *, as_factors: bool) -> bool:
     """Return whether products of a parameter are formed in float32; those of its factors are only where rows are."""
     if product_dtype_of(rows, name, config.dtype_gram) == np.float64:
         return False
-    shape = matrix_shape(rows.shape(name)) if as_factors else (0, 0)
-    return not as_factors or choose_kernel(rows.segments(name), shape, rows.n_samples, single=True) == "slabs"
+    return not as_factors or choose_kernel(use_in(rows, name), single=True) == "slabs"
 
 
 def _finish(name: str, total: Fold, grown: GrownGram | None, single: bool, sink: Callable[[ParameterGram], Any]) -> Any:

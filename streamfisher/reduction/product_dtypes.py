@@ -8,9 +8,9 @@ import torch
 from streamfisher.config import SpectralConfig
 from streamfisher.errors import CorruptRunError
 from streamfisher.gradients.factors import matrix_shape
-from streamfisher.reduction.factor_gram import choose_kernel
 from streamfisher.reduction.folds import WIDE
 from streamfisher.reduction.gram import gram_settings
+from streamfisher.reduction.kernels import choose_kernel, use_of
 from streamfisher.store import RunStore
 
 
@@ -47,6 +47,5 @@ def _multiplied_as_rows(store: RunStore, key: str, name: str, *, as_rows: bool) 
         segments = store.factors.segments(name)
     except CorruptRunError:
         return True
-    return not segments or (
-        choose_kernel(segments, matrix_shape(store.rows.shape(name)), store.n_samples, single=True) == "slabs"
-    )
+    use = use_of(segments, matrix_shape(store.rows.shape(name)), store.n_samples)
+    return not segments or choose_kernel(use, single=True) == "slabs"

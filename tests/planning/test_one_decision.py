@@ -18,7 +18,7 @@ from streamfisher.planning.costs import product_cost
 from streamfisher.planning.rates import UNKNOWN
 from streamfisher.planning.strategies import StrategyPlanner
 from streamfisher.planning.tracing import captured_names
-from streamfisher.reduction.factor_gram import choose_kernel
+from streamfisher.reduction.kernels import choose_kernel, use_of
 from streamfisher.reduction.tiles import needs_tiles
 from streamfisher.runtime import disk_limit, of_one_rank, working_memory
 from streamfisher.solving.tiled_solve import solves_dense
@@ -85,7 +85,7 @@ def test_a_plan_takes_the_kernels_of_the_reduction(tmp_path, n):
     for shape in trace.shapes:
         if run.store.rows.representation(shape.name) == "factors":
             segments, matrix = run.store.rows.segments(shape.name), run.store.rows.shape(shape.name)
-            taken = choose_kernel(segments, matrix, n, single=False)
+            taken = choose_kernel(use_of(segments, matrix, n), single=False)
             planned = product_cost(shape, "factors", n, single=False).kernel
             slabs, pairwise = (2 * n * mean + n**2) * shape.numel, (n * mean) ** 2 * sum(matrix)
             if not 0.8 < slabs / pairwise < 1.25:  # where lengths decide, the mean may be on the other side

@@ -12,7 +12,7 @@ import streamfisher as sf
 from streamfisher import verify
 from streamfisher.blocks import assign_blocks, group_blocks
 from streamfisher.errors import ConfigError, CorruptRunError, RunError
-from streamfisher.reduction import NumpySum, TorchSum, factor_gram
+from streamfisher.reduction import NumpySum, TorchSum, factor_gram, factor_slabs, kernels
 from streamfisher.runtime import read_json, write_json
 
 
@@ -69,15 +69,29 @@ def test_the_shared_input_of_several_layers_is_stored_once(runs_of):
     assert entry["sides"][f"{'model.embed_tokens.weight'}~L0"]["dtype"] is None
 
 
-def kernels(segments, shape, n, known=0, budget=1 << 30):
-    slabs = NumpySum(n, known)
-    factor_gram.add_slabs(segments, shape, n, slabs, dtype=np.dtype("float64"), budget=budget)
-    torch_slabs = TorchSum(n, known, torch.device("cpu"))
-    factor_gram.add_slabs(segments, shape, n, torch_slabs, dtype=np.dtype("float64"), budget=budget)
-    pairwise = factor_gram.pairwise_gram(segments, n, known=known, budget=budget)
-    found = {"slabs": slabs.result(), "torch slabs": torch_slabs.result(), "pairwise": pairwise}
-    if all(segment.left.dtype is None for segment in segments):
-        found["tokens"] = factor_gram.token_gram(segments, n, known=known, budget=budget)
+def added(folds):
+    return functools.reduce(np.add, folds)
+
+
+def by_every_kernel(segments, shape, n, known=0, budget=1 << 30):
+    use = kernels.use_of(segments, shape, n)
+    sums = {
+        "slabs": lambda: NumpySum(n, known),
+        "torch slabs": lambda: TorchSum(n, known, torch.device("cpu")),
+    }
+    found = {}
+    for kind, new_sum in sums.items():
+        parts = kernels.parts_of("slabs", use)
+        options = {"dtype": np.dtype("float64"), "budget": budget}
+        found[kind] = added(factor_slabs.slab_folds(segments, use, parts, new_sum, **options))
+        one_by_one = [factor_slabs.slab_folds(segments, use, [part], new_sum, **options)[0] for part in parts]
+        assert np.array_equal(added(one_by_one), found[kind])
+    found["pairwise"] = factor_gram.pairwise_gram(segments, n, known=known, budget=budget)
+    if use.by_token:
+        parts = kernels.parts_of("tokens", use)
+        found["tokens"] = added(factor_gram.token_folds(segments, use, parts, known=known))
+        one_by_one = [factor_gram.token_folds(segments, use, [part], known=known)[0] for part in parts]
+        assert np.array_equal(added(one_by_one), found["tokens"])
     return found
 
 
@@ -92,24 +106,39 @@ def test_every_kernel_gives_the_gram_of_the_rows(runs_of, name, known):
         rows = dense.store.rows.columns(parameter, 0, size)
         expected = (rows @ rows.T)[known:]
         shape = (factored.store.rows.shape(parameter)[0], size // factored.store.rows.shape(parameter)[0])
-        for kernel, found in kernels(factored.store.rows.segments(parameter), shape, n, known).items():
+        for kernel, found in by_every_kernel(factored.store.rows.segments(parameter), shape, n, known).items():
             np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12 * expected.max(), err_msg=kernel)
 
 
 def test_slabs_have_the_same_bits_within_any_budget(runs_of, monkeypatch):
-    monkeypatch.setattr(factor_gram, "RIGHT_COLUMNS", 8)
-    monkeypatch.setattr(factor_gram, "_SLAB_BYTES", 4096)
-    monkeypatch.setattr(factor_gram, "PANEL", 24)
+    monkeypatch.setattr(kernels, "PART", 8)
+    monkeypatch.setattr(kernels, "_SLAB_BYTES", 1024)
+    monkeypatch.setattr(kernels, "PANEL", 12)
+    monkeypatch.setattr(factor_slabs, "PANEL", 12)
     _, factored = runs_of("llama")
     name = "model.layers.1.mlp.up_proj.weight"
     segments, shape, n = factored.store.rows.segments(name), (24, 16), factored.n_samples
-    positions = sum(sum(segment.lengths) for segment in segments)
-    least, whole = factor_gram.slab_memory(positions, shape, n, 8)
+    use = kernels.use_of(segments, shape, n)
+    assert use.turned == (16, 24) and kernels.parts_of("slabs", use) == [(0, 8), (8, 16), (16, 24)]
+    least, whole = kernels.slab_memory(use, 8)
     assert least < whole
-    found = [kernels(segments, shape, n, budget=budget)["slabs"] for budget in (least, (least + whole) // 2, whole)]
+    found = [
+        by_every_kernel(segments, shape, n, budget=budget)["slabs"] for budget in (least, (least + whole) // 2, whole)
+    ]
     assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
     with pytest.raises(sf.errors.CapacityError, match=r"a slab of 11 rows formed from .* needs .* and the budget"):
-        kernels(segments, shape, n, budget=least - 1)
+        by_every_kernel(segments, shape, n, budget=least - 1)
+
+
+def test_parts_of_an_embedding_are_of_columns_and_depend_on_sizes_alone(runs_of, monkeypatch):
+    monkeypatch.setattr(kernels, "token_columns", lambda positions: 5)
+    dense, factored = runs_of("llama")
+    name = "model.embed_tokens.weight"
+    segments, shape = factored.store.rows.segments(name), factored.store.rows.shape(name)
+    assert kernels.parts_of("tokens", kernels.use_of(segments, shape, 11))[:2] == [(0, 5), (5, 10)]
+    rows = dense.store.rows.columns(name, 0, dense.parameters[name])
+    found = by_every_kernel(segments, shape, dense.n_samples)["tokens"]
+    np.testing.assert_allclose(found, rows @ rows.T, rtol=1e-11, atol=1e-13)
 
 
 def test_a_budget_that_holds_no_batch_reads_them_again(runs_of):
@@ -122,8 +151,8 @@ def test_a_budget_that_holds_no_batch_reads_them_again(runs_of):
 
 def test_the_cheaper_kernel_is_chosen():
     few, many = (
-        factor_gram.kernel_operations(64, (4096, 4096), 64),
-        factor_gram.kernel_operations(128 * 512, (4096, 4096), 128),
+        kernels.kernel_operations(64, (4096, 4096), 64),
+        kernels.kernel_operations(128 * 512, (4096, 4096), 128),
     )
     assert few[1] < few[0] / 50  # one position for each sample
     assert many[0] < many[1]
