@@ -91,6 +91,26 @@ def llama_on_a_device() -> nn.Module:
     return llama().double()
 
 
+def llama_in_small_parts() -> nn.Module:
+    """Wide layers whose products are sums of many parts."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from streamfisher.reduction import device_grams, folds, kernels
+    from streamfisher.store.layout import PANEL
+
+    folds.FOLD, kernels.PART, device_grams._PART = PANEL, 8, 1024
+    kernels.token_columns = lambda positions: 8
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 160, "vocab_size": 200}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)).double()
+
+
+def llama_in_small_parts_on_a_device() -> nn.Module:
+    """Both."""
+    llama_on_a_device()
+    return llama_in_small_parts()
+
+
 def classifier_in_float64() -> nn.Module:
     """Two linear layers from vectors of 3 to 4 classes."""
     torch.manual_seed(0)

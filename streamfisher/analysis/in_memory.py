@@ -17,7 +17,7 @@ from streamfisher.reduction.gram import ParameterGram, build_grams
 from streamfisher.reduction.subsets import draw_columns
 from streamfisher.results.spectrum import Spectrum
 from streamfisher.sinks.interface import GradientSource
-from streamfisher.sinks.memory import MemoryRows
+from streamfisher.sinks.memory_source import MemoryRows
 from streamfisher.solving.combine import union
 from streamfisher.solving.selection import select
 from streamfisher.solving.solve import Eigenproblem, RowPrecision, solve_blocks

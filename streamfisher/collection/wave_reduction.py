@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
+from streamfisher.collection.shared_reduction import build_shared
 from streamfisher.config import SpectralConfig
 from streamfisher.reduction import gram as grams
 from streamfisher.reduction.stored_grams import build_held_grams, build_stored_grams
-from streamfisher.runtime.bars import Bar
-from streamfisher.runtime.exchange import Parcel, exchange
 from streamfisher.runtime.memory import local_ranks
 from streamfisher.runtime.ranks import Ranks
 from streamfisher.sinks.memory import MemorySink
@@ -115,8 +112,7 @@ def build_held(
 ) -> dict[str, np.ndarray]:
     """Build the missing Grams of a wave where its gradients are.
 
-    Several ranks have the gradients of their own samples. Each of them gets a Gram's gradients of all samples from the
-    others, one Gram after the other, and forms it as one rank would: the same bits however many there are.
+    Several ranks have the gradients of their own samples and share the columns, see `shared_reduction`.
 
     Returns:
         Gram key -> its diagonal, (N,) float64, of those that were missing.
@@ -134,45 +130,7 @@ def build_held(
     valid = np.array([number not in skipped for number in range(store.n_samples)])
     if ranks.count == 1:
         return build_held_grams(store, sink.held(), valid, own, keys, progress=progress)
-    return _built_by_ranks(store, sink, valid, own, keys, ranks, progress=progress)
-
-
-def _built_by_ranks(
-    store: RunStore,
-    sink: MemorySink,
-    valid: np.ndarray,
-    config: SpectralConfig,
-    keys: Sequence[str],
-    ranks: Ranks,
-    *,
-    progress: bool,
-) -> dict[str, np.ndarray]:
-    """Build Grams in turns, each rank one: the largest first, so that those of one turn are of about the same size.
-
-    Returns:
-        Gram key -> its diagonal, (N,) float64, on every rank.
-    """
-    members = {key: list(store.gram_members[key]) for key in keys}
-    sizes = {key: sum(store.parameters[name] for name in names) for key, names in members.items()}
-    order = sorted(keys, key=lambda key: -sizes[key])
-    turns = [order[start : start + ranks.count] for start in range(0, len(order), ranks.count)]
-    diagonals: dict[str, np.ndarray] = {}
-    for turn in Bar(turns, desc="Grams", unit="turn", disable=not (progress and ranks.is_main)):
-        wanted = [members[key] for key in turn] + [[]] * (ranks.count - len(turn))
-        parcels = [sink.part(names) for names in wanted]
-        arrived = exchange(ranks, parcels, sink.home, f"the gradients of {', '.join(turn[:3])}")
-        del parcels
-        mine: dict[str, np.ndarray] = {}
-        if ranks.index < len(turn):
-            source = sink.joined(arrived, wanted[ranks.index])
-            mine = build_held_grams(store, source, valid, config, [turn[ranks.index]])
-            del source
-        del arrived
-        ranks.alive()
-        told = Parcel({key: torch.from_numpy(diagonal) for key, diagonal in mine.items()})
-        for parcel in exchange(ranks, [told] * ranks.count, torch.device("cpu"), "the norms of gradients"):
-            diagonals |= {key: tensor.numpy() for key, tensor in parcel.tensors.items()}
-    return diagonals
+    return build_shared(store, sink, valid, own, keys, ranks, progress=progress)
 
 
 def _claimed(todo: list[str], wave: int, config: SpectralConfig, ranks: Ranks):

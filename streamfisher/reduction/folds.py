@@ -73,8 +73,12 @@ def product_dtype_of(rows: Any, name: str, dtype_gram: torch.dtype) -> np.dtype:
 
 def fold_ranges(rows: GradientSource, name: str) -> list[tuple[int, int]]:
     """Return the first column and one past the last of each task of a parameter."""
-    columns = rows.parameters[name]
     folds = min(rows.chunk_columns(name) // FOLD, _SUMS_BYTES // (8 * rows.n_samples**2))
+    return ranges_of(rows.parameters[name], folds)
+
+
+def ranges_of(columns: int, folds: int = 1) -> list[tuple[int, int]]:
+    """Return the first column and one past the last of every so many folds; one range at least."""
     width = max(folds, 1) * FOLD
     return [(start, min(start + width, columns)) for start in range(0, max(columns, 1), width)]
 

@@ -53,9 +53,10 @@ class FactorUse:
     def is_turned(self) -> bool:
         """Return whether slabs are taken of `g_i^T = sum_t R_it^T L_it`, whose Gram is the same.
 
-        So that parts are of the longer side, which gives more of them, and the shorter one is what stays in memory.
+        So that parts are of the longer side, which gives more of them, and the shorter one is what stays in memory;
+        where one part has all columns of either, there is nothing to win.
         """
-        return not self.by_index and self.shape[0] > self.shape[1]
+        return not self.by_index and self.shape[0] > max(self.shape[1], PART)
 
     @property
     def turned(self) -> tuple[int, int]:

@@ -22,7 +22,7 @@ from streamfisher.runtime import run_log as runlog
 from streamfisher.runtime.memory import give_back, working_memory
 from streamfisher.sinks.device import DeviceGradients
 from streamfisher.sinks.interface import GradientSource
-from streamfisher.sinks.memory import MemoryRows
+from streamfisher.sinks.memory_source import MemoryRows
 from streamfisher.solving.tiled_gram import TILE
 from streamfisher.store import RunStore
 
@@ -91,7 +91,7 @@ def build_held_grams(
         CorruptRunError: a gradient is not finite.
         CapacityError: the reduction does not fit the memory budget.
     """
-    sink = _HeldSink(store, grams.gram_settings(config), source, valid)
+    sink = HeldGramSink(store, grams.gram_settings(config), source, valid)
     members = {key: store.gram_members[key] for key in keys}
     with store.marking_together():
         if isinstance(source, DeviceGradients):
@@ -100,8 +100,8 @@ def build_held_grams(
 
 
 @dataclass(frozen=True)
-class _HeldSink:
-    """Writes a finished Gram and its moment; picklable for Dask workers."""
+class HeldGramSink:
+    """Writes the Gram of gradients that are held, and its moment; picklable for Dask workers."""
 
     store: RunStore
     settings: Mapping[str, Any]
@@ -109,6 +109,7 @@ class _HeldSink:
     valid: np.ndarray  # (N,) bool
 
     def __call__(self, finished: grams.ParameterGram) -> tuple[str, np.ndarray]:
+        """Write a Gram; return its key and its diagonal, (N,) float64."""
         key, moment = finished.name, None
         if has_moment(self.store, key):
             source = self.source

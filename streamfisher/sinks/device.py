@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,8 @@ from streamfisher.data.batches import BatchRef, Unit
 from streamfisher.gradients.factors import FactorPair
 from streamfisher.gradients.producer import BatchGradients, GradientProducer
 from streamfisher.runtime.exchange import Parcel
-from streamfisher.sinks.memory import MemorySink, joined_segments
+from streamfisher.sinks.memory import MemorySink
+from streamfisher.sinks.parcels import Columns, FactorUses, PartOfSide, sent_segments
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class PlacedPair(FactorPair):
     """One use of a parameter in a batch, padded as it came: `g_i = sum_t L_it^T R_it`; padding adds zero."""
 
     start: int  # first sample of the batch
+    first: int = 0  # number of the first column of the left factor that is here
 
 
 @dataclass(frozen=True)
@@ -31,15 +33,11 @@ class DeviceGradients:
     rows: Mapping[str, Tensor]  # (N, P_k) each
     pairs: Mapping[str, Sequence[PlacedPair]]  # of consecutive samples
     shapes: Mapping[str, tuple[int, ...]]  # of all parameters
+    parameters: Mapping[str, int]  # number of columns of each
     n_samples: int
     row_dtype: torch.dtype
     device: torch.device
-
-    @property
-    def parameters(self) -> dict[str, int]:
-        """Number of columns of each parameter."""
-        numbers = {name: int(np.prod(shape)) for name, shape in self.shapes.items()}
-        return numbers | {name: values.shape[1] for name, values in self.rows.items()}
+    first: Mapping[str, int] = field(default_factory=dict)  # number of the first column of rows that is here, if not 0
 
     def on_host(self, name: str) -> np.ndarray:
         """Return the rows of a small parameter, (N, P_k), in host memory."""
@@ -109,27 +107,56 @@ class DeviceSink(MemorySink):
         """Return what is held, of all samples; gradients of skipped samples are zero."""
         self._zero_skipped()
         pairs = {name: sorted(pairs, key=lambda pair: pair.start) for name, pairs in self._pairs.items()}
-        return self._gradients(dict(self._rows), pairs, self.parameters)
+        return self._gradients(dict(self._rows), pairs)
 
-    def _add_factors(self, segments: Mapping[str, list[list[Any]]], tensors: dict[str, Tensor]) -> None:
+    def uses(self) -> dict[str, FactorUses]:
+        """Return how this rank's samples use each parameter that is held as factors."""
+        found = {name: FactorUses() for name in self.factored}
+        for name, pairs in self._pairs.items():
+            for pair in pairs:
+                found[name] += FactorUses.of(pair.right.shape[:2].numel(), pair.left, pair.right)
+        return found
+
+    def _add_factors(
+        self, wanted: Mapping[str, Columns], segments: Mapping[str, list[list[Any]]], tensors: dict[str, Tensor]
+    ) -> None:
         keys: dict[int, str] = {}
-        for name, found in segments.items():
+        for name, some in wanted.items():
             for pair in self._pairs[name]:
-                sides = [keys.setdefault(id(side), str(len(keys))) for side in (pair.left, pair.right)]
-                tensors |= dict(zip(sides, (pair.left, pair.right), strict=True))
-                found.append([pair.start, [], *sides])
+                left, right = (keys.setdefault(id(side), str(len(keys))) for side in (pair.left, pair.right))
+                parts = (
+                    PartOfSide.cut(pair.left, left, some, "left"),
+                    PartOfSide.cut(pair.right, right, some, "right"),
+                )
+                tensors |= {part.key: part.values for part in parts}
+                segments[name].append([pair.start, [], *([part.key, part.first] for part in parts)])
 
-    def joined(self, parcels: Sequence[Parcel], names: Sequence[str]) -> DeviceGradients:
-        """Return the gradients of all samples of some parameters from the parts of all ranks, as `held` does."""
+    def joined(self, parcels: Sequence[Parcel], columns: Sequence[Columns]) -> DeviceGradients:
+        """Return the gradients of all samples in some columns from the parts of all ranks, as `held` does."""
+        names = [some.name for some in columns]
         pairs = {
-            name: [PlacedPair(left, right, start) for start, _, left, right in joined_segments(parcels, name)]
+            name: [
+                PlacedPair(sent.left, sent.right, sent.start, sent.first_left) for sent in sent_segments(parcels, name)
+            ]
             for name in names
             if name in self.factored
         }
-        return self._gradients(self._joined_rows(parcels, names), pairs, names)
+        return self._gradients(self._joined_rows(parcels, names), pairs, {some.name: some.start for some in columns})
 
     def _gradients(
-        self, rows: Mapping[str, Tensor], pairs: Mapping[str, Sequence[PlacedPair]], names: Sequence[str]
+        self,
+        rows: Mapping[str, Tensor],
+        pairs: Mapping[str, Sequence[PlacedPair]],
+        first: Mapping[str, int] | None = None,
     ) -> DeviceGradients:
-        device, row_dtype = self._producer.device, self._producer.row_dtype
-        return DeviceGradients(rows, pairs, self._shapes(names), self.n_samples, row_dtype, device)
+        names = [*rows, *pairs]
+        return DeviceGradients(
+            rows,
+            pairs,
+            {name: self.shape(name) for name in names},
+            {name: self.n_columns(name) for name in names},
+            self.n_samples,
+            self.row_dtype,
+            self._producer.device,
+            dict(first or {}),
+        )

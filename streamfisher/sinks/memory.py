@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,116 +10,15 @@ import torch
 from torch import Tensor
 
 from streamfisher.data.batches import BatchRef, Unit
-from streamfisher.gradients.factors import BatchFactors, FactorPair, matrix_shape, on_host, pack
+from streamfisher.gradients.factors import BatchFactors, FactorPair, on_host, pack
 from streamfisher.gradients.norms import batch_norms, squared_norms_of
 from streamfisher.gradients.producer import Asked, BatchGradients, GradientProducer
 from streamfisher.runtime.exchange import Parcel
 from streamfisher.sinks.interface import UnitFacts
+from streamfisher.sinks.memory_source import HeldSide, MemoryGradients
+from streamfisher.sinks.parcels import Columns, FactorUses, PartOfSide, sent_segments
 from streamfisher.sinks.unit_rows import UnitRows
-from streamfisher.store.factors import FactorSegment, columns_of_segments
-from streamfisher.store.layout import PANEL
-
-
-class MemoryRows:
-    """Gradient rows held in memory, `{name: (N, P_k)}`, with the same face as a stored run."""
-
-    decoding_bytes = 0
-
-    def __init__(self, rows: Mapping[str, np.ndarray]):
-        self.rows = dict(rows)
-        self.parameters: Mapping[str, int] = {name: values.shape[1] for name, values in rows.items()}
-        self.n_samples = next(iter(rows.values())).shape[0] if rows else 0
-        double = any(values.dtype == np.float64 for values in rows.values())
-        self.numpy_row_dtype = self.numpy_read_dtype = np.dtype("float64" if double else "float32")
-
-    def chunk_columns(self, name: str) -> int:
-        """Return `PANEL`: any column is as near as any other."""
-        return PANEL
-
-    def columns(
-        self, name: str, start: int, stop: int, rows: slice | None = None, *, out: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Return a view of (N, stop - start), or of a range of those rows."""
-        return self.rows[name][rows or slice(None), start:stop]
-
-    def mean(self, name: str, start: int, stop: int) -> None:
-        """Return `None`: rows in memory are never centered."""
-
-    def representation(self, name: str) -> str:
-        """Return 'dense'."""
-        return "dense"
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the number of columns: of rows in memory nothing else is known."""
-        return (self.parameters[name],)
-
-    def segments(self, name: str) -> Sequence[FactorSegment]:
-        """Return nothing: all are held as rows."""
-        return []
-
-
-@dataclass(frozen=True)
-class HeldSide:
-    """One factor of a batch, in memory."""
-
-    values: Tensor  # (sum_i T_i, width) in the model's dtype, or (sum_i T_i,) ids
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The dtype of the values; `None`: ids."""
-        return None if self.values.dim() == 1 else self.values.dtype
-
-    @property
-    def width(self) -> int:
-        """The values per position, 1 for ids."""
-        return self.values.shape[1] if self.values.dim() > 1 else 1
-
-    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return columns `start` to `stop` of all positions, float32 or float64, a view where it can be; or all ids."""
-        if self.values.dim() == 1:
-            return self.values.numpy()
-        part = self.values[:, start:stop]
-        return (part if part.dtype in (torch.float32, torch.float64) else part.float()).numpy()
-
-
-class MemoryGradients(MemoryRows):
-    """Rows of some parameters and factors of the others, with the same face as a stored run."""
-
-    def __init__(
-        self,
-        rows: Mapping[str, np.ndarray],
-        factors: Mapping[str, Sequence[FactorSegment]],
-        shapes: Mapping[str, tuple[int, ...]],
-        n_samples: int,
-        row_dtype: torch.dtype,
-    ) -> None:
-        super().__init__(rows)
-        self.factors, self.shapes, self.n_samples = dict(factors), dict(shapes), n_samples
-        widths = {name: values.shape[1] for name, values in rows.items()}
-        self.parameters = {name: int(np.prod(shape)) for name, shape in shapes.items()} | widths
-        self.numpy_row_dtype = self.numpy_read_dtype = np.dtype("float64" if row_dtype == torch.float64 else "float32")
-
-    def columns(
-        self, name: str, start: int, stop: int, rows: slice | None = None, *, out: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Return (N, stop - start), or a range of those rows; a view where they are held as rows."""
-        if name not in self.factors:
-            return super().columns(name, start, stop, rows, out=out)
-        first, last, _ = (rows or slice(None)).indices(self.n_samples)
-        shape = matrix_shape(self.shapes[name])
-        return columns_of_segments(self.factors[name], shape, start, stop, first, last, self.numpy_row_dtype)
-
-    def representation(self, name: str) -> str:
-        """Return how a parameter's gradients are held: 'dense' or 'factors'."""
-        return "factors" if name in self.factors else "dense"
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a parameter."""
-        return self.shapes[name]
-
-    def segments(self, name: str) -> Sequence[FactorSegment]:
-        """Return the factors of a parameter, in the order of the samples."""
-        return self.factors[name]
+from streamfisher.store.factors import FactorSegment
 
 
 class MemorySink:
@@ -183,6 +81,19 @@ class MemorySink:
     def parameters(self) -> list[str]:
         """Those held as rows, then those held as factors."""
         return [*self.dense, *self.factored]
+
+    @property
+    def row_dtype(self) -> torch.dtype:
+        """In which rows are computed."""
+        return self._producer.row_dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a parameter."""
+        return self._producer.parameters[name].shape
+
+    def n_columns(self, name: str) -> int:
+        """Return the numbers of a whole row of a parameter."""
+        return self._widths.get(name, int(np.prod(self.shape(name))))
 
     @property
     def _widths(self) -> dict[str, int]:
@@ -263,6 +174,11 @@ class MemorySink:
         """Where the gradients are."""
         return torch.device("cpu") if self._through_host else self._producer.device
 
+    @property
+    def reduced_on(self) -> torch.device | None:
+        """The device that multiplies the gradients; `None`: Dask's workers do, in host memory."""
+        return None if self._through_host else self._producer.device
+
     def _zero_skipped(self) -> None:
         """Let the rows of skipped samples be zero, which they are where they came by units."""
         if self._arriving is None:
@@ -272,38 +188,61 @@ class MemorySink:
                         for values in self._rows.values():
                             values[self._first[unit.index] + number - unit.start].zero_()
 
-    def part(self, names: Sequence[str]) -> Parcel:
-        """Return what this rank holds of some parameters, as it goes to another rank."""
+    def uses(self) -> dict[str, FactorUses]:
+        """Return how this rank's samples use each parameter that is held as factors."""
+        found = {name: FactorUses() for name in self.factored}
+        for _, packed in self._factors:
+            for name, pairs in packed.pairs.items():
+                for left, right in pairs:
+                    of_pair = FactorUses.of(sum(packed.lengths[left]), packed.tensors[left], packed.tensors[right])
+                    found[name] += of_pair
+        return found
+
+    def part(self, columns: Sequence[Columns]) -> Parcel:
+        """Return what this rank holds of some columns, as it goes to another rank; each parameter comes once."""
         self._zero_skipped()
-        tensors = {f"rows {name}": self._rows[name] for name in names if name in self._rows}
-        segments: dict[str, list[list[Any]]] = {name: [] for name in names if name in self.factored}
-        self._add_factors(segments, tensors)
+        tensors = {
+            f"rows {some.name}": self._rows[some.name][:, some.start : some.stop]
+            for some in columns
+            if some.name in self._rows
+        }
+        wanted = {some.name: some for some in columns if some.name in self.factored}
+        segments: dict[str, list[list[Any]]] = {name: [] for name in wanted}
+        self._add_factors(wanted, segments, tensors)
         return Parcel(tensors, {"units": [unit.index for unit in self.own], "segments": segments})
 
-    def _add_factors(self, segments: Mapping[str, list[list[Any]]], tensors: dict[str, Tensor]) -> None:
+    def _add_factors(
+        self, wanted: Mapping[str, Columns], segments: Mapping[str, list[list[Any]]], tensors: dict[str, Tensor]
+    ) -> None:
         for batch, packed in self._factors:
-            for name, found in segments.items():
-                for sides in packed.pairs.get(name, ()):
-                    keys = [f"{batch.start} {side}" for side in sides]
-                    tensors |= {key: packed.tensors[side] for key, side in zip(keys, sides, strict=True)}
-                    found.append([batch.start, list(packed.lengths[sides[0]]), *keys])
+            for name, some in wanted.items():
+                for left, right in packed.pairs.get(name, ()):
+                    parts = (
+                        PartOfSide.cut(packed.tensors[left], f"{batch.start} {left}", some, "left"),
+                        PartOfSide.cut(packed.tensors[right], f"{batch.start} {right}", some, "right"),
+                    )
+                    tensors |= {part.key: part.values for part in parts}
+                    ends = [[part.key, part.first] for part in parts]
+                    segments[name].append([batch.start, list(packed.lengths[left]), *ends])
 
-    def joined(self, parcels: Sequence[Parcel], names: Sequence[str]) -> Any:
-        """Return the gradients of all samples of some parameters from the parts of all ranks, as `held` does."""
-        return MemoryGradients(
-            {name: values.numpy() for name, values in self._joined_rows(parcels, names).items()},
-            {
-                name: [
-                    FactorSegment(start, tuple(lengths), HeldSide(left), HeldSide(right))
-                    for start, lengths, left, right in joined_segments(parcels, name)
-                ]
-                for name in names
-                if name in self.factored
-            },
-            self._shapes(names),
-            self.n_samples,
-            self._producer.row_dtype,
-        )
+    def joined(self, parcels: Sequence[Parcel], columns: Sequence[Columns]) -> Any:
+        """Return the gradients of all samples in some columns from the parts of all ranks, as `held` does."""
+        names = [some.name for some in columns]
+        factors = {
+            name: [
+                FactorSegment(
+                    sent.start,
+                    tuple(sent.lengths),
+                    HeldSide(sent.left, sent.first_left),
+                    HeldSide(sent.right, sent.first_right),
+                )
+                for sent in sent_segments(parcels, name)
+            ]
+            for name in names
+            if name in self.factored
+        }
+        rows = {name: values.numpy() for name, values in self._joined_rows(parcels, names).items()}
+        return self._source(rows, factors, self.n_samples, {some.name: some.start for some in columns})
 
     def _joined_rows(self, parcels: Sequence[Parcel], names: Sequence[str]) -> dict[str, Tensor]:
         rows: dict[str, Tensor] = {}
@@ -318,8 +257,23 @@ class MemorySink:
                     rows[name][unit.start : unit.stop], part = part[: len(unit)], part[len(unit) :]
         return rows
 
-    def _shapes(self, names: Iterable[str]) -> dict[str, tuple[int, ...]]:
-        return {name: self._producer.parameters[name].shape for name in names}
+    def _source(
+        self,
+        rows: Mapping[str, np.ndarray],
+        factors: Mapping[str, Sequence[FactorSegment]],
+        n_samples: int,
+        first: Mapping[str, int] | None = None,
+    ) -> MemoryGradients:
+        names = [*rows, *factors]
+        return MemoryGradients(
+            rows,
+            factors,
+            {name: self.shape(name) for name in names},
+            n_samples,
+            self.row_dtype,
+            columns={name: self.n_columns(name) for name in names},
+            first=first,
+        )
 
     def held(self) -> Any:
         """Return the gradients of all samples, those of skipped samples zero, as the reduction takes them."""
@@ -343,8 +297,7 @@ class MemorySink:
                     lengths = tuple(packed.lengths[left][offset] for offset in kept)
                     start = place[batch.start + kept[0]]
                     factors[name].append(FactorSegment(start, lengths, sides[left], sides[right]))
-        arrays = {name: values.numpy() for name, values in rows.items()}
-        return MemoryGradients(arrays, factors, self._shapes(self.parameters), len(valid), self._producer.row_dtype)
+        return self._source({name: values.numpy() for name, values in rows.items()}, factors, len(valid))
 
 
 def _finite(factors: Mapping[str, Sequence[FactorPair]], check: Callable[[Tensor], Tensor]) -> dict[str, np.ndarray]:
@@ -365,15 +318,3 @@ def _sum_is_finite(side: Tensor) -> Tensor:
 
 def _is_finite(side: Tensor) -> Tensor:
     return torch.isfinite(side).flatten(1).all(dim=1)
-
-
-def joined_segments(parcels: Sequence[Parcel], name: str) -> list[tuple[int, list[int], Tensor, Tensor]]:
-    """Return (first sample, positions of each sample, L, R) of every use of a parameter, in the order of the samples.
-
-    Uses of one batch stay in the order in which its rank gave them.
-    """
-    found = [(parcel, *segment) for parcel in parcels for segment in parcel.note["segments"].get(name, ())]
-    return [
-        (start, lengths, parcel.tensors[left], parcel.tensors[right])
-        for parcel, start, lengths, left, right in sorted(found, key=lambda entry: entry[1])
-    ]

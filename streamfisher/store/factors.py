@@ -95,10 +95,6 @@ class FactorValues(Protocol):
     def dtype(self) -> torch.dtype | None:
         """The dtype of the values; `None`: ids."""
 
-    @property
-    def width(self) -> int:
-        """The values per position, 1 for ids."""
-
     def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return columns `start` to `stop` of all positions, float32 or float64; or all ids, int64."""
 

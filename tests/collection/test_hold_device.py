@@ -179,11 +179,11 @@ def test_where_memory_runs_out_slabs_are_made_smaller_once_unless_all_bits_are_t
     sizes = []
     slabs = device_grams._slabs
 
-    def nearly_full(held, name, slab_bytes):
+    def nearly_full(held, name, start, stop, slab_bytes):
         sizes.append(slab_bytes)
         if slab_bytes == device_grams._SLAB_BYTES:
             full()
-        return slabs(held, name, slab_bytes)
+        return slabs(held, name, start, stop, slab_bytes)
 
     monkeypatch.setattr(device_grams, "_slabs", nearly_full)
     options = {"hold": "device", "use_deterministic": deterministic}

@@ -15,6 +15,7 @@ from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import make_units
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.planning import held_where, run_layout
+from streamfisher.runtime.run_log import read_log
 
 HELD = ("--keep-gradients", "none", "--hold", "host", "--chunk-size", "4")
 
@@ -56,6 +57,19 @@ def test_so_do_gradients_that_stay_on_devices(tmp_path, representation):
     alone, both = (held(tmp_path / f"{count}.zarr", count, *options, model="llama_on_a_device") for count in (1, 2))
     assert sf.open_run(tmp_path / "2.zarr").store.run.hold == "device"
     assert alone == both
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+@pytest.mark.parametrize("representation", ["factors", "dense"])
+def test_ranks_share_the_columns_of_one_large_gram(tmp_path, where, representation):
+    options = ("--hold", where, "--representation", representation, "--gram-per", "layer")
+    model = "llama_in_small_parts" + ("_on_a_device" if where == "device" else "")
+    alone = held(tmp_path / "1.zarr", 1, *options, model=model)
+    for count in (2, 3):
+        path = tmp_path / f"{count}.zarr"
+        assert held(path, count, *options, model=model) == alone
+        (shared,) = (line for line in read_log(path)[0] if line["event"] == "columns shared")
+        assert shared["ranks"] == count and shared["shared"] >= 1, shared
 
 
 def test_with_more_ranks_than_units_some_hold_nothing(tmp_path):
