@@ -96,9 +96,8 @@ def llama_in_small_parts() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from streamfisher.reduction import device_grams, folds, kernels
-    from streamfisher.store.layout import PANEL
 
-    folds.FOLD, kernels.PART, device_grams._PART = PANEL, 8, 1024
+    folds.FOLD, kernels.PART, device_grams._PART = folds.PANEL, 8, 1024
     kernels.token_columns = lambda positions: 8
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 160, "vocab_size": 200}

@@ -15,7 +15,7 @@ from streamfisher.config import SpectralConfig
 from streamfisher.data.batches import make_units
 from streamfisher.gradients.shapes import GradientShape
 from streamfisher.planning import held_where, run_layout
-from streamfisher.runtime.run_log import read_log
+from streamfisher.runtime import read_log
 
 HELD = ("--keep-gradients", "none", "--hold", "host", "--chunk-size", "4")
 

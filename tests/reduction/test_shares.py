@@ -5,10 +5,8 @@ import itertools
 import pytest
 import torch
 
-from streamfisher.config import SpectralConfig
-from streamfisher.reduction import kernels
-from streamfisher.reduction.shares import HeldParameter, Piece, columns_of, turns_of
-from streamfisher.sinks.parcels import Columns, FactorUses
+from streamfisher import SpectralConfig
+from streamfisher.reduction import kernels, shares
 
 
 def pieces(*sizes, beside=0):
@@ -17,8 +15,8 @@ def pieces(*sizes, beside=0):
     for number, of_gram in enumerate(sizes):
         starts = itertools.accumulate(of_gram, initial=0)
         for start, size in zip(starts, of_gram, strict=False):
-            columns = Columns(f"p{number}", start, start + size, "rows")
-            found.append(Piece(columns, f"p{number}", float(size), size, beside))
+            columns = shares.Columns(f"p{number}", start, start + size, "rows")
+            found.append(shares.Piece(columns, f"p{number}", float(size), size, beside))
     return found
 
 
@@ -28,7 +26,7 @@ def loads(turns):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_one_large_gram_is_shared_evenly_in_one_turn(ranks):
-    found = loads(turns_of(pieces([1] * 64), ranks))
+    found = loads(shares.turns_of(pieces([1] * 64), ranks))
     assert len(found) == 1 and sum(found[0]) == 64
     assert max(found[0]) - min(found[0]) <= 1
 
@@ -36,7 +34,7 @@ def test_one_large_gram_is_shared_evenly_in_one_turn(ranks):
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_no_rank_gets_more_at_a_time_than_the_largest_gram(ranks):
     every = pieces([2] * 9, [5], [1] * 4, [18], [3, 3, 3], *([7],) * 20)
-    turns = turns_of(every, ranks)
+    turns = shares.turns_of(every, ranks)
     assert [piece for turn in turns for share in turn for piece in share] == every
     assert max(map(max, loads(turns))) <= 18
     assert {len(turn) for turn in turns} == {ranks}
@@ -44,26 +42,31 @@ def test_no_rank_gets_more_at_a_time_than_the_largest_gram(ranks):
 
 
 def test_what_comes_beside_counts_once_for_each_parameter():
-    turns = turns_of(pieces([1] * 8, [1] * 8, beside=4), 2)
+    turns = shares.turns_of(pieces([1] * 8, [1] * 8, beside=4), 2)
     assert loads(turns) == [[8, 8]]
 
 
 def test_a_gram_of_one_piece_that_is_most_of_the_work_leaves_the_others_to_the_other_ranks():
-    (turn,) = turns_of(pieces([100], *([1],) * 10), 3)
+    (turn,) = shares.turns_of(pieces([100], *([1],) * 10), 3)
     assert len(turn[0]) == 1
 
 
 def test_nothing_to_do_is_one_turn_without_pieces():
-    assert turns_of([], 3) == [[[], [], []]]
+    assert shares.turns_of([], 3) == [[[], [], []]]
 
 
 def test_pieces_of_one_parameter_that_follow_one_another_come_as_one():
-    assert columns_of(pieces([4, 4, 4], [2])) == [Columns("p0", 0, 12, "rows"), Columns("p1", 0, 2, "rows")]
+    assert shares.columns_of(pieces([4, 4, 4], [2])) == [
+        shares.Columns("p0", 0, 12, "rows"),
+        shares.Columns("p1", 0, 2, "rows"),
+    ]
 
 
 def parameter(shape, uses, **options):
     columns = shape[0] * shape[1]
-    return HeldParameter("w", shape, columns, 16, torch.float32, FactorUses(*uses) if uses else None, **options)
+    return shares.HeldParameter(
+        "w", shape, columns, 16, torch.float32, shares.FactorUses(*uses) if uses else None, **options
+    )
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,6 @@ def test_the_longer_factor_is_cut_and_all_columns_are_in_some_piece(shape, uses,
 
 def test_what_must_stay_whole_is_one_piece_and_nothing_of_it_is_cut():
     (piece,) = parameter((4096, 512), None).pieces("key", SpectralConfig(), whole=True)
-    assert piece.columns == Columns("w", 0, 4096 * 512, None) and piece.beside == 16 * 4096 * 512 * 4
+    assert piece.columns == shares.Columns("w", 0, 4096 * 512, None) and piece.beside == 16 * 4096 * 512 * 4
     (piece,) = parameter((2048, 2048), (16, 0, 1, 9, 9)).pieces("key", SpectralConfig(), whole=False)  # pairwise
     assert piece.columns.cut is None
