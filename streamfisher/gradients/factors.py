@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: Where samples fill a batch to all but this share of its positions, none is left out, and nothing need be copied.
+_LITTLE = 1 / 32
 #: Entries of a factor, or of inner products, that are in float64 at a time.
 _ENTRIES = 1 << 20
 
@@ -141,15 +143,19 @@ class BatchFactors:
     pairs: Mapping[str, tuple[tuple[str, str], ...]]  # parameter -> keys of L and R of each use
 
 
-def pack(factors: Mapping[str, Sequence[FactorPair]], dropped: Sequence[int] = ()) -> BatchFactors:
+def pack(
+    factors: Mapping[str, Sequence[FactorPair]], dropped: Sequence[int] = (), *, views: bool = False
+) -> BatchFactors:
     """Return a batch's factors ready to be stored.
 
     Positions after the last one at which both factors of a pair are not zero contribute nothing and are left out, so
-    padding costs nothing. Tensors that several pairs share (the input of q, k and v) are taken once.
+    padding costs nothing; unless they are so few that a copy without them would cost more. Tensors that several pairs
+    share (the input of q, k and v) are taken once.
 
     Args:
         factors: parameter -> its pairs.
         dropped: places in the batch of samples that do not count.
+        views: tensors that are whole, and as they were made, are not copied: see `is_as_made`.
     """
     keys: dict[tuple[object, ...], str] = {}
     sides: dict[str, Tensor] = {}
@@ -160,10 +166,24 @@ def pack(factors: Mapping[str, Sequence[FactorPair]], dropped: Sequence[int] = (
             for use, pair in enumerate(uses)
         )
     lengths = _used_lengths(sides, [pair for uses in pairs.values() for pair in uses], set(dropped))
-    tensors = {
-        key: torch.cat([side[i, :length] for i, length in enumerate(lengths[key])]) for key, side in sides.items()
-    }
+    tensors = {key: _joined(side, lengths[key], views=views) for key, side in sides.items()}
     return BatchFactors(tensors, lengths, pairs)
+
+
+def is_as_made(side: Tensor) -> bool:
+    """Return whether a tensor is as the operation left it that made it: nothing has been written into it since.
+
+    A buffer that a model uses again and again is not; what it holds must be copied before the next batch.
+    """
+    return not side.is_inference() and side._version == 0
+
+
+def _joined(side: Tensor, lengths: Sequence[int], *, views: bool) -> Tensor:
+    """Return the positions that count of all samples, one after the other: a view where it may be and all do."""
+    whole = views and all(length == side.shape[1] for length in lengths) and side.is_contiguous()
+    if whole and is_as_made(side) and side.untyped_storage().nbytes() == side.nbytes:
+        return side.detach().flatten(0, 1)
+    return torch.cat([side[i, :length] for i, length in enumerate(lengths)])
 
 
 def _key(keys: dict[tuple[object, ...], str], sides: dict[str, Tensor], side: Tensor, name: str) -> str:
@@ -188,6 +208,10 @@ def _used_lengths(
         both = [min(pair) for pair in zip(own[left], own[right], strict=True)]
         before = needed.setdefault(members[left], both)
         needed[members[left]] = [max(pair) for pair in zip(before, both, strict=True)]
+    for member, counted in needed.items():
+        positions = sides[member].shape[1]
+        if sum(counted) >= (1 - _LITTLE) * positions * len(counted):
+            needed[member] = [positions] * len(counted)
     return {
         key: tuple(0 if i in dropped else length for i, length in enumerate(needed[member]))
         for key, member in members.items()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamfisher.data.batches import BatchRef, Unit
-from streamfisher.gradients.factors import FactorPair
+from streamfisher.gradients.factors import FactorPair, is_as_made
 from streamfisher.gradients.producer import BatchGradients, GradientProducer
 from streamfisher.runtime.exchange import Parcel
 from streamfisher.sinks.memory import MemorySink
@@ -82,13 +82,12 @@ class DeviceSink(MemorySink):
     def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
         """Take the factors of a batch; those of samples that are skipped become zero."""
         taken: dict[int, Tensor] = {}
+        places = torch.tensor(sorted(dropped), device=self._producer.device)
 
         def take(side: Tensor) -> Tensor:
             if id(side) not in taken:
-                taken[id(side)] = side.detach()
-                if dropped and side.is_floating_point():
-                    taken[id(side)] = taken[id(side)].clone()
-                    taken[id(side)][list(dropped)] = 0
+                kept = side.detach() if is_as_made(side) else side.detach().clone()
+                taken[id(side)] = kept.index_fill(0, places, 0) if dropped and kept.is_floating_point() else kept
             return taken[id(side)]
 
         for name, pairs in gradients.factors.items():
@@ -104,10 +103,19 @@ class DeviceSink(MemorySink):
         return sum(sizes.values())
 
     def held(self) -> DeviceGradients:
-        """Return what is held, of all samples; gradients of skipped samples are zero."""
-        self._zero_skipped()
+        """Return what is held, of all samples; gradients of skipped samples are zero.
+
+        Raises:
+            CaptureError: factors were altered after their batch.
+        """
+        self._settled()
         pairs = {name: sorted(pairs, key=lambda pair: pair.start) for name, pairs in self._pairs.items()}
         return self._gradients(dict(self._rows), pairs)
+
+    def _sides(self, name: str) -> Iterator[Tensor]:
+        """Yield the factors of a parameter that are held."""
+        for pair in self._pairs[name]:
+            yield from (pair.left, pair.right)
 
     def uses(self) -> dict[str, FactorUses]:
         """Return how this rank's samples use each parameter that is held as factors."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from streamfisher.data.batches import BatchRef, Unit
-from streamfisher.gradients.factors import BatchFactors, FactorPair, on_host, pack
+from streamfisher.errors import CaptureError
+from streamfisher.gradients.factors import BatchFactors, FactorPair, is_as_made, on_host, pack
 from streamfisher.gradients.norms import batch_norms, squared_norms_of
 from streamfisher.gradients.producer import Asked, BatchGradients, GradientProducer
 from streamfisher.runtime.exchange import Parcel
@@ -124,9 +125,10 @@ class MemorySink:
         return norms | {name: np.where(flags, 0.0, np.nan) for name, flags in finite.items()}
 
     def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
-        """Take the factors of a batch, without padding; its rows are in their buffers."""
+        """Take the factors of a batch, without padding, or without a copy; its rows are in their buffers."""
         if gradients.factors:
-            self._factors.append((batch, pack(on_host(gradients.factors), dropped=list(dropped))))
+            packed = pack(on_host(gradients.factors), dropped=list(dropped), views=True)
+            self._factors.append((batch, packed))
 
     def unit(self, unit: Unit, facts: UnitFacts) -> int:
         """Take the rows of a unit to the host, where they are not there."""
@@ -179,6 +181,26 @@ class MemorySink:
         """The device that multiplies the gradients; `None`: Dask's workers do, in host memory."""
         return None if self._through_host else self._producer.device
 
+    def _settled(self) -> None:
+        """Let what is held be read: nobody wrote into it, and the rows of skipped samples are zero.
+
+        Raises:
+            CaptureError: factors were altered after their batch.
+        """
+        for name in self.factored:
+            if not all(map(is_as_made, self._sides(name))):
+                raise CaptureError(
+                    f"{name}: its layer's inputs or their gradients were written to after their batch was done, by the "
+                    "model or by a hook. --hold disk writes them down at once."
+                )
+        self._zero_skipped()
+
+    def _sides(self, name: str) -> Iterator[Tensor]:
+        """Yield the factors of a parameter that are held."""
+        for _, packed in self._factors:
+            for keys in packed.pairs.get(name, ()):
+                yield from (packed.tensors[key] for key in keys)
+
     def _zero_skipped(self) -> None:
         """Let the rows of skipped samples be zero, which they are where they came by units."""
         if self._arriving is None:
@@ -199,8 +221,12 @@ class MemorySink:
         return found
 
     def part(self, columns: Sequence[Columns]) -> Parcel:
-        """Return what this rank holds of some columns, as it goes to another rank; each parameter comes once."""
-        self._zero_skipped()
+        """Return what this rank holds of some columns, as it goes to another rank; each parameter comes once.
+
+        Raises:
+            CaptureError: factors were altered after their batch.
+        """
+        self._settled()
         tensors = {
             f"rows {some.name}": self._rows[some.name][:, some.start : some.stop]
             for some in columns
@@ -280,10 +306,14 @@ class MemorySink:
         return self.source(all_samples=True)
 
     def source(self, *, all_samples: bool = False) -> MemoryGradients:
-        """Return the gradients of the valid samples, or of all: those of skipped samples are zero then."""
+        """Return the gradients of the valid samples, or of all: those of skipped samples are zero then.
+
+        Raises:
+            CaptureError: factors were altered after their batch.
+        """
         skipped = set() if all_samples else set(self.skipped)
         valid = [number for number in range(self.n_samples) if number not in skipped]
-        self._zero_skipped()
+        self._settled()
         rows = {name: values[valid] if skipped else values for name, values in self._rows.items()}
         factors: dict[str, list[FactorSegment]] = {name: [] for name in self.factored}
         place = {number: index for index, number in enumerate(valid)}

@@ -5,9 +5,10 @@ import pytest
 import torch
 from factored_models import MODELS, llama, sequences
 from tiny_models import TinyRegression, vectors
+from torch import nn
 
 import streamfisher as sf
-from streamfisher.errors import CapacityError, ConfigError
+from streamfisher.errors import CapacityError, CaptureError, ConfigError
 from streamfisher.planning import held_where, run_layout
 from streamfisher.reduction import device_grams
 from streamfisher.runtime.run_log import read_log
@@ -75,6 +76,61 @@ def test_slabs_and_blocks_of_any_size_add_up_to_the_same(tmp_path, room, monkeyp
     monkeypatch.setattr(device_grams, "PANEL", 7)
     monkeypatch.setattr(device_grams, "_BLOCK", 2)
     close(disk, collected(tmp_path / "device", llama(), sequences(), hold="device", representation="factors"))
+
+
+MEMORY = {}  # of the models below; what a module itself holds is put back after each pass
+
+
+class Reusing(nn.Module):
+    """Writes what its second layer takes into memory that it used for the batch before."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(6, 40), nn.Linear(40, 3)
+        MEMORY.clear()
+
+    def forward(self, input):
+        hidden = torch.tanh(self.first(input))
+        taken = MEMORY.setdefault(hidden.shape, torch.empty_like(hidden)).detach()
+        return self.second(taken.copy_(hidden))
+
+
+class Erasing(Reusing):
+    """Overwrites what it made for the batch before, where that had as many samples."""
+
+    def forward(self, input):
+        hidden = torch.tanh(self.first(input))
+        if hidden.shape in MEMORY:
+            MEMORY[hidden.shape].zero_()
+        MEMORY[hidden.shape] = hidden.detach()
+        return self.second(hidden)
+
+
+def labelled(n=16):
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, 3, (n,), generator=generator)
+    return {"input": torch.randn(n, 6, generator=generator, dtype=torch.float64), "labels": labels}
+
+
+@pytest.mark.parametrize("hold", ["host", "device"])
+def test_memory_that_a_model_uses_again_for_the_next_batch_is_copied(tmp_path, room, hold):
+    options = {"representation": "factors"}
+    disk, held = (collected(tmp_path / to, Reusing(), labelled(), hold=to, **options) for to in ("disk", hold))
+    assert held.store.run.hold == hold and len(held.store.units) > 1
+    close(disk, held)
+
+
+@pytest.mark.parametrize("hold", ["host", "device"])
+def test_a_model_that_overwrites_what_it_made_is_told_to_use_the_disk(tmp_path, room, hold):
+    options = {"representation": "factors"}
+    with pytest.raises(CaptureError, match=r"second.weight: .* written to after their batch was done.* --hold disk"):
+        collected(tmp_path / "run", Erasing(), labelled(), hold=hold, **options)
+    disk, plain = (
+        collected(tmp_path / name, model(), labelled(), hold="disk", **options)
+        for name, model in (("disk", Erasing), ("plain", Reusing))
+    )
+    close(plain, disk)
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-18, 1e18])

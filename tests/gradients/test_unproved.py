@@ -144,7 +144,8 @@ def test_rounding_is_believed_where_the_weight_proves_the_formula():
     model, batch = model_zoo.build(entry).double(), entry.batch(2)
     with GradientEngine(model, resolve_loss(model, batch)) as engine:
         report = engine.probe(batch)
-    assert any(p.noise for p in report.parameters.values())
+    biases = [p for name, p in report.parameters.items() if name.endswith("key.bias")]
+    assert biases and all(p.noise or p.error == 0.0 for p in biases)  # some processors round both alike
     assert not [name for name in report.unproved if name not in report.zero]
 
 
