@@ -1,6 +1,7 @@
 """A model of over 100 million parameters within a memory and a disk budget, on a small machine, and is it exact?
 
     python tests/benchmarks/budgets.py                  # 134 million parameters, 256 sequences of 64 bytes
+    python tests/benchmarks/budgets.py --hold host      # gradients that nobody keeps, in memory
     python tests/benchmarks/budgets.py --flat           # 1x, 4x and 16x the parameters: the peak beside the model
 
 Every run is a process of its own, whose peak resident set is sampled ten times a second, as is the size of the run's
@@ -131,10 +132,15 @@ def folder_bytes(path: Path) -> int:
     return total
 
 
+def options_of(arguments: argparse.Namespace) -> dict[str, object]:
+    options = {"memory_budget": arguments.memory, "disk_budget": arguments.disk}
+    return options | ({"hold": arguments.hold, "keep_gradients": "none"} if arguments.hold else {})
+
+
 def budgeted(arguments: argparse.Namespace, folder: Path) -> None:
     import numpy as np
 
-    options = {"memory_budget": arguments.memory, "disk_budget": arguments.disk}
+    options = options_of(arguments)
     out = folder / "run.zarr"
     plain = watched("base", arguments.size, arguments.samples, arguments.length, "", {})
     found = watched("run", arguments.size, arguments.samples, arguments.length, str(out), options, out=out)
@@ -173,7 +179,7 @@ def flat(arguments: argparse.Namespace, folder: Path) -> None:
     print("parameters  model MB  peak MB  base MB  peak over base MB  waves")
     for size in ("4M", "16M", "64M"):
         out = folder / f"{size}.zarr"
-        options = {"memory_budget": arguments.memory, "disk_budget": arguments.disk}
+        options = options_of(arguments)
         plain = watched("base", size, arguments.samples, arguments.length, "", {})
         found = watched("run", size, arguments.samples, arguments.length, str(out), options, out=out)
         over = (found["peak_bytes"] - plain["peak_bytes"]) / 1e6
@@ -191,6 +197,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--memory", default=None, help="default: 3GB, and 600MB with --flat")
     parser.add_argument("--disk", default=None, help="default: 6GB, and 2GB with --flat")
+    parser.add_argument("--hold", choices=["host", "disk"], default=None, help="keep none, and hold them there")
     parser.add_argument("--flat", action="store_true", help="the peak against the number of parameters instead")
     parser.add_argument("--folder", default=None, help="for the runs (default: a temporary one)")
     parser.add_argument("--process", nargs=2, default=None, help=argparse.SUPPRESS)
