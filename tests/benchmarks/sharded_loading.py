@@ -19,6 +19,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
 def main() -> None:
@@ -85,12 +86,12 @@ def measure(folder: str, way: str, dtype: str) -> None:
     importlib.import_module("transformers.models.llama.modeling_llama")  # what code takes is not counted
     dist.init_process_group("gloo")
     dist.barrier()
-    before = resident()
-    peaks, done = [before], threading.Event()
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's own peak begins anew
+    before, peaks, done = resident(), [0], threading.Event()
 
     def watch() -> None:
         while not done.is_set():
-            peaks.append(resident())
+            peaks.append(resident().anonymous)
             time.sleep(0.002)
 
     watcher = threading.Thread(target=watch)
@@ -100,21 +101,25 @@ def measure(folder: str, way: str, dtype: str) -> None:
     model = shard(model, torch.device("cpu")) if whole else model
     done.set()
     watcher.join()
-    grown = [max(peak[kind] for peak in peaks) - before[kind] for kind in range(2)]
-    sys.stdout.write(f"PEAK {grown[0]} {grown[1]}\n")  # in one piece: both ranks write to one pipe
+    anonymous, all_pages = max(peaks) - before.anonymous, resident().peak - before.now
+    sys.stdout.write(f"PEAK {anonymous} {all_pages}\n")  # in one piece: both ranks write to one pipe
     sys.stdout.flush()
     dist.destroy_process_group()
 
 
-def resident() -> tuple[int, int]:
-    """Return anonymous and all resident bytes of this process."""
-    text = Path("/proc/self/status").read_text()
-    values = {
-        line.split(":")[0]: 1024 * int(line.split()[1])
-        for line in text.splitlines()
-        if line.startswith(("Rss", "VmRSS"))
-    }
-    return values["RssAnon"], values["VmRSS"]
+class Resident(NamedTuple):
+    """Bytes of this process."""
+
+    anonymous: int
+    now: int  # all resident pages
+    peak: int  # of those, as the kernel saw it
+
+
+def resident() -> Resident:
+    """Return what this process has in memory."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    values = {words[0]: 1024 * int(words[1]) for words in lines if words[0] in ("RssAnon:", "VmRSS:", "VmHWM:")}
+    return Resident(values["RssAnon:"], values["VmRSS:"], values["VmHWM:"])
 
 
 if __name__ == "__main__":
