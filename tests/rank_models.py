@@ -95,10 +95,11 @@ def llama_in_small_parts() -> nn.Module:
     """Wide layers whose products are sums of many parts."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from streamfisher.collection import shares
     from streamfisher.reduction import device_grams, folds, kernels
 
     folds.FOLD, kernels.PART, device_grams._PART = folds.PANEL, 8, 1024
-    kernels.token_columns = lambda positions: 8
+    kernels.token_columns, shares._SUMS_SHARE = lambda positions: 8, 100.0
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 160, "vocab_size": 200}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=2)).double()

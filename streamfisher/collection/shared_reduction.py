@@ -1,8 +1,9 @@
 """A wave's Grams from the gradients that each of several ranks holds of its own samples.
 
-Ranks share the columns (`reduction/shares.py`). In each turn every rank gets from the others its columns of all
+Ranks share the columns (`shares.py`). In each turn every rank gets from the others its columns of all
 samples and multiplies them; the sums of a Gram that several ranks have columns of go to the one that has its first
-columns, which adds them in the order of the columns, as one rank would: the same bits however many there are.
+columns, which adds them in the order of the columns, as one rank would: the same bits however many there are. A Gram
+that one rank has all columns of is made there as by one rank, its sums added up as they come.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from streamfisher.collection.shares import HeldParameter, Piece, columns_of, pieces_of, turns_of
 from streamfisher.config import SpectralConfig
 from streamfisher.reduction.device_grams import build_device_folds
 from streamfisher.reduction.gram import build_folds, finished, gram_settings
 from streamfisher.reduction.moment import has_moment
-from streamfisher.reduction.shares import HeldParameter, Piece, columns_of, turns_of
-from streamfisher.reduction.stored_grams import HeldGramSink
+from streamfisher.reduction.stored_grams import HeldGramSink, build_held_grams
 from streamfisher.runtime.bars import Bar
 from streamfisher.runtime.exchange import Parcel, exchange
 from streamfisher.runtime.ranks import Ranks
@@ -69,27 +70,29 @@ def build_shared(
             for key in {piece.key for piece in share}:
                 ranks_of[key].append(rank)
     owners = {key: found[0] for key, found in ranks_of.items()}
+    write = HeldGramSink(store, gram_settings(config), None, valid)  # a divided Gram has no moment
     if ranks.is_main:
         shared = sum(len(set(found)) > 1 for found in ranks_of.values())
         event("columns shared", stage="grams", ranks=ranks.count, turns=len(turns), grams=len(grams), shared=shared)
-    sums: dict[str, np.ndarray] = {}  # of Grams of this rank, so far
+    sums: dict[str, np.ndarray] = {}  # of divided Grams of this rank, so far
     diagonals: dict[str, np.ndarray] = {}
     for turn in Bar(turns, desc="Grams", unit="turn", disable=not (progress and ranks.is_main)):
         parcels = [sink.part(columns_of(share)) for share in turn]
         arrived = exchange(ranks, parcels, sink.home, f"the gradients of {_names(turn)}")
         del parcels
-        mine = turn[ranks.index]
-        source = sink.joined(arrived, columns_of(mine))
-        products = _products(source, mine, config)
-        write = HeldGramSink(store, gram_settings(config), source, valid)
+        source = sink.joined(arrived, columns_of(turn[ranks.index]))
+        whole = [piece.key for piece in turn[ranks.index] if len(grams[piece.key].pieces) == 1]
+        if whole:
+            diagonals |= build_held_grams(store, source, valid, config, whole)
+        divided = [[piece for piece in share if len(grams[piece.key].pieces) > 1] for share in turn]
+        products = _products(source, divided[ranks.index], config)
+        del arrived, source
         with store.marking_together():
-            for piece, folds in _at_their_owners(turn, products, owners, ranks):
-                for fold in folds:
-                    sums[piece.key] = sums[piece.key] + fold if piece.key in sums else fold
+            for piece, fold in _at_their_owners(divided, products, owners, ranks):
+                sums[piece.key] = sums[piece.key] + fold if piece.key in sums else fold
                 if piece == grams[piece.key].pieces[-1]:
                     gram = finished(piece.key, sums.pop(piece.key), None, single=grams[piece.key].single)
                     diagonals |= [write(gram)]
-        del arrived, source, write
         ranks.alive()
     told = Parcel({key: torch.from_numpy(diagonal) for key, diagonal in diagonals.items()})
     every = exchange(ranks, [told] * ranks.count, _HOST, "the norms of gradients")
@@ -126,40 +129,37 @@ def _grams_of(
             )
             for name in store.gram_members[key]
         ]
-        # A moment is of whole rows.
-        pieces = [p for held in parameters for p in held.pieces(key, config, whole=has_moment(store, key))]
+        parts = [part for held in parameters for part in held.parts(key, config)]
+        pieces = pieces_of(parts, sink.n_samples, whole=has_moment(store, key))  # a moment is of whole rows
         grams[key] = _SharedGram(pieces, any(held.in_float32(config) for held in parameters))
     return grams
 
 
 def _products(
-    source: GradientSource | DeviceGradients, pieces: Sequence[Piece], config: SpectralConfig
-) -> list[list[np.ndarray]]:
-    """Return the sums of products of each piece, in the order of the columns."""
-    wanted = [(piece.columns.name, piece.columns.start, piece.columns.stop) for piece in pieces]
+    source: GradientSource | DeviceGradients, parts: Sequence[Piece], config: SpectralConfig
+) -> list[np.ndarray]:
+    """Return the sum of products of each part."""
+    wanted = [(columns.name, columns.start, columns.stop) for part in parts for columns in part.columns]
     if isinstance(source, DeviceGradients):
         return build_device_folds(source, wanted, config)
-    return [[gram for gram, _ in folds] for folds in build_folds(source, wanted, config)]
+    return [gram for folds in build_folds(source, wanted, config) for gram, _ in folds]
 
 
 def _at_their_owners(
-    turn: Sequence[Sequence[Piece]],
-    products: Sequence[Sequence[np.ndarray]],
-    owners: Mapping[str, int],
-    ranks: Ranks,
-) -> list[tuple[Piece, list[np.ndarray]]]:
+    turn: Sequence[Sequence[Piece]], products: Sequence[np.ndarray], owners: Mapping[str, int], ranks: Ranks
+) -> list[tuple[Piece, np.ndarray]]:
     """Give each sum to the rank whose Gram it is part of, and return those of this rank, in their order."""
+    if not any(turn):
+        return []
     tensors: list[dict[str, torch.Tensor]] = [{} for _ in range(ranks.count)]
-    for place, (piece, folds) in enumerate(zip(turn[ranks.index], products, strict=True)):
-        tensors[owners[piece.key]] |= {f"{place} {part}": torch.from_numpy(fold) for part, fold in enumerate(folds)}
+    for place, (piece, fold) in enumerate(zip(turn[ranks.index], products, strict=True)):
+        tensors[owners[piece.key]][str(place)] = torch.from_numpy(fold)
     arrived = exchange(ranks, [Parcel(some) for some in tensors], _HOST, f"the products of {_names(turn)}")
-    found = []
-    for share, parcel in zip(turn, arrived, strict=True):
-        sums: dict[int, list[np.ndarray]] = {}
-        for key, tensor in parcel.tensors.items():
-            sums.setdefault(int(key.split()[0]), []).append(tensor.numpy())
-        found += [(share[place], of_piece) for place, of_piece in sums.items()]
-    return found
+    return [
+        (share[int(place)], fold.numpy())
+        for share, parcel in zip(turn, arrived, strict=True)
+        for place, fold in parcel.tensors.items()
+    ]
 
 
 def _names(turn: Sequence[Sequence[Piece]]) -> str:

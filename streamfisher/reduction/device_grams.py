@@ -73,27 +73,21 @@ def build_device_grams(
 
 
 def build_device_folds(
-    held: DeviceGradients, pieces: Sequence[tuple[str, int, int]], config: SpectralConfig
-) -> list[list[np.ndarray]]:
-    """Return the products of some columns, as they are added up in `build_device_grams`: (N, N) float64 of each part.
+    held: DeviceGradients, parts: Sequence[tuple[str, int, int]], config: SpectralConfig
+) -> list[np.ndarray]:
+    """Return the products of some parts, as they are added up in `build_device_grams`: (N, N) float64 each.
 
     Args:
         held: the gradients, of these columns at least.
-        pieces: parameter, first column or matrix row, and one past the last: whole parts, see `device_parts`.
+        parts: parameter, first column or matrix row, and one past the last, see `device_parts`.
         config: as for `build_device_grams`.
 
     Raises:
         torch.cuda.OutOfMemoryError: the device is full, also with smaller slabs.
     """
     slabs = _Slabs(held, config)
-    return [
-        [
-            slabs.fitting(functools.partial(_sum_of, held, [(name, *part)], config.dtype_gram), name)
-            for part in held_parts(held, name)
-            if start <= part[0] < stop
-        ]
-        for name, start, stop in pieces
-    ]
+    forms = [functools.partial(_sum_of, held, [part], config.dtype_gram) for part in parts]
+    return [slabs.fitting(form, part[0]) for form, part in zip(forms, parts, strict=True)]
 
 
 class _Slabs:

@@ -105,7 +105,7 @@ class HeldGramSink:
 
     store: RunStore
     settings: Mapping[str, Any]
-    source: GradientSource | DeviceGradients
+    source: GradientSource | DeviceGradients | None  # not needed where no Gram has a moment
     valid: np.ndarray  # (N,) bool
 
     def __call__(self, finished: grams.ParameterGram) -> tuple[str, np.ndarray]:
@@ -113,6 +113,7 @@ class HeldGramSink:
         key, moment = finished.name, None
         if has_moment(self.store, key):
             source = self.source
+            assert source is not None
             rows = MemoryRows({key: source.on_host(key)}) if isinstance(source, DeviceGradients) else source
             moment = moment_of(rows, key, self.store.parameters[key], self.valid)
         self.store.grams.write(

@@ -23,6 +23,7 @@ class KeepingSink:
 
     def __init__(self, disk: DiskSink, held: MemorySink) -> None:
         self.disk, self.held = disk, held
+        held.copy_at_once()
 
     @property
     def parameters(self) -> list[str]:

@@ -70,6 +70,7 @@ class MemorySink:
         self._rows: dict[str, Tensor] = {}  # (n, P_k) each, of the n samples of its units
         self._factors: list[tuple[BatchRef, BatchFactors]] = []
         self._arriving: UnitRows | None = None
+        self._views = True  # factors that nothing need be left out of are taken as they are
         if self._through_host and producer.device.type != "cpu":
             self.through_units()
 
@@ -77,6 +78,10 @@ class MemorySink:
         """Let rows be formed in buffers of one unit and copied from there, as they must be from a device."""
         height = max(len(unit) for unit in self.units)
         self._arriving = UnitRows(lambda: self._producer.allocate(height, self.dense, self._widths))
+
+    def copy_at_once(self) -> None:
+        """Let factors be copied with their batch, where others read them later too: a model may write into its own."""
+        self._views = False
 
     @property
     def parameters(self) -> list[str]:
@@ -127,7 +132,7 @@ class MemorySink:
     def batch(self, batch: BatchRef, gradients: BatchGradients, dropped: Collection[int] = ()) -> None:
         """Take the factors of a batch, without padding, or without a copy; its rows are in their buffers."""
         if gradients.factors:
-            packed = pack(on_host(gradients.factors), dropped=list(dropped), views=True)
+            packed = pack(on_host(gradients.factors), dropped=list(dropped), views=self._views)
             self._factors.append((batch, packed))
 
     def unit(self, unit: Unit, facts: UnitFacts) -> int:
@@ -191,7 +196,7 @@ class MemorySink:
             if not all(map(is_as_made, self._sides(name))):
                 raise CaptureError(
                     f"{name}: its layer's inputs or their gradients were written to after their batch was done, by the "
-                    "model or by a hook. --hold disk writes them down at once."
+                    "model or by a hook. --hold disk (storage_mode='streaming') writes them down at once."
                 )
         self._zero_skipped()
 

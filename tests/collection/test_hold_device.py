@@ -126,6 +126,9 @@ def test_a_model_that_overwrites_what_it_made_is_told_to_use_the_disk(tmp_path, 
     options = {"representation": "factors"}
     with pytest.raises(CaptureError, match=r"second.weight: .* written to after their batch was done.* --hold disk"):
         collected(tmp_path / "run", Erasing(), labelled(), hold=hold, **options)
+    if hold == "host":  # what is written too is copied at once
+        kept = collected(tmp_path / "kept", Erasing(), labelled(), hold=hold, **options | {"keep_gradients": "all"})
+        assert kept.store.run.copy == hold and sf.verify(kept) == []
     disk, plain = (
         collected(tmp_path / name, model(), labelled(), hold="disk", **options)
         for name, model in (("disk", Erasing), ("plain", Reusing))

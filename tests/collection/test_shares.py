@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from streamfisher import SpectralConfig
-from streamfisher.reduction import kernels, shares
+from streamfisher.collection import shares
+from streamfisher.reduction import kernels
 
 
 def pieces(*sizes, beside=0):
@@ -16,7 +17,7 @@ def pieces(*sizes, beside=0):
         starts = itertools.accumulate(of_gram, initial=0)
         for start, size in zip(starts, of_gram, strict=False):
             columns = shares.Columns(f"p{number}", start, start + size, "rows")
-            found.append(shares.Piece(columns, f"p{number}", float(size), size, beside))
+            found.append(shares.Piece((columns,), f"p{number}", float(size), size, beside))
     return found
 
 
@@ -82,14 +83,23 @@ def parameter(shape, uses, **options):
 )
 def test_the_longer_factor_is_cut_and_all_columns_are_in_some_piece(shape, uses, options, cut, last, monkeypatch):
     monkeypatch.setattr(kernels, "token_columns", lambda positions: 128)
-    found = parameter(shape, uses, **options).pieces("key", SpectralConfig(), whole=False)
-    assert len(found) > 1 and {piece.columns.cut for piece in found} == {cut}
-    assert found[0].columns.start == 0 and found[-1].columns.stop == last
-    assert all(one.columns.stop == other.columns.start for one, other in itertools.pairwise(found))
+    found = parameter(shape, uses, **options).parts("key", SpectralConfig())
+    assert len(found) > 1 and {piece.columns[0].cut for piece in found} == {cut}
+    assert found[0].columns[0].start == 0 and found[-1].columns[0].stop == last
+    assert all(one.columns[0].stop == other.columns[0].start for one, other in itertools.pairwise(found))
 
 
 def test_what_must_stay_whole_is_one_piece_and_nothing_of_it_is_cut():
-    (piece,) = parameter((4096, 512), None).pieces("key", SpectralConfig(), whole=True)
-    assert piece.columns == shares.Columns("w", 0, 4096 * 512, None) and piece.beside == 16 * 4096 * 512 * 4
-    (piece,) = parameter((2048, 2048), (16, 0, 1, 9, 9)).pieces("key", SpectralConfig(), whole=False)  # pairwise
-    assert piece.columns.cut is None
+    parts = parameter((4096, 512), None).parts("key", SpectralConfig())
+    (piece,) = shares.pieces_of(parts, 16, whole=True)
+    assert piece.columns == (shares.Columns("w", 0, 4096 * 512, None),) and piece.n_bytes == 16 * 4096 * 512 * 4
+    (piece,) = parameter((2048, 2048), (16, 0, 1, 9, 9)).parts("key", SpectralConfig())  # pairwise
+    assert piece.columns[0].cut is None
+
+
+def test_a_gram_is_divided_where_its_sums_are_small_beside_its_gradients():
+    parts = pieces([100] * 4) + pieces([50] * 4, beside=10)  # 4 sums of 8 N^2 and 4 more
+    assert shares.pieces_of(parts[:4], 3, whole=False) != parts[:4]  # 288 bytes beside 400
+    assert shares.pieces_of(parts[:4], 1, whole=False) == parts[:4]  # 32
+    (piece,) = shares.pieces_of(parts[4:], 2, whole=False)
+    assert piece.n_bytes == 210 and piece.beside == 0 and piece.operations == 200

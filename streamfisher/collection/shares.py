@@ -1,8 +1,8 @@
 """What each rank multiplies of a wave: columns, evenly, in the order in which their products are added up.
 
-A *piece* is some columns of one parameter, whole parts whose products are sums of their own. Ranks take pieces that
-follow one another, so that a large matrix is shared and a small one stays whole; in turns, so that no rank gets more
-gradients from the others at a time than those of the largest Gram.
+A *piece* is a part of a parameter's columns, whose products are a sum of their own, or all columns of a Gram. Ranks
+take pieces that follow one another, so that a large matrix is shared and a small one stays whole; in turns, so that no
+rank gets more gradients from the others at a time than those of the largest Gram.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from streamfisher.reduction.folds import dtype_of_products, ranges_of
 from streamfisher.reduction.kernels import FLOAT64_COST, FactorUse, choose_kernel, kernel_operations, parts_of
 from streamfisher.sinks.parcels import Columns, Cut, FactorUses
 
+#: A Gram is divided where the sums of its parts, which meet at one rank, take at most this share of its gradients.
+_SUMS_SHARE = 0.25
+
 
 @dataclass(frozen=True)
 class Piece:
-    """Columns of a parameter's gradients: whole parts, whose products are sums of their own."""
+    """What one rank multiplies: a part of a parameter, whose products are a sum of their own, or a whole Gram."""
 
-    columns: Columns
-    key: str  # of the Gram that it is part of
+    columns: tuple[Columns, ...]  # one, where it is a part
+    key: str  # of the Gram that it is, or is part of
     operations: float
     n_bytes: int  # of these columns, of all samples
-    beside: int = 0  # and of what is not cut, which comes once for all pieces of a parameter
+    beside: int = 0  # and of what is not cut, which comes once for all parts of a parameter
 
 
 @dataclass(frozen=True)
@@ -61,25 +64,22 @@ class HeldParameter:
             return True
         return choose_kernel(self._use(self.uses), single=True) == "slabs"
 
-    def pieces(self, key: str, config: SpectralConfig, *, whole: bool) -> list[Piece]:
-        """Return the pieces of the columns, in the order in which their products are added up.
+    def parts(self, key: str, config: SpectralConfig) -> list[Piece]:
+        """Return the parts of the columns, in the order in which their products are added up.
 
         Args:
             key: of the Gram that the parameter is part of.
             config: `dtype_gram` counts.
-            whole: all columns are one piece.
         """
         operations, parts, cut = self._work(config)
         uses = self.uses or FactorUses(right_bytes=self.n_samples * self.columns * self.row_dtype.itemsize)
         sides = {"rows": uses.right_bytes, "left": 0 if uses.by_index else uses.left_bytes, "right": uses.right_bytes}
-        last = parts[-1][1]
-        if whole or len(parts) == 1:
-            parts, cut = [(0, last)], None
+        cut = cut if len(parts) > 1 else None
         divided = 0 if cut is None else sides[cut]
         beside = uses.left_bytes + uses.right_bytes - divided
-        shares = [(stop - start) / max(last, 1) for start, stop in parts]
+        shares = [(stop - start) / max(parts[-1][1], 1) for start, stop in parts]
         return [
-            Piece(Columns(self.name, *part, cut), key, operations * share, int(divided * share), beside)
+            Piece((Columns(self.name, *part, cut),), key, operations * share, int(divided * share), beside)
             for part, share in zip(parts, shares, strict=True)
         ]
 
@@ -110,6 +110,21 @@ class HeldParameter:
         }
         cut: Cut = "left" if kernel == "slabs" and use.is_turned else "right"
         return operations[kernel], parts_of(kernel, use), cut
+
+
+def pieces_of(parts: Sequence[Piece], n_samples: int, *, whole: bool) -> list[Piece]:
+    """Return the parts of a Gram, or all of it as one piece where dividing it would take too much memory.
+
+    Args:
+        parts: of all its parameters.
+        n_samples: N, of the sums.
+        whole: it is never divided.
+    """
+    n_bytes = _bytes(parts)
+    if not whole and len(parts) * 8 * n_samples**2 <= _SUMS_SHARE * n_bytes:
+        return list(parts)
+    columns = tuple(replace(some, cut=None) for some in columns_of(parts))
+    return [Piece(columns, parts[0].key, sum(part.operations for part in parts), n_bytes)]
 
 
 def turns_of(pieces: Sequence[Piece], ranks: int) -> list[list[list[Piece]]]:
@@ -147,14 +162,14 @@ def _shares(pieces: Sequence[Piece], count: int, most: int) -> Iterator[list[Pie
 
 def _bytes(pieces: Iterable[Piece]) -> int:
     pieces = list(pieces)
-    beside = {piece.columns.name: piece.beside for piece in pieces}
+    beside = {piece.columns[0].name: piece.beside for piece in pieces}
     return sum(piece.n_bytes for piece in pieces) + sum(beside.values())
 
 
 def columns_of(pieces: Iterable[Piece]) -> list[Columns]:
     """Return the columns of pieces, those of one parameter, which follow one another, as one."""
     found: list[Columns] = []
-    for columns in (piece.columns for piece in pieces):
+    for columns in (columns for piece in pieces for columns in piece.columns):
         if found and found[-1].name == columns.name:
             found[-1] = replace(found[-1], stop=columns.stop)
         else:
