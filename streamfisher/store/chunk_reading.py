@@ -62,12 +62,12 @@ class ChunkReader:
         """
         spans = [
             range(part.start // size, -(-part.stop // size)) if part.stop > part.start else range(0)
-            for part, size in zip(where, self.facts.chunk, strict=True)
+            for part, size in zip(where, self.facts.chunks, strict=True)
         ]
 
         def read(index: tuple[int, ...]) -> None:
             inside, target = [], []
-            for part, size, place in zip(where, self.facts.chunk, index, strict=True):
+            for part, size, place in zip(where, self.facts.chunks, index, strict=True):
                 start, stop = max(part.start, place * size), min(part.stop, (place + 1) * size)
                 inside.append(slice(start - place * size, stop - place * size))
                 target.append(slice(start - part.start, stop - part.start))
@@ -96,7 +96,7 @@ class ChunkReader:
 
     def _scattered(self, inside: tuple[slice, ...], out: np.ndarray) -> bool:
         """Return whether all columns of a chunk are wanted, so that its rows can be read to where they belong."""
-        whole = all(part == slice(0, size) for part, size in zip(inside[1:], self.facts.chunk[1:], strict=True))
+        whole = all(part == slice(0, size) for part, size in zip(inside[1:], self.facts.chunks[1:], strict=True))
         return (
             whole
             and inside[0].start == 0
@@ -131,7 +131,7 @@ class ChunkReader:
         if self.facts.codec != "crc32c":
             decoder = Blosc() if self.facts.codec == "blosc" else Zstd()
             packed = decoder.decode(packed)
-        return np.frombuffer(packed, dtype=self.facts.dtype).reshape(self.facts.chunk)
+        return np.frombuffer(packed, dtype=self.facts.dtype).reshape(self.facts.chunks)
 
     def _other_size(self, path: Path) -> CorruptRunError:
         return CorruptRunError(f"{path} is not a chunk of {self.facts.chunk_bytes:,} bytes, as those of its array are.")

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import zarr
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
-from zarr.storage import MemoryStore
 
 from streamfisher.config import Codec, dtype_name
 from streamfisher.gradients.factors import BatchFactors
-from streamfisher.runtime.durable import replacing
-from streamfisher.runtime.own_files import remove_tree
-from streamfisher.runtime.staging import forget_freed
 from streamfisher.store import codecs
+from streamfisher.store.arrays import array_metadata, write_whole
 from streamfisher.store.chunks import ChunkWriter
 from streamfisher.store.integrity import digest_of_ends
 from streamfisher.store.names import node_name
@@ -111,41 +104,12 @@ def _write_array(path: Path, stored: np.ndarray, dtype: torch.dtype | None, code
     columns = min(stored.shape[1], _CHUNK_COLUMNS) if stored.ndim > 1 else 1
     rows = max(1, min(stored.shape[0], _CHUNK_BYTES // (columns * stored.itemsize)))
     chunk = (rows, columns)[: stored.ndim]
-    if os.path.lexists(path):
-        remove_tree(path.parent, path)
-    forget_freed(path)
-    path.mkdir(parents=True)
-    metadata = _metadata(stored.shape, chunk, stored.dtype, dtype, codec)
-    with replacing(path / "zarr.json") as partial:
-        partial.write_bytes(metadata)
     codec = "zstd" if dtype is None else codec
-    writer = ChunkWriter(chunk, dtype, codec, direct=direct)
-    ends: dict[PurePath, bytes] = {PurePath("zarr.json"): metadata}
-    grid = [range(-(-size // step)) for size, step in zip(stored.shape, chunk, strict=True)]
-    for index in np.ndindex(*map(len, grid)):
-        where = tuple(slice(i * step, (i + 1) * step) for i, step in zip(index, chunk, strict=True))
-        place, end = writer.write(path, index, stored[where])
-        ends[place] = end
-    return digest_of_ends(ends)
+    metadata = _metadata(stored.shape, chunk, dtype, codec)
+    return write_whole(path, stored, ChunkWriter(chunk, dtype, codec, direct=direct), metadata)
 
 
 @functools.lru_cache(maxsize=256)
-def _metadata(
-    shape: tuple[int, ...], chunk: tuple[int, ...], stored: np.dtype, dtype: torch.dtype | None, codec: Codec
-) -> bytes:
-    """Return the `zarr.json` that Zarr gives such an array: many arrays have the same."""
-    store = MemoryStore()
-    zarr.create_array(
-        store,
-        shape=shape,
-        chunks=chunk,
-        dtype=stored,
-        fill_value=codecs.fill_value(dtype) if dtype is not None else -1,
-        compressors=codecs.compressors("zstd" if dtype is None else codec, dtype or torch.float32),
-        dimension_names=("position", "element")[: len(shape)],
-        attributes={"logical_dtype": "token id" if dtype is None else dtype_name(dtype)},
-        config={"write_empty_chunks": True},
-    )
-    found = sync(store.get("zarr.json", default_buffer_prototype()))
-    assert found is not None
-    return found.to_bytes()
+def _metadata(shape: tuple[int, ...], chunk: tuple[int, ...], dtype: torch.dtype | None, codec: Codec) -> bytes:
+    attributes = {"logical_dtype": "token id" if dtype is None else dtype_name(dtype)}
+    return array_metadata(shape, chunk, dtype, codec, ("position", "element")[: len(shape)], attributes)

@@ -18,6 +18,7 @@ from streamfisher.data.batches import make_units
 from streamfisher.errors import CorruptRunError, RunError, unreadable
 from streamfisher.runtime.durable import LARGEST_JSON, MarkerBatch, read_json, write_marker
 from streamfisher.store import codecs
+from streamfisher.store.arrays import read_array
 from streamfisher.store.chunk_reading import ChunkReader
 from streamfisher.store.integrity import check_layout, require_inside
 from streamfisher.store.manifest import LARGEST_MANIFEST, Manifest, columns_of
@@ -119,6 +120,15 @@ class RunFolder:
             self.array(path)
             self._readers[path] = ChunkReader(self.path / path, read_facts(self.path / path))
         return self._readers[path]
+
+    def values(self, path: str, rows: slice) -> np.ndarray:
+        """Return some rows of an array, all of each; those that are not written read as the fill value.
+
+        Raises:
+            ValueError, RuntimeError, OSError: a chunk cannot be read, see `errors.unreadable`.
+        """
+        reader = self.reader(path)
+        return read_array(reader.path, reader.facts, (rows, *(slice(None),) * (len(reader.facts.shape) - 1)))
 
     def mark(self, name: str, content: Mapping[str, Any]) -> None:
         """Write a marker, durably."""

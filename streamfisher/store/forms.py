@@ -122,9 +122,15 @@ def mapped(form: Form, key: Form = text) -> Form:
     def of_mapping(value: Any, where: str) -> None:
         if not isinstance(value, dict):
             _refuse(value, where, "a mapping")
-        for name, item in value.items():
-            key(name, f"a key of {where.lstrip('.') or 'it'}")
-            form(item, f"{where}.{reprlib.repr(name)[1:-1]}")
+        try:
+            for name, item in value.items():
+                key(name, "")
+                form(item, "")
+        except _FormError:  # once more, to say where: nearly all are right, and names take time
+            for name, item in value.items():
+                key(name, f"a key of {where.lstrip('.') or 'it'}")
+                form(item, f"{where}.{reprlib.repr(name)[1:-1]}")
+            raise
 
     return of_mapping
 

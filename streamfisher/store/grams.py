@@ -10,21 +10,20 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-import zarr
 
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.runtime.durable import read_json
 from streamfisher.runtime.own_files import remove_tree
 from streamfisher.runtime.remote_path import RemotePath
 from streamfisher.store import codecs
-from streamfisher.store.arrays import CHUNK, create_array, values_of, write_array
+from streamfisher.store.arrays import CHUNK, create_array, read_array, write_array
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.forms import GRAM, require_form
 from streamfisher.store.gram_tiles import TileChecksums, gram_checksums, read_tile_checksums
 from streamfisher.store.integrity import check_layout, chunk_digest, require_inside
 from streamfisher.store.moments import Moment, MomentStore
 from streamfisher.store.names import node_name
-from streamfisher.store.opening import open_array
+from streamfisher.store.opening import read_facts
 
 #: Bytes of rows that are read at a time to check a Gram of an older run.
 _BAND = 64 << 20
@@ -107,9 +106,9 @@ class GramStore:
         """
         self.forget(key)
         facts = {**self._facts(key), **settings}
-        write_array(self.run.path, f"gram/{node_name(key)}", gram, ("sample", "sample_j"), facts)
+        files = write_array(self.run.path, f"gram/{node_name(key)}", gram, ("sample", "sample_j"), facts)
         content = {"settings": dict(settings), "n_samples": len(gram), "crc32c": codecs.checksum(gram)}
-        self._mark(key, content | {"float32_products": single}, mean_products, moment)
+        self._mark(key, content | {"float32_products": single}, files, mean_products, moment)
 
     def finish_tiles(
         self,
@@ -121,9 +120,16 @@ class GramStore:
     ) -> None:
         """Write what is kept beside a Gram whose tiles of `size` rows are all there, then its marker."""
         content = {"settings": dict(settings), "n_samples": self.run.n_samples, "tiles": size}
-        self._mark(key, content, mean_products, moment)
+        self._mark(key, content, chunk_digest(self.run.path / "gram" / node_name(key)), mean_products, moment)
 
-    def _mark(self, key: str, content: dict[str, Any], mean_products: np.ndarray | None, moment: Moment | None) -> None:
+    def _mark(
+        self,
+        key: str,
+        content: dict[str, Any],
+        files: int,
+        mean_products: np.ndarray | None,
+        moment: Moment | None,
+    ) -> None:
         """Write the marker of a Gram, last: a stop before leaves the Gram undone, with all that is kept beside it."""
         node = node_name(key)
         if mean_products is not None:
@@ -131,7 +137,7 @@ class GramStore:
             content["mean_crc32c"] = codecs.checksum(mean_products)
         if moment is not None:
             content["moment_crc32c"] = self.moments.write(key, moment)
-        content |= {"parameter": key, "files": chunk_digest(self.run.path / "gram" / node)}
+        content |= {"parameter": key, "files": files}
         self.run.mark_at(self._marker_path(key), content)
 
     def read(self, key: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -168,21 +174,27 @@ class GramStore:
             f"{self.run}: the Gram of {key} is not what was written{where}; `streamfisher gram --rebuild` remakes it."
         )
 
-    def _opened(self, group: str, key: str, shape: tuple[int, ...], *, tiled: bool = False) -> zarr.Array:
-        """Return a float64 array of a Gram, once it is known to be its own, of the shape of at most N samples."""
-        path = f"{group}/{node_name(key)}"
-        require_inside(self.run.path, self.run.path / path)
-        array = open_array(self.run.path / path)
+    def _values(
+        self,
+        group: str,
+        key: str,
+        shape: tuple[int, ...],
+        where: tuple[slice, ...] | None = None,
+        *,
+        tiled: bool = False,
+    ) -> np.ndarray:
+        """Return part of a float64 array of a Gram, once it is known to be its own, and of at most N samples."""
+        path = self.run.path / group / node_name(key)
+        require_inside(self.run.path, path)
+        facts = read_facts(path)  # each time: a rebuild makes the array anew
         if shape[0] > self.run.n_samples + 1:
-            raise CorruptRunError(
-                f"{self.run.path / path} is of {shape[0]} samples and the run has {self.run.n_samples}."
-            )
+            raise CorruptRunError(f"{path} is of {shape[0]} samples and the run has {self.run.n_samples}.")
         chunks = None if tiled else tuple(min(size, CHUNK) for size in shape)
-        check_layout(array, self.run.path / path, shape, chunks, "float64")
-        facts = self._facts(key)
-        if array.attrs.get("parameter", key) != key or array.attrs.get("parameters") != facts.get("parameters"):
-            raise CorruptRunError(f"{self.run.path / path} has the metadata of another Gram, or of other parameters.")
-        return array
+        check_layout(facts, path, shape, chunks, "float64")
+        own, found = self._facts(key), facts.attributes
+        if found.get("parameter", key) != key or found.get("parameters") != own.get("parameters"):
+            raise CorruptRunError(f"{path} has the metadata of another Gram, or of other parameters.")
+        return read_array(path, facts, where)
 
     def forget(self, key: str) -> None:
         """Remove the marker of a Gram, and of what is kept beside it, so that it is built again."""
@@ -247,7 +259,7 @@ class GramStore:
             return None
         marker = self._finished(key)
         with self._readable(key):
-            products = values_of(self._opened("gram_mean", key, (marker["n_samples"] + 1,)))
+            products = self._values("gram_mean", key, (marker["n_samples"] + 1,))
         if marker.get("mean_crc32c") not in (None, codecs.checksum(products)):
             raise CorruptRunError(
                 f"{self.run}: the products of {key} with the mean are not what was written; "
@@ -291,8 +303,7 @@ class GramStore:
     def _part(self, key: str, marker: Mapping[str, Any], rows: slice, columns: slice) -> np.ndarray:
         with self._readable(key):
             shape = (marker["n_samples"], marker["n_samples"])
-            array = self._opened("gram", key, shape, tiled="tiles" in marker)
-            return values_of(array, (rows, columns))  # opened each time: a rebuild makes the array anew
+            return self._values("gram", key, shape, (rows, columns), tiled="tiles" in marker)
 
     def _bind(self, key: str) -> _Bound:
         """Return the marker of a Gram that is going to be read in parts, whose chunks are where they were written.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 import reprlib
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -88,13 +87,22 @@ def _remote_ends(folder: RemotePath) -> Iterator[tuple[str, bytes]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    found = []
-    for path in folder.rglob("*"):
-        mode = os.lstat(path).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise CorruptRunError(f"{path} is a link, or no regular file; a run has none among its chunks.")
-        if stat.S_ISREG(mode) and not path.name.endswith(".partial"):
-            found.append(path)
+    found, folders = [], [os.fspath(folder)]
+    while folders:
+        try:
+            entries = os.scandir(folders.pop())
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            continue
+        with entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif not entry.is_file(follow_symlinks=False):
+                    raise CorruptRunError(
+                        f"{entry.path} is a link, or no regular file; a run has none among its chunks."
+                    )
+                elif not entry.name.endswith(".partial"):
+                    found.append(Path(entry.path))
     return found
 
 

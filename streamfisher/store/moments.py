@@ -11,13 +11,13 @@ from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.runtime.durable import read_json
 from streamfisher.solving.centering import without_rounding
 from streamfisher.store import codecs
-from streamfisher.store.arrays import values_of, write_array
+from streamfisher.store.arrays import read_array, write_array
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.forms import MOMENT, require_form
 from streamfisher.store.integrity import require_inside
 from streamfisher.store.means import MeanStore
 from streamfisher.store.names import node_name
-from streamfisher.store.opening import open_array
+from streamfisher.store.opening import read_facts
 
 
 class MomentStore:
@@ -79,9 +79,9 @@ class MomentStore:
         require_inside(self.run.path, array)
         try:
             columns, count, checksum = self.run.parameters[name], marker["count"], marker["crc32c"]
-            stored = open_array(array)
-            own = stored.shape == (columns + 1, columns) and stored.attrs.get("parameter", name) == name
-            values = values_of(stored) if own else np.zeros(0)
+            facts = read_facts(array)
+            own = facts.shape == (columns + 1, columns) and facts.attributes.get("parameter", name) == name
+            values = read_array(array, facts) if own else np.zeros(0)
         except (ValueError, RuntimeError, OSError, KeyError, TypeError) as error:
             raise unreadable(
                 error,

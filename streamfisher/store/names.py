@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from urllib.parse import quote
 
@@ -9,6 +10,7 @@ from urllib.parse import quote
 _LONGEST = 223
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def node_name(parameter: str) -> str:
     """Return a parameter's name as one path component that cannot leave the folder or clash with Zarr's own names."""
     name = quote(parameter, safe="")

@@ -12,7 +12,8 @@ import itertools
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -96,15 +97,16 @@ class ArrayFacts:
     """What the metadata of an array say, once they are known to be of a form that a run has."""
 
     shape: tuple[int, ...]
-    chunk: tuple[int, ...]  # shape of one
+    chunks: tuple[int, ...]  # shape of one
     dtype: np.dtype
     fill: float  # what a chunk that is missing reads as
     codec: str  # that packs a chunk: 'zstd', 'blosc', or 'crc32c' for bytes as they are
+    attributes: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def chunk_bytes(self) -> int:
         """Return the bytes of a decoded chunk."""
-        return self.dtype.itemsize * math.prod(self.chunk)
+        return self.dtype.itemsize * math.prod(self.chunks)
 
 
 def read_facts(path: Path, *, complete: bool = False) -> ArrayFacts:
@@ -128,7 +130,7 @@ def read_facts(path: Path, *, complete: bool = False) -> ArrayFacts:
         raise CorruptRunError(
             f"{path} is not an array as runs have them ({error}). `streamfisher verify --repair` restores its metadata."
         ) from error
-    count = math.prod(-(-size // chunk) for size, chunk in zip(facts.shape, facts.chunk, strict=True))
+    count = math.prod(-(-size // chunk) for size, chunk in zip(facts.shape, facts.chunks, strict=True))
     if complete and _files(path / "c", count) < count:
         raise CorruptRunError(f"{path} lacks some of its {count:,} chunks.")
     return facts
@@ -232,8 +234,11 @@ def _facts_of(metadata: Any) -> ArrayFacts:
         raise ValueError(f"its codecs are {', '.join(map(str, names))[:60]}")
     if metadata["codecs"][-len(names)].get("configuration", {}).get("endian", "little") != "little":
         raise ValueError("its bytes are in another order")
-    fill = metadata["fill_value"]
-    return ArrayFacts(tuple(shape), tuple(chunks), np.dtype(dtype), math.nan if fill == "NaN" else fill, codec=names[1])
+    attributes = metadata.get("attributes", {})
+    if not isinstance(attributes, dict):
+        raise ValueError(f"its attributes are {str(attributes)[:60]}")
+    fill = math.nan if metadata["fill_value"] == "NaN" else metadata["fill_value"]
+    return ArrayFacts(tuple(shape), tuple(chunks), np.dtype(dtype), fill, codec=names[1], attributes=attributes)
 
 
 def unpacked_size(content: bytes, codec: str) -> int | None:

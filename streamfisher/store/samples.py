@@ -10,7 +10,7 @@ import numpy as np
 from streamfisher.data.batches import Unit
 from streamfisher.errors import CorruptRunError, unreadable
 from streamfisher.runtime.durable import read_json
-from streamfisher.store.arrays import CHUNK, values_of, write_array
+from streamfisher.store.arrays import CHUNK, write_array
 from streamfisher.store.folder import RunFolder
 from streamfisher.store.forms import FIELDS, require_form
 from streamfisher.store.integrity import check_layout, digest_of_values, require_inside
@@ -84,7 +84,7 @@ class SampleStore:
 
     def read_unit(self, what: str, unit: Unit) -> np.ndarray:
         """Return `loss`, `n_targets`, `valid` or `squared_norm` of the samples of a unit."""
-        return values_of(self.run.array(f"samples/{what}"), slice(unit.start, unit.stop))
+        return self.run.values(f"samples/{what}", slice(unit.start, unit.stop))
 
     def per_sample(self, what: str) -> np.ndarray:
         """Return `loss`, `n_targets`, `valid` or `squared_norm` of all samples.
@@ -93,7 +93,7 @@ class SampleStore:
             CorruptRunError: a chunk fails its checksum.
         """
         try:
-            values = values_of(self.run.array(f"samples/{what}"), slice(self.run.n_samples))
+            values = self.run.values(f"samples/{what}", slice(0, self.run.n_samples))
         except (ValueError, RuntimeError, OSError) as error:
             raise unreadable(
                 error,
@@ -160,7 +160,7 @@ class SampleStore:
         where = slice(unit.start, unit.stop)
         done = [w for w in range(len(self.run.waves)) if w != wave and self.markers.is_done(unit, w)]
         try:
-            known = values_of(self.run.array("samples/squared_norm"), where)
+            known = self.run.values("samples/squared_norm", where)
         except (ValueError, RuntimeError, OSError):  # damaged, and now written anew
             known = norms
         columns = {name: column for column, name in enumerate(self.run.parameters)}
