@@ -15,6 +15,8 @@ from torch import Tensor
 
 #: Where samples fill a batch to all but this share of its positions, none is left out, and nothing need be copied.
 _LITTLE = 1 / 32
+#: Positions of the end of a batch, where the last one that counts is looked for first.
+_END = 16
 #: Entries of a factor, or of inner products, that are in float64 at a time.
 _ENTRIES = 1 << 20
 
@@ -198,8 +200,7 @@ def _used_lengths(
     sides: Mapping[str, Tensor], pairs: Sequence[tuple[str, str]], dropped: set[int]
 ) -> dict[str, tuple[int, ...]]:
     """Return how many positions of each sample count, the same for all tensors that are paired with one another."""
-    every = torch.stack([_last_nonzero(side) for side in sides.values()]).tolist() if sides else []  # one wait for all
-    own = dict(zip(sides, every, strict=True))
+    own = _last_positions(sides)
     members = {key: key for key in sides}
     for left, right in pairs:
         members = {key: members[left] if member == members[right] else member for key, member in members.items()}
@@ -216,6 +217,25 @@ def _used_lengths(
         key: tuple(0 if i in dropped else length for i, length in enumerate(needed[member]))
         for key, member in members.items()
     }
+
+
+def _last_positions(sides: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return for each sample of each tensor one past the last position that is not zero; all are waited for together.
+
+    Most samples fill their batch, so the end of each tensor is looked at first.
+    """
+    ends = {key: side[:, -_END:] for key, side in sides.items()}
+    found = {}
+    for key, last in _together(ends).items():
+        before = sides[key].shape[1] - ends[key].shape[1]
+        if all(last) or not before:
+            found[key] = [before + position for position in last]
+    return found | _together({key: side for key, side in sides.items() if key not in found})
+
+
+def _together(sides: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    found = torch.stack([_last_nonzero(side) for side in sides.values()]).tolist() if sides else []  # one wait for all
+    return dict(zip(sides, found, strict=True))
 
 
 def _last_nonzero(side: Tensor) -> Tensor:

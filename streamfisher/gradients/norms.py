@@ -27,6 +27,8 @@ def distance(one: Tensor | None, other: Tensor | None) -> float:
 
 def norm(one: Tensor, other: Tensor | None = None) -> float:
     """Return `|one - other|` (or `|one|`), Frobenius, formed in float64 part by part."""
+    if one.numel() <= _PART:
+        return float(torch.linalg.vector_norm(_wide(one.reshape(-1), None if other is None else other.reshape(-1))))
     parts = one.reshape(-1).split(_PART)
     others = [None] * len(parts) if other is None else other.reshape(-1).split(_PART)
     norms = [_wide(a, b).norm() for a, b in zip(parts, others, strict=True)]

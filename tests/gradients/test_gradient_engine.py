@@ -509,6 +509,20 @@ def test_packed_factors_leave_out_padding_and_share_inputs():
         start += length
 
 
+def test_what_counts_is_found_wherever_a_sample_ends():
+    lengths = [40, 3, 24, 0, 25, 39]  # of 40, whose end is looked at first
+    left, right = torch.zeros(6, 40, 2), torch.zeros(6, 40, 3)
+    for sample, length in enumerate(lengths):
+        left[sample, :length] = right[sample, :length] = -1.0
+    empty = factors.FactorPair(left[:, :0], right[:, :0])
+    packed = factors.pack({"a": [factors.FactorPair(left, right)], "b": [empty]})
+    assert packed.lengths["a~L0"] == packed.lengths["a~R0"] == tuple(lengths)
+    assert packed.lengths["b~L0"] == (0,) * 6
+    assert torch.equal(packed.tensors["a~R0"], torch.full((sum(lengths), 3), -1.0))
+    full = factors.FactorPair(left[[0, 5]], torch.ones(2, 40, 3))
+    assert factors.pack({"a": [full]}).lengths["a~R0"] == (40, 40)  # all but a little: nothing is cut off
+
+
 def test_a_pass_that_captures_only_the_top_stops_there():
     model, batch = double(Model(tied=False)), batch_of()
     rows, _, _, loss = rows_of(model, batch)
