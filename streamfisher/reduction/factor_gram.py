@@ -135,13 +135,24 @@ def token_folds(
     for left, right in parts:
         gram = np.zeros((n_samples, n_samples))
         values = np.concatenate([segment.right.read(left, right) for segment in segments])
-        sums = np.add.reduceat(values[order].astype(np.float64), starts, axis=0)
+        sums = _sums(values, order, starts)
         del values
         for start, stop in itertools.pairwise(bounds):
             block, where = sums[start:stop], samples[start:stop]
             gram[np.ix_(where, where)] += block @ block.T
         folds.append(gram[known:])
     return folds
+
+
+def _sums(values: np.ndarray, order: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Return the sums of `values[order]` from each start to the next, float64; most are of one row, and only taken."""
+    counts = np.diff(starts, append=len(order))
+    sums = values[order[starts]].astype(np.float64)
+    several = counts > 1
+    if several.any():
+        rows = values[order[np.repeat(several, counts)]].astype(np.float64)
+        sums[several] = np.add.reduceat(rows, np.cumsum(counts[several]) - counts[several], axis=0)
+    return sums
 
 
 def factor_folds(

@@ -115,17 +115,20 @@ def build_grams(
     """
     keys = {name: [name] for name in rows.parameters} if keys is None else keys
     subsets, grown = subsets or {}, grown or {}
-    graph = _Folds(rows, [name for members in keys.values() for name in members], subsets, config)
+    # The largest first: what is left at the end, when there is less to do than workers, is little.
+    order = sorted(keys, key=lambda key: -sum(rows.parameters[name] for name in keys[key]))
+    graph = _Folds(rows, [name for key in order for name in keys[key]], subsets, config)
     with graph:
-        tasks = []
-        for key, members in keys.items():
+        tasks = {}
+        for key in order:
+            members = keys[key]
             known = grown[key].known if key in grown else 0
             total = None
             for name in members:
                 for start, stop in graph.ranges(name):
                     total = graph.task(add_folds, total, graph.folds(name, start, stop, known))
-            tasks.append(graph.task(_finish, key, total, grown.get(key), graph.in_float32(members), sink))
-        return graph.compute(tasks, progress=progress)
+            tasks[key] = graph.task(_finish, key, total, grown.get(key), graph.in_float32(members), sink)
+        return graph.compute([tasks[key] for key in keys], progress=progress)
 
 
 def build_folds(
