@@ -121,7 +121,7 @@ def collect_gradients(
             if config.store_centered:
                 collection.collect_mean()
             tokens = padded_total(data.lengths, store.units, store.batch_tokens, data.apart)
-            memory = boundary_memory(working_memory(left.memory_budget), store.run.hold)
+            memory = boundary_memory(working_memory(left.memory_budget), store.run.holds)
             room = boundary_room(min(disk_limit(config, path), free_disk(path)))
             producer.keep_between_waves(room, tokens, path / "stream", memory)
             collection.collect_waves()

@@ -152,7 +152,7 @@ def lay_out(
     )
     units = make_units(len(data.samples), config.chunk_size)
     tokens = padded_total(data.lengths, units, plan.batch_tokens, data.apart)
-    memory = boundary_memory(working_memory(config.memory_budget), plan.hold)
+    memory = boundary_memory(working_memory(config.memory_budget), plan.places)
     room = boundary_room(min(disk_limit(config, path), free_disk(path)))
     producer.keep_between_waves(room, tokens, memory=memory)
     return report, plan

@@ -16,7 +16,7 @@ from streamfisher.collection.prepare import PreparedRun, lay_out, prepare
 from streamfisher.collection.survey import RunData
 from streamfisher.config import SpectralConfig, parse_dtype
 from streamfisher.data.batches import make_units
-from streamfisher.errors import CorruptRunError, RunMismatchError
+from streamfisher.errors import CapacityError, CorruptRunError, RunMismatchError
 from streamfisher.gradients import RULES, ProbeReport
 from streamfisher.gradients.groups import GENERIC
 from streamfisher.gradients.producer import GradientProducer
@@ -121,7 +121,14 @@ def _laid_out_anew(
             f"ones need both: the pass over all {now} is taken again."
         )
     as_it_was = config.replace(hold=store.run.hold, keep_gradients=tuple(store.keep))
-    _, plan = lay_out(store.path, model, producer, data, as_it_was)
+    try:
+        _, plan = lay_out(store.path, model, producer, data, as_it_was)
+    except CapacityError:  # of a parameter that is now too large for the device, or was before
+        if store.run.hold != "device":
+            raise
+        _, plan = lay_out(store.path, model, producer, data, as_it_was.replace(hold="auto"))
+        if plan.hold == "disk":
+            raise
     grown = dataclasses.replace(store.manifest, data={**store.manifest.data, "n_samples": now})
     layout = plan.layout()
     return layout | {"packs": _packs(grown, grown.layout | layout)}
@@ -193,12 +200,17 @@ def stored_routes(store: RunStore) -> ProbeReport:
 
 
 def _announced(plan: RunLayout) -> str:
-    parts = ", ".join(format_bytes(wave.disk) for wave in plan.waves)
-    where = {"device": "On the device", "host": "In memory", "disk": "On disk, uncompressed"}[plan.hold]
+    sizes: dict[str, list[str]] = {}
+    for wave, place in zip(plan.waves, plan.places, strict=True):
+        sizes.setdefault(place, []).append(format_bytes(wave.disk))
+    names = {"device": "On the device", "host": "In memory", "disk": "On disk, uncompressed"}
+    parts = ". ".join(f"{names[place]}: {', '.join(found)}" for place, found in sizes.items())
+    if len(sizes) > 1:
+        parts += " (one parameter of these alone is too large for the device)"
     if len(plan.waves) == 1:
         place = "on the device" if plan.hold == "device" else "in memory"
-        return f"Gradients stay {place} until they are reduced: {parts}"
+        return f"Gradients stay {place} until they are reduced: {format_bytes(plan.waves[0].disk)}"
     return (
         f"{len(plan.waves)} waves: each is a pass over the data that captures some of the parameters, is reduced "
-        f"to its Grams, and deleted before the next. {where}: {parts}"
+        f"to its Grams, and deleted before the next. {parts}"
     )

@@ -108,7 +108,7 @@ class Collection:
         """
         store, ranks = self.store, self.ranks
         alone = all(store.gram_members[key] == [key] for key in store.grams.keys_of(names))
-        sink = self._memory(store.run.hold, names, every_norm=not alone)
+        sink = self._memory(store.run.holds[index], names, every_norm=not alone)
         wave = self._begin_held(index, names, sink)
         full: str | None = None
         try:

@@ -102,12 +102,16 @@ def write_rms_norm_float32(module: nn.Module, x: Tensor, d: Tensor, names: Mappi
 def _write_rms_norm(module: nn.Module, x: Tensor, d: Tensor, names: Mapping[str, str], sink: RowSink) -> None:
     weight = cast(Tensor, module.weight)
     shape = tuple(getattr(module, "normalized_shape", None) or weight.shape)
-    axes = tuple(range(-len(shape), 0))
     eps = _rms_epsilon(module)
     if eps is None:  # torch.nn.RMSNorm's default: the epsilon of the input's own dtype
         eps = torch.finfo(weight.dtype).eps
-    normal = x * torch.rsqrt(x.pow(2).mean(axes, keepdim=True) + eps)
-    sink.add(names["weight"], (positions(normal, len(shape)) * positions(d, len(shape))).sum(1))
+    width = max(len(shape), 1)
+    flat = x.flatten(-width)
+    inverse = torch.rsqrt(torch.linalg.vecdot(flat, flat).div_(flat.shape[-1]).add_(eps))
+    d = positions(d, len(shape))
+    products = positions(x * inverse[(..., *(None,) * width)], len(shape))
+    products = products.mul_(d) if d.dtype == products.dtype else products * d
+    sink.add(names["weight"], products.sum(1))
 
 
 def write_group_norm(module: nn.Module, x: Tensor, d: Tensor, names: Mapping[str, str], sink: RowSink) -> None:

@@ -102,15 +102,20 @@ def pass_flops(blocks: Sequence[BlockCost], names: Collection[str]) -> float:
     return sum(block.forward_flops for block in blocks) + sum(block.forward_flops for block in blocks[lowest:])
 
 
-def streamed_flops(blocks: Sequence[BlockCost], every: int) -> float:
+def streamed_flops(blocks: Sequence[BlockCost], every: int, waves: Sequence[Collection[str]] = ()) -> float:
     """Return the operations of one sample when layers are streamed: forward, then forward and backward of each layer.
 
     Args:
         blocks: in the order in which they are called.
         every: only every so-maniest boundary is kept; the layers in between are run forward once more.
+        waves: names of parameters; a layer that is taken in several waves is replayed for each.
     """
     forward = sum(block.forward_flops for block in blocks)
-    return forward * (3.0 + (every - 1) / every)
+    again = 0.0
+    for block in blocks:
+        parts = sum(not wave.isdisjoint(block.parameters) for wave in map(set, waves))
+        again += 2.0 * max(parts - 1, 0) * block.forward_flops
+    return forward * (3.0 + (every - 1) / every) + again
 
 
 def plain_flops(blocks: Sequence[BlockCost]) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from streamfisher.blocks.gram_keys import gram_keys
@@ -18,8 +20,9 @@ from streamfisher.store.layout import PANEL
 HOST_SHARE = 0.6
 #: Gradients held on a device take at most this share of its room; the rest is for the pass and the reduction.
 DEVICE_SHARE = 0.6
-#: Waves more than on the disk that holding gradients in memory is worth.
-HOST_WAVES = 3
+#: Passes more than a place that is farther away takes, that holding gradients nearer is worth; of streamed layers, each
+#: wave is a pass over its layer only.
+HOST_PASSES = 3
 
 
 def written_behind(
@@ -59,7 +62,8 @@ def cut_and_hold(
 ) -> tuple[list[WaveSize], str]:
     """Return the waves, and where their gradients are until they are reduced: the nearest place that has room.
 
-    Unless that takes clearly more waves than the next one does: each is another pass, and other places cost some.
+    Unless that takes clearly more passes than the next one does: they cost time, and other places cost some too. Where
+    a parameter alone is too large for the device, the waves of such parameters are held in host memory, the others not.
 
     Raises:
         CapacityError: one parameter alone does not fit.
@@ -70,24 +74,65 @@ def cut_and_hold(
     places = {"disk": (sizes, limits)}
     if needs_disk is None:
         places = _places_in_memory(sizes, limits, config, device_memory) | places
+    if config.hold == "device":
+        try:
+            return _cut(*places["device"], keep, segments), "device"
+        except CapacityError as error:
+            raise CapacityError(
+                f"{error} Without --hold device, parameters that are too large for it are held in host memory."
+            ) from error
     if config.hold != "auto":
         return _cut(*places[config.hold], keep, segments), config.hold
+    ways: list[tuple[str, Callable[[], list[WaveSize]]]]
+    ways = [(place, partial(_cut, *where, keep, segments)) for place, where in places.items()]
+    if "device" in places:
+        ways.insert(1, ("device", partial(_cut_and_share, places["device"], places["host"], segments)))
+    worth = HOST_PASSES * (1 if segments is None else len(segments))
     best: tuple[list[WaveSize], str] | None = None
     problem: CapacityError | None = None
-    for place, (of_place, within) in places.items():
+    for place, cut in ways:
+        if best is not None and best[1] == place:
+            continue  # all fit on the device
         try:
-            waves = _cut(of_place, within, keep, segments)
+            waves = cut()
         except CapacityError as error:
             problem = error
             continue
-        if best is None or len(best[0]) > HOST_WAVES + len(waves):
+        if best is None or len(best[0]) > worth + len(waves):
             best = (waves, place)
-        if len(best[0]) <= HOST_WAVES:
+        if len(best[0]) <= worth:
             break
     if best is None:
         assert problem is not None  # the disk was tried
         raise problem
     return best
+
+
+def _cut_and_share(
+    near: tuple[WaveSizes, WaveLimits], far: tuple[WaveSizes, WaveLimits], segments: Sequence[Sequence[str]] | None
+) -> list[WaveSize]:
+    """Return waves on the device, and others in host memory of those parameters that alone are too large for it.
+
+    Raises:
+        CapacityError: one does not fit there either, or most gradients would be there: then all may be.
+    """
+    waves: list[WaveSize] = []
+    for names in [list(near[0].shapes)] if segments is None else segments:
+        large = [name for name in names if not _fits_alone(name, *near)]
+        small = [name for name in names if name not in large]
+        waves += cut_waves(*near, among=small) if small or not names else []
+        waves += [replace(wave, hold="host") for wave in cut_waves(*far, among=large)] if large else []
+    if sum(wave.disk for wave in waves if wave.hold) > sum(wave.disk for wave in waves) / 2:
+        raise CapacityError("most gradients are of parameters that alone are too large for the device.")
+    return waves
+
+
+def _fits_alone(name: str, sizes: WaveSizes, limits: WaveLimits) -> bool:
+    try:
+        cut_waves(sizes, limits, among=[name])
+    except CapacityError:
+        return False
+    return True
 
 
 def _places_in_memory(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,15 @@ class RunLayout:
             "keep": self.keep,
             "batch_tokens": self.batch_tokens,
             "hold": self.hold,
+            "holds": self.places if any(wave.hold for wave in self.waves) else None,
             "unit_buffers": self.unit_buffers,
             "copy": self.copy,
         }
+
+    @property
+    def places(self) -> list[str]:
+        """Return where the gradients of each wave are until they are reduced."""
+        return [wave.hold or self.hold for wave in self.waves]
 
     @property
     def disk(self) -> int:
@@ -267,12 +273,16 @@ def samples_of_batches(
     return [len(batch) for unit in units for batch in batches_of(unit, lengths, batch_tokens, apart)]
 
 
-def boundary_memory(memory: float, hold: str) -> int:
-    """Return the bytes of host memory that the boundaries of streamed layers may take, where gradients are held so.
+def boundary_memory(memory: float, places: Iterable[str]) -> int:
+    """Return the bytes of host memory that the boundaries of streamed layers may take.
 
     None where gradients go to the disk: there a run that was stopped goes on with the boundaries that it left.
+
+    Args:
+        memory: bytes of the host that the run may take.
+        places: where the gradients of its waves are held.
     """
-    return int(_BOUNDARY_MEMORY.get(hold, 0.0) * memory)
+    return int(min(_BOUNDARY_MEMORY.get(place, 0.0) for place in places) * memory)
 
 
 def boundary_room(limit: float) -> int:

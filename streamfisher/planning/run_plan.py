@@ -43,6 +43,7 @@ class RunPlan:
         """Return the plan in three lines: what of, what it takes, and where gradients are meanwhile."""
         trace, way = self.trace, self.chosen
         where = {"device": "on the device", "host": "in memory"}.get(way.hold, "on disk")
+        where += f" ({format_bytes(way.away)} of them in host memory)" if way.away else ""
         passes = "1 pass" if way.waves == 1 or way.name != "waves" else f"{way.waves} passes"
         time = f"about {format_seconds(way.seconds)}" if self.rates != UNKNOWN else "a short run"
         return "\n".join(
@@ -122,6 +123,7 @@ def strategy_row(way: Strategy) -> tuple[str, ...]:
     """Return one way as cells of text."""
     name = f"{way.name} ({way.waves})" if way.name == "waves" else way.name
     name += {"device": ", on the device", "host": ", in memory"}.get(way.hold, "")
+    name += " and in memory" if way.away else ""
     boundaries = "" if not way.boundaries else format_bytes(way.boundaries)
     if way.every > 1:
         boundaries += f" (1 in {way.every})"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -92,8 +92,19 @@ class StageCosts:
         waves: int,
         *,
         hold: str = "disk",
+        away: float = 0.0,
     ) -> Stage:
-        """Return the stage that takes gradients to where they are held; `flops` of one sample, `size` in bytes."""
+        """Return the stage that takes gradients to where they are held.
+
+        Args:
+            flops: of one sample.
+            size: bytes of all gradients.
+            memory: bytes of the host at its peak.
+            chosen: how each parameter is held.
+            waves: passes over the data.
+            hold: where gradients are.
+            away: bytes of those that are in host memory where the others are on the device.
+        """
         stored = hold == "disk"
         guards = 0  # samples of the batches that the guard compares, in all waves
         if self.config.guard_every:
@@ -110,26 +121,41 @@ class StageCosts:
         seconds += sums / self.rates.forming + compared * self.rates.compare_seconds
         behind = chunks * self.rates.chunk_seconds + arrays * self.rates.array_seconds
         behind += size / self.rates.write if stored else 0.0
-        if self.machine.devices and hold != "device" and self.rates.transfer:
-            behind += size / self.rates.transfer
+        if self.machine.devices and self.rates.transfer:
+            behind += (away if hold == "device" else size) / self.rates.transfer
         # Written behind: beside a device that costs what it takes longer; where the same cores compute, it adds up.
         seconds = max(seconds, behind) if self.machine.devices and stored else seconds + behind
         return Stage("collect", total + norms + sums, 0.0, size if stored else 0.0, memory, seconds)
 
-    def reduce(self, size: float, chosen: Mapping[str, Representation], *, hold: str = "disk") -> Stage:
-        """Return the stage that forms rows of factors where needed, and multiplies, `size` bytes of gradients."""
+    def reduce(
+        self,
+        size: float,
+        chosen: Mapping[str, Representation],
+        *,
+        hold: str = "disk",
+        away: Collection[str] = (),
+    ) -> Stage:
+        """Return the stage that forms rows of factors where needed, and multiplies.
+
+        Args:
+            size: bytes of all gradients.
+            chosen: how each parameter is held.
+            hold: where gradients are.
+            away: parameters whose gradients are in host memory where the others are on the device.
+        """
         stored = hold == "disk"
-        on_host = hold != "device" and self.config.gram_device == "cpu"
-        rates = self.rates.on_host() if on_host else self.rates
-        costs = [self._product_cost(shape, chosen) for shape in self.rows]
-        forming = sum(cost.forming for cost in costs)
         narrow = self.config.dtype_gram != torch.float64  # else the rate is that of float64 products already
-        products = sum(
-            cost.product * (_FLOAT64 if narrow and self._itemsize(shape) == 8 and cost.kernel == "slabs" else 1.0)
-            for shape, cost in zip(self.rows, costs, strict=True)
-        )
+        forming = products = seconds = 0.0
+        for shape in self.rows:
+            cost = self._product_cost(shape, chosen)
+            on_host = (hold != "device" or shape.name in away) and self.config.gram_device == "cpu"
+            rates = self.rates.on_host() if on_host else self.rates
+            wide = narrow and self._itemsize(shape) == 8 and cost.kernel == "slabs"
+            product = cost.product * (_FLOAT64 if wide else 1.0)
+            seconds += cost.forming / rates.forming + product / rates.products
+            forming, products = forming + cost.forming, products + product
         chunks, arrays = self._pieces(chosen) if stored else (0, 0)
-        seconds = forming / rates.forming + products / rates.products + (size / rates.read if stored else 0.0)
+        seconds += size / self.rates.read if stored else 0.0
         seconds += (chunks + arrays) * self.rates.chunk_seconds + _OF_A_GRAM * self.n_grams * self.rates.array_seconds
         seconds += self.gram_bytes / self.rates.write
         read = size if stored else 0.0

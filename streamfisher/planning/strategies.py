@@ -37,7 +37,7 @@ from streamfisher.planning.run_layout import (
 from streamfisher.planning.shortfalls import Shortfalls
 from streamfisher.planning.stages import StageCosts
 from streamfisher.planning.strategy import BlockBytes, Stage, Strategy
-from streamfisher.planning.waves import WaveSizes
+from streamfisher.planning.waves import WaveSize, WaveSizes
 from streamfisher.runtime.memory import DEVICE_MARGIN
 from streamfisher.store.kept import is_kept
 from streamfisher.stream.boundaries import boundary_spacing
@@ -190,7 +190,8 @@ class StrategyPlanner:
         waves = [list(wave.parameters) for wave in cut]
         total = sum(wave.disk for wave in cut)
         largest = max(wave.disk for wave in cut)
-        held, stored = largest if hold == "host" else 0, hold == "disk"
+        held, stored = _most_in_memory(cut, hold), hold == "disk"
+        away, names_away = _away(cut)
         disk = self.gram_bytes + ((total if "*" in keep else largest) if stored else 0) + self.stages.sample_bytes()
         memory = float(max(wave.memory for wave in cut) + held)
         if not hopeless:  # else the numbers are those of a single wave, which nobody would try
@@ -200,8 +201,8 @@ class StrategyPlanner:
         memory += self.host_per_token * self.padded
         passes = sum(pass_flops(self.trace.blocks, wave) for wave in waves)
         flops = passes + forming_flops(self.trace.shapes, chosen, "dense")
-        collect = self.stages.collect(flops, total, memory, chosen, len(waves), hold=hold)
-        reduce = self.stages.reduce(total, chosen, hold=hold)
+        collect = self.stages.collect(flops, total, memory, chosen, len(waves), hold=hold, away=away)
+        reduce = self.stages.reduce(total, chosen, hold=hold, away=names_away)
         return Strategy(
             name=name,
             waves=len(waves),
@@ -213,6 +214,7 @@ class StrategyPlanner:
             problems=tuple(dict.fromkeys(problems)),
             representation=chosen,
             hold=hold,
+            away=away,
         )
 
     def streamed(self) -> Strategy:
@@ -237,11 +239,12 @@ class StrategyPlanner:
         except (CapacityError, ConfigError) as error:
             problems.append(str(error))
             hopeless = True
-        near = boundary_memory(or_any(self.machine.memory), hold)
+        near = boundary_memory(or_any(self.machine.memory), {wave.hold or hold for wave in cut})
         every, boundaries = self._boundaries(edges, len(segments), near, problems)
         on_disk = max(boundaries - near, 0.0)
         total, largest = sum(part.disk for part in cut), max(part.disk for part in cut)
-        held, stored = largest if hold == "host" else 0, hold == "disk"
+        held, stored = _most_in_memory(cut, hold), hold == "disk"
+        away, names_away = _away(cut)
         activations = self.per_token * self.padded / max(len(segments) - 1, 1)
         on_host = 0.0 if self.machine.devices else activations
         memory = float(max(part.memory for part in cut) + held) + boundaries - on_disk
@@ -252,9 +255,9 @@ class StrategyPlanner:
         memory += on_host
         if not self.machine.loaded:
             problems += self.shortfalls.of_segments(self._weights_at_work(), activations)
-        passes = streamed_flops(self.trace.blocks, every)
+        passes = streamed_flops(self.trace.blocks, every, [wave.parameters for wave in cut])
         flops = passes + forming_flops(self.trace.shapes, chosen, "dense")
-        collect = self.stages.collect(flops, total, memory, chosen, 1, hold=hold)
+        collect = self.stages.collect(flops, total, memory, chosen, 1, hold=hold, away=away)
         collect = Stage(
             "collect",
             collect.flops,
@@ -270,12 +273,13 @@ class StrategyPlanner:
             gradients=float(total) if stored else 0.0,
             disk=disk,
             weights=resident,
-            stages=(collect, self.stages.reduce(total, chosen, hold=hold), self.stages.solve()),
+            stages=(collect, self.stages.reduce(total, chosen, hold=hold, away=names_away), self.stages.solve()),
             problems=tuple(dict.fromkeys(problems)),
             representation=chosen,
             boundaries=boundaries,
             every=every,
             hold=hold,
+            away=away,
         )
 
     def _counted(self, activations: float) -> float:
@@ -332,3 +336,14 @@ class StrategyPlanner:
             "disk": disk + self.gram_bytes + self.stages.sample_bytes(),
             "memory": self.stages.least_memory(self.held(self.config.representation), memory),
         }
+
+
+def _most_in_memory(waves: Sequence[WaveSize], hold: str) -> int:
+    """Return the most bytes of gradients that are held in host memory at a time."""
+    return max((wave.disk for wave in waves if (wave.hold or hold) == "host"), default=0)
+
+
+def _away(waves: Sequence[WaveSize]) -> tuple[float, set[str]]:
+    """Return bytes and parameters of the waves that are held in host memory where the others are on the device."""
+    away = [wave for wave in waves if wave.hold == "host"]
+    return float(sum(wave.disk for wave in away)), {name for wave in away for name in wave.parameters}

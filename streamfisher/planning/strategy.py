@@ -34,6 +34,7 @@ class Strategy:
     representation: Mapping[str, str] = field(default_factory=dict)
     boundaries: float = 0.0  # bytes of hidden states between layers, where they are streamed
     hold: str = "disk"  # where gradients are until they are reduced: 'device', 'host' or 'disk'
+    away: float = 0.0  # bytes of gradients that are in host memory where the others are on the device
     every: int = 1  # only every so-maniest boundary is kept
 
     @property
@@ -59,6 +60,7 @@ class Strategy:
             "problems": list(self.problems),
             "waves": self.waves,
             "hold": self.hold,
+            "bytes_held_away": self.away,
             "passes": self.passes,
             "bytes_gradients": self.gradients,
             "bytes_disk": self.disk,

@@ -38,6 +38,7 @@ class WaveSize:
     rows: int  # on disk, of all samples
     factors: int  # on disk, of all samples
     memory: int  # buffers of units' rows and one batch's factors
+    hold: str | None = None  # where its gradients are until they are reduced, where that is not as for other waves
 
     @property
     def disk(self) -> int:

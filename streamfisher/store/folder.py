@@ -64,6 +64,7 @@ class RunFolder:
         self.keep: list[str] = layout.get("keep", ["*"])  # patterns of parameters whose gradients stay
         self.batch_tokens: int = layout.get("batch_tokens", self.manifest.config["batch_tokens"])
         self.hold: str = layout.get("hold", "disk")  # where gradients are until they are reduced
+        self.holds: list[str] = layout.get("holds") or [self.hold] * len(self.waves)  # those of each wave
         self.copy: str | None = layout.get("copy")  # where written gradients are held too until they are reduced
         self.unit_buffers: int = layout.get("unit_buffers", 1)  # units whose rows are in memory at a time
         self.packs: dict[str, list[str]] = layout.get("packs", {})  # key -> small parameters side by side in one array

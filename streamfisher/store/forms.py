@@ -238,6 +238,7 @@ _LAYOUT = fields(
         "keep": listed(text),
         "batch_tokens": whole(1),
         "hold": one_of("disk", "host", "device"),
+        "holds": nothing_or(listed(one_of("host", "device"))),
         "unit_buffers": whole(1, 2),
         "copy": nothing_or(one_of("host", "device")),
         "packs": mapped(listed(text), _pack_key),

@@ -177,6 +177,9 @@ def check_manifest(manifest: Mapping[str, Any]) -> None:
             raise CorruptRunError(f"manifest.json: layout.{what} do not hold every parameter once.")
     if not all((layout.get("grams") or {"": names}).values()) or not all(layout.get("waves") or [names]):
         raise CorruptRunError("manifest.json: a Gram, or a wave, is of no parameter.")
+    holds = layout.get("holds")
+    if holds is not None and (len(holds) != len(layout.get("waves", [])) or layout.get("hold", "disk") == "disk"):
+        raise CorruptRunError("manifest.json: layout.holds does not say where the gradients of each wave are.")
     _check_packs(
         layout,
         names,

@@ -189,6 +189,50 @@ def test_auto_takes_the_device_where_it_has_room_and_the_host_where_it_has_not(t
     close(far, near)
 
 
+@pytest.mark.parametrize("stream", ["none", "layers"])
+def test_parameters_too_large_for_the_device_are_held_on_the_host_and_the_others_are_not(
+    tmp_path, room, monkeypatch, stream
+):
+    monkeypatch.setattr(held_where, "HOST_PASSES", 9)  # so many as the device needs
+    options = {"representation": "dense", "stream": stream}
+    disk = collected(tmp_path / "disk", llama(), sequences(), hold="disk", **options)
+    most = max(disk.parameters.values())  # of the embedding, and of the head
+    size, sums = 8 * disk.n_samples * most, 3 * 8 * disk.n_samples**2
+    for room_for, far in ((size + 1, "device"), (size - 1, "host")):
+        room(int(room_for / held_where.DEVICE_SHARE) + sums)
+        run = collected(tmp_path / far, llama(), sequences(), **options)
+        assert run.store.run.hold == "device"
+        where = {name: run.store.run.holds[run.store.run.wave_of(name)] for name in run.parameters}
+        assert where == {name: far if columns == most else "device" for name, columns in run.parameters.items()}
+        assert run.store.manifest.layout["holds"] == (run.store.run.holds if far == "host" else None)
+        close(disk, run)
+        assert sf.verify(run) == []
+    with pytest.raises(CapacityError, match=r"alone need .* on the device.*Without --hold device"):
+        collected(tmp_path / "all", llama(), sequences(), hold="device", **options)
+    room(20 * disk.n_samples + sums)  # for a norm: then the device is not worth a pass of its own
+    assert set(collected(tmp_path / "none", llama(), sequences(), **options).store.run.holds) == {"host"}
+
+
+def test_a_run_that_is_held_in_two_places_goes_on_and_grows(tmp_path, room, monkeypatch):
+    monkeypatch.setattr(held_where, "HOST_PASSES", 9)
+    options, samples = {"representation": "dense"}, sequences()
+    whole = collected(tmp_path / "whole", llama(), samples, hold="disk", **options)
+    size = 8 * whole.n_samples * max(whole.parameters.values())
+    room(int((size - 1) / held_where.DEVICE_SHARE) + 3 * 8 * whole.n_samples**2)
+    first = collected(tmp_path / "grown", llama(), samples[:7], **options)
+    assert set(first.store.run.holds) == {"device"}
+    grown = collected(tmp_path / "grown", llama(), samples, **options)
+    holds = grown.store.run.holds
+    assert set(holds) == {"device", "host"} and len(holds) == len(grown.store.waves)
+    close(whole, grown)
+    wave = holds.index("host")  # as after a kill in this wave
+    for name in grown.store.waves[wave]:
+        grown.store.grams.forget(name)
+    for unit in grown.store.units:
+        grown.store.forget_unit(unit, wave)
+    close(whole, collected(tmp_path / "grown", llama(), samples, **options))
+
+
 def test_little_room_on_the_device_takes_waves(tmp_path, room):
     options = {"hold": "device", "representation": "dense"}
     whole = collected(tmp_path / "whole", llama(), sequences(), **options)

@@ -261,6 +261,29 @@ def test_what_is_held_beside_a_device_is_moved_and_reduced_by_the_host():
     assert seconds["host"]["reduce"] == pytest.approx(10 * seconds["device"]["reduce"], rel=0.01)
 
 
+def test_a_smaller_device_takes_layers_in_parts_and_leaves_to_the_host_what_alone_is_too_large():
+    rates = dataclasses.replace(FAST, transfer=1e9, host_products=1e11, host_forming=1e11)
+    ways = {}
+    for device_memory in (80, 60, 40, 20):
+        options = {"memory": 2 * 10**12, "disk": 30 * 10**12, "devices": 1, "device_memory": device_memory * 10**9}
+        config = sf.SpectralConfig(stream="layers", keep_gradients=())
+        plan = plan_run(trace_of("llama-2-7b"), [512] * 512, config, machine=Machine(**options), rates=rates)
+        ways[device_memory] = plan.chosen
+        text = plan.summary()
+        assert (
+            ("of them in host memory" in text)
+            == ("on the device and in memory" in plan.table())
+            == (device_memory == 40)
+        )
+    assert [way.hold for way in ways.values()] == ["device", "device", "device", "host"]
+    head = 512 * 512 * (32_000 + 4_096) * 2  # bytes of its factors in bfloat16
+    assert [way.away for way in ways.values()] == [0, 0, pytest.approx(head, rel=0.01), 0]
+    assert ways[80].waves < ways[60].waves and ways[80].passes == pytest.approx(1.0)
+    assert 1 < ways[60].passes < ways[40].passes < 3
+    seconds = [way.seconds for way in ways.values()]
+    assert seconds == sorted(seconds) and seconds[3] > 1.5 * seconds[2]
+
+
 def test_boundaries_of_what_a_device_holds_stay_in_host_memory_where_they_fit():
     ways = {}
     for memory in (200, 50):
