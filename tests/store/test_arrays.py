@@ -7,9 +7,7 @@ import pytest
 import zarr
 
 from streamfisher.errors import CorruptRunError
-from streamfisher.store.arrays import create_array, read_array, write_array
-from streamfisher.store.integrity import chunk_digest
-from streamfisher.store.opening import read_facts
+from streamfisher.store import arrays, integrity, opening
 
 
 @pytest.mark.parametrize("shape", [(3,), (5, 5), (1030, 1030), (2050,), (1500, 40)])
@@ -17,8 +15,8 @@ def test_what_is_written_is_what_zarr_writes_and_reads(tmp_path, shape):
     values = np.random.default_rng(0).standard_normal(shape)
     dimensions, attributes = ("one", "other")[: len(shape)], {"parameter": "a.b", "parameters": ["a.b", "ü"]}
     (tmp_path / "ours").mkdir()
-    digest = write_array(tmp_path / "ours", "gram/x", values, dimensions, attributes)
-    create_array(tmp_path / "zarr", "gram/x", shape, dimensions, attributes)[...] = values
+    digest = arrays.write_array(tmp_path / "ours", "gram/x", values, dimensions, attributes)
+    arrays.create_array(tmp_path / "zarr", "gram/x", shape, dimensions, attributes)[...] = values
 
     ours, theirs = (
         sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file())
@@ -30,34 +28,34 @@ def test_what_is_written_is_what_zarr_writes_and_reads(tmp_path, shape):
     assert np.array_equal(zarr.open_array(tmp_path / "ours" / "gram" / "x", mode="r")[...], values)
     for run in (tmp_path / "ours", tmp_path / "zarr"):
         folder = run / "gram" / "x"
-        assert np.array_equal(read_array(folder, read_facts(folder)), values)
-    assert digest == chunk_digest(tmp_path / "ours" / "gram" / "x")
+        assert np.array_equal(arrays.read_array(folder, opening.read_facts(folder)), values)
+    assert digest == integrity.chunk_digest(tmp_path / "ours" / "gram" / "x")
 
 
 def test_an_array_takes_the_place_of_one_that_had_more_chunks(tmp_path):
-    write_array(tmp_path, "gram/x", np.ones((1100, 1100)), ("sample", "sample_j"), {})
-    digest = write_array(tmp_path, "gram/x", np.zeros((2, 2)), ("sample", "sample_j"), {})
-    assert digest == chunk_digest(tmp_path / "gram" / "x")
+    arrays.write_array(tmp_path, "gram/x", np.ones((1100, 1100)), ("sample", "sample_j"), {})
+    digest = arrays.write_array(tmp_path, "gram/x", np.zeros((2, 2)), ("sample", "sample_j"), {})
+    assert digest == integrity.chunk_digest(tmp_path / "gram" / "x")
     assert np.array_equal(zarr.open_array(tmp_path / "gram" / "x", mode="r")[...], np.zeros((2, 2)))
 
 
 def test_a_part_is_read_by_itself_and_what_is_not_there_reads_as_nan(tmp_path):
     values = np.arange(1500.0 * 1030).reshape(1500, 1030)
-    write_array(tmp_path, "gram/x", values, ("sample", "sample_j"), {})
+    arrays.write_array(tmp_path, "gram/x", values, ("sample", "sample_j"), {})
     folder = tmp_path / "gram" / "x"
     (folder / "c" / "0" / "1").unlink()
-    facts = read_facts(folder)
+    facts = opening.read_facts(folder)
     part = (slice(1000, 1400), slice(None, 1024))
-    assert np.array_equal(read_array(folder, facts, part), values[part])
-    assert read_array(folder, facts, (slice(5, 5), slice(0, 3))).shape == (0, 3)
-    found = read_array(folder, facts)
+    assert np.array_equal(arrays.read_array(folder, facts, part), values[part])
+    assert arrays.read_array(folder, facts, (slice(5, 5), slice(0, 3))).shape == (0, 3)
+    found = arrays.read_array(folder, facts)
     assert np.isnan(found[:1024, 1024:]).all()
     assert np.array_equal(found[1024:], values[1024:])
 
 
 def test_attributes_that_are_no_mapping_are_refused(tmp_path):
-    write_array(tmp_path, "gram/x", np.ones((2, 2)), ("sample", "sample_j"), {})
+    arrays.write_array(tmp_path, "gram/x", np.ones((2, 2)), ("sample", "sample_j"), {})
     path = tmp_path / "gram" / "x" / "zarr.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"attributes": [1]}))
     with pytest.raises(CorruptRunError, match="its attributes are"):
-        read_facts(path.parent)
+        opening.read_facts(path.parent)
