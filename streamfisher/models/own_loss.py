@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from streamfisher.data.batches import IGNORED_LABEL
-from streamfisher.errors import LossError
+from streamfisher.errors import LossError, first_line, no_memory
 from streamfisher.models.calling import base_model, batch_size, call_model, find_loss, sample_of
 from streamfisher.models.losses import REDUCTIONS, PerSampleLoss
 
@@ -69,7 +70,9 @@ def _difference(model: nn.Module, batch: Mapping[str, Any], loss: PerSampleLoss)
         try:
             ours = float(loss(model, sample))
             n_targets = _n_values(loss, sample)
-        except (LossError, RuntimeError, ValueError, TypeError, IndexError):
+        except (LossError, RuntimeError, ValueError, TypeError, IndexError) as error:
+            if no_memory(error):
+                raise
             return own, math.nan
         # A squared error comes with a factor of a half or without; a mean is over targets, or over values.
         scales = (1.0, 1 / n_targets) if loss.name != "regression" else (1.0, 2.0, 1 / n_targets, 2 / n_targets)
@@ -80,13 +83,23 @@ def _difference(model: nn.Module, batch: Mapping[str, Any], loss: PerSampleLoss)
 
 
 def _own_loss(model: nn.Module, sample: Mapping[str, Any], loss: PerSampleLoss) -> float | None:
-    """Return the loss that the model computes itself on one sample, its padding masked; `None` if it computes none."""
+    """Return the loss that the model computes itself on one sample, its padding masked; `None` if it computes none.
+
+    Labels that it cannot take are warned of: then nothing is compared.
+    """
     if "labels" not in inspect.signature(base_model(model).forward).parameters:
         return None
     try:
         output = call_model(model, {**sample, "labels": _labels(loss, sample)}, drop=())
-    except (LossError, AttributeError, RuntimeError, ValueError, TypeError, IndexError, NotImplementedError):
-        return None  # it wants its labels otherwise
+    except (LossError, AttributeError, RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        if no_memory(error):
+            raise
+        warnings.warn(  # it wants its labels otherwise
+            f"{type(base_model(model)).__name__} computes no loss of its own with the labels of the data "
+            f"({type(error).__name__}: {first_line(error)}), so the {loss.name!r} loss was not compared with it.",
+            stacklevel=2,
+        )
+        return None
     value = None if isinstance(output, Tensor) else find_loss(output)
     if value is None or value.is_meta or not value.is_floating_point() or not bool(torch.isfinite(value).all()):
         return None

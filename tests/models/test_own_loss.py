@@ -111,3 +111,39 @@ def test_one_logit_with_labels_of_zero_and_one_is_asked_about():
         resolve_loss(model, batch)
     assert resolve_loss(model, batch, "regression").name == "regression"
     assert resolve_loss(model, {**batch, "labels": torch.tensor([0.0, 1.5, 0.0, 1.0])}).name == "regression"
+
+
+class WithLabels(nn.Module):
+    """Computes a loss of its own by what it is given."""
+
+    def __init__(self, compute):
+        super().__init__()
+        self.body, self.compute = nn.Linear(6, 3), compute
+
+    def forward(self, input, labels=None):
+        logits = self.body(input)
+        return {"loss": self.compute(logits, labels), "logits": logits} if labels is not None else logits
+
+
+def fails(error):
+    def compute(logits, labels):
+        raise error
+
+    return compute
+
+
+BATCH = {"input": torch.ones(2, 6), "labels": torch.tensor([0, 2])}
+
+
+def test_labels_that_the_models_own_loss_cannot_take_are_warned_of():
+    model = WithLabels(fails(ValueError("labels must be one-hot\nand more")))
+    chosen = resolve_loss(model, BATCH)
+    assert chosen.name == "classification"
+    with pytest.warns(UserWarning, match=r"WithLabels computes no loss .*ValueError: labels must be one-hot\), so the"):
+        assert reproducing(model, BATCH, chosen) is chosen
+
+
+def test_memory_that_runs_out_in_the_models_own_loss_is_not_taken_for_a_loss_that_it_lacks():
+    model = WithLabels(fails(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")))
+    with pytest.raises(torch.OutOfMemoryError):
+        reproducing(model, BATCH, resolve_loss(model, BATCH))
