@@ -10,11 +10,13 @@ from streamfisher.planning.machine import Machine
 from streamfisher.planning.model_trace import ModelTrace
 from streamfisher.planning.rates import Rates
 from streamfisher.planning.strategies import StrategyPlanner
-from streamfisher.planning.strategy import Strategy
 
 #: Waves that fit are taken as long as they take no more than so many times the time of streamed layers, which trace the
 #: model first and have a wave for each layer.
 WORTH = 1.25
+#: A kill should cost no more than so many seconds of work. Where gradients are held in memory it costs the wave in
+#: flight, which is a pass over all samples unless layers are streamed; to lose less, these may take a little longer.
+LONG, WORTH_LESS_RISK = 600.0, 1.5
 #: A host of 16 cores with a local disk, rounded. What is measured differs from one minute to the next: a decision must
 #: not.
 _HOST = {"solve": 1e11, "write": 1e9, "read": 2e9}
@@ -41,6 +43,8 @@ def streams_layers(
 ) -> bool:
     """Return whether layers are streamed: as asked, or with 'auto' where they fit and waves do not, or take longer.
 
+    Or where waves are so long, and in memory alone, that a kill would cost much more.
+
     Times are those of typical rates, each way with the gradients in the place where it would hold them.
 
     Args:
@@ -57,9 +61,7 @@ def streams_layers(
     if not layers.fits:
         return False
     waves = planner.stored("waves", config.representation, budgets=True)
-    return not waves.fits or _until_grams(waves) > WORTH * _until_grams(layers)
-
-
-def _until_grams(way: Strategy) -> float:
-    """Return the seconds until all Grams are there; solving them is the same."""
-    return sum(stage.seconds for stage in way.stages if stage.name != "solve")
+    if not waves.fits or waves.until_grams > WORTH * layers.until_grams:
+        return True
+    risky = waves.at_risk > LONG and layers.at_risk < waves.at_risk / 2
+    return risky and layers.until_grams < WORTH_LESS_RISK * waves.until_grams

@@ -12,6 +12,9 @@ from streamfisher.planning.rates import UNKNOWN, Rates
 from streamfisher.planning.shortfalls import Machine, round_up
 from streamfisher.planning.strategy import BlockBytes, Stage, Strategy
 
+#: Seconds of work that a kill may cost without a word of it in the short form of a plan.
+_WORTH_SAYING = 60.0
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -46,6 +49,8 @@ class RunPlan:
         where += f" ({format_bytes(way.away)} of them in host memory)" if way.away else ""
         passes = "1 pass" if way.waves == 1 or way.name != "waves" else f"{way.waves} passes"
         time = f"about {format_seconds(way.seconds)}" if self.rates != UNKNOWN else "a short run"
+        if self.rates != UNKNOWN and way.at_risk > _WORTH_SAYING:
+            time += f", of which a kill costs up to {format_seconds(way.at_risk)}"
         return "\n".join(
             (
                 f"{trace.name}, {trace.n_params:,} parameters; {self.n_samples:,} samples of {self.mean_length:.0f} "
@@ -96,7 +101,7 @@ def plan_table(plan: RunPlan) -> str:
         "",
         *strategies_table(plan),
         "",
-        f"Taken: {taken(plan.chosen)}",
+        f"Taken: {taken(plan.chosen)}. {_risk(plan)}",
         *_columns([("stage", "operations", "read", "written", "memory", "time"), *map(_stage_row, plan.chosen.stages)]),
         "Memory is the host's, beside the model's weights. Rates: " + _rates(plan),
     ]
@@ -111,6 +116,16 @@ def plan_table(plan: RunPlan) -> str:
             lines.append(f"--stream layers would fit, in {format_seconds(plan.strategies[-1].seconds)}.")
         lines.append(f"The least with which waves would do: --disk-budget {disk} --memory-budget {memory}.")
     return "\n".join(lines)
+
+
+def _risk(plan: RunPlan) -> str:
+    """Return what a kill costs, in words."""
+    way = plan.chosen
+    if way.hold == "disk":
+        return "A kill costs the batches in flight: what was written is there."
+    what = "the wave in flight" if way.waves > 1 else "the pass"
+    what += " and the forward pass" if way.name != "waves" and way.boundaries else ""
+    return f"A kill costs {what}" + (f", up to {format_seconds(way.at_risk)}." if plan.rates != UNKNOWN else ".")
 
 
 def strategies_table(plan: RunPlan) -> list[str]:
@@ -174,7 +189,8 @@ def taken(way: Strategy) -> str:
     """Return a way in words, with the number of its waves."""
     if way.name != "waves":
         return way.name
-    return "a single wave, with all gradients on disk at once" if way.waves == 1 else f"{way.waves} waves"
+    where = {"device": "on the device", "host": "in memory"}.get(way.hold, "on disk")
+    return f"a single wave, with all gradients {where} at once" if way.waves == 1 else f"{way.waves} waves"
 
 
 def _block_row(named: tuple[str, BlockBytes]) -> tuple[str, ...]:

@@ -203,6 +203,7 @@ class StrategyPlanner:
         flops = passes + forming_flops(self.trace.shapes, chosen, "dense")
         collect = self.stages.collect(flops, total, memory, chosen, len(waves), hold=hold, away=away)
         reduce = self.stages.reduce(total, chosen, hold=hold, away=names_away)
+        at_risk = 0.0 if stored else (collect.seconds + reduce.seconds) / len(waves)
         return Strategy(
             name=name,
             waves=len(waves),
@@ -215,6 +216,7 @@ class StrategyPlanner:
             representation=chosen,
             hold=hold,
             away=away,
+            at_risk=at_risk,
         )
 
     def streamed(self) -> Strategy:
@@ -266,6 +268,10 @@ class StrategyPlanner:
             memory,
             collect.seconds + on_disk / self.rates.write + (on_disk + loads) / self.rates.read,
         )
+        reduce = self.stages.reduce(total, chosen, hold=hold, away=names_away)
+        at_risk = 0.0 if stored else (collect.seconds + reduce.seconds) / len(cut)
+        if not stored and near:  # boundaries in memory are made again, by a forward pass
+            at_risk += collect.seconds * plain_flops(self.trace.blocks) / 3 / passes
         return Strategy(
             name="stream layers",
             waves=len(cut),
@@ -273,13 +279,14 @@ class StrategyPlanner:
             gradients=float(total) if stored else 0.0,
             disk=disk,
             weights=resident,
-            stages=(collect, self.stages.reduce(total, chosen, hold=hold, away=names_away), self.stages.solve()),
+            stages=(collect, reduce, self.stages.solve()),
             problems=tuple(dict.fromkeys(problems)),
             representation=chosen,
             boundaries=boundaries,
             every=every,
             hold=hold,
             away=away,
+            at_risk=at_risk,
         )
 
     def _counted(self, activations: float) -> float:

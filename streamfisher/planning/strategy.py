@@ -35,12 +35,18 @@ class Strategy:
     boundaries: float = 0.0  # bytes of hidden states between layers, where they are streamed
     hold: str = "disk"  # where gradients are until they are reduced: 'device', 'host' or 'disk'
     away: float = 0.0  # bytes of gradients that are in host memory where the others are on the device
+    at_risk: float = 0.0  # seconds of work that a kill costs at most, where gradients are not on disk
     every: int = 1  # only every so-maniest boundary is kept
 
     @property
     def seconds(self) -> float:
         """Return the time of all stages, one after the other."""
         return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def until_grams(self) -> float:
+        """Return the time until all Grams are there; solving them takes the same however they were made."""
+        return sum(stage.seconds for stage in self.stages if stage.name != "solve")
 
     @property
     def memory(self) -> float:
@@ -68,6 +74,7 @@ class Strategy:
             "bytes_boundaries": self.boundaries,
             "boundary_every": self.every,
             "seconds": self.seconds,
+            "seconds_at_risk": self.at_risk,
             "stages": [vars(stage) for stage in self.stages],
         }
 

@@ -284,6 +284,28 @@ def test_a_smaller_device_takes_layers_in_parts_and_leaves_to_the_host_what_alon
     assert seconds == sorted(seconds) and seconds[3] > 1.5 * seconds[2]
 
 
+def test_the_plan_says_what_a_kill_costs_and_auto_keeps_it_low():
+    machine = {"memory": 2 * 10**12, "disk": 30 * 10**12, "devices": 1, "device_memory": 10**13}
+    ways, said = {}, {}
+    for stream, hold, n in (
+        *(("none", hold, 512) for hold in ("disk", "device")),
+        ("layers", "device", 512),
+        *(("auto", "device", n) for n in (512, 2048)),
+    ):
+        config = sf.SpectralConfig(stream=stream, hold=hold, keep_gradients=())
+        plan = planned("llama-2-7b", n_samples=n, config=config, **machine)
+        ways[stream, hold, n], said[stream, hold, n] = plan.chosen, plan.table() + plan.summary()
+    disk, whole, layers, short, long = ways.values()
+    assert disk.at_risk == 0 and "what was written is there" in said["none", "disk", 512]
+    assert whole.waves == 1 and whole.at_risk == whole.until_grams > 600
+    assert re.search(r"A kill costs the pass, up to [\d.]+ (min|h)\.", said["none", "device", 512])
+    assert re.search(r"about [\d.]+ (min|h), of which a kill costs up to [\d.]+ (min|h)\n", said["none", "device", 512])
+    forward = layers.stages[0].seconds / 3
+    assert layers.at_risk == pytest.approx(forward + layers.until_grams / layers.waves, rel=0.05)
+    assert "the wave in flight and the forward pass, up to" in said["layers", "device", 512]
+    assert (short.name, long.name) == ("waves", "stream layers") and long.at_risk < long.until_grams / 5
+
+
 def test_boundaries_of_what_a_device_holds_stay_in_host_memory_where_they_fit():
     ways = {}
     for memory in (200, 50):
