@@ -86,7 +86,7 @@ def cut_and_hold(
     ways: list[tuple[str, Callable[[], list[WaveSize]]]]
     ways = [(place, partial(_cut, *where, keep, segments)) for place, where in places.items()]
     if "device" in places:
-        ways.insert(1, ("device", partial(_cut_and_share, places["device"], places["host"], segments)))
+        ways.insert(1, ("device", partial(_cut_and_share, sizes, limits, config, segments, device_memory or 0)))
     worth = HOST_PASSES * (1 if segments is None else len(segments))
     best: tuple[list[WaveSize], str] | None = None
     problem: CapacityError | None = None
@@ -109,19 +109,28 @@ def cut_and_hold(
 
 
 def _cut_and_share(
-    near: tuple[WaveSizes, WaveLimits], far: tuple[WaveSizes, WaveLimits], segments: Sequence[Sequence[str]] | None
+    sizes: WaveSizes,
+    limits: WaveLimits,
+    config: SpectralConfig,
+    segments: Sequence[Sequence[str]] | None,
+    device_memory: int,
 ) -> list[WaveSize]:
     """Return waves on the device, and others in host memory of those parameters that alone are too large for it.
 
     Raises:
         CapacityError: one does not fit there either, or most gradients would be there: then all may be.
     """
+    every, held = list(sizes.shapes), _own(sizes, config)
+    large = {
+        name for name in every if not _fits_alone(name, held, _on_device(sizes, limits, config, device_memory, [name]))
+    }
+    near = _on_device(sizes, limits, config, device_memory, [name for name in every if name not in large])
+    far = limits_in_memory(limits.memory, limits.memory_why, _joined(sizes, config, sorted(large)))
     waves: list[WaveSize] = []
-    for names in [list(near[0].shapes)] if segments is None else segments:
-        large = [name for name in names if not _fits_alone(name, *near)]
-        small = [name for name in names if name not in large]
-        waves += cut_waves(*near, among=small) if small or not names else []
-        waves += [replace(wave, hold="host") for wave in cut_waves(*far, among=large)] if large else []
+    for names in [every] if segments is None else segments:
+        on_host, on_device = ([name for name in names if (name in large) is there] for there in (True, False))
+        waves += cut_waves(held, near, among=on_device) if on_device or not names else []
+        waves += [replace(wave, hold="host") for wave in cut_waves(held, far, among=on_host)] if on_host else []
     if sum(wave.disk for wave in waves if wave.hold) > sum(wave.disk for wave in waves) / 2:
         raise CapacityError("most gradients are of parameters that alone are too large for the device.")
     return waves
@@ -145,14 +154,21 @@ def _places_in_memory(
     """
     if config.hold == "device" and device_memory is None:
         raise ConfigError("hold='device': the model is not on a CUDA device; --hold host holds gradients in memory.")
-    held, joined = _of_one_rank(sizes, config, world_size())
+    names, held = list(sizes.shapes), _own(sizes, config)
     places = {}
     if device_memory is not None:
-        on_device = int(DEVICE_SHARE * (device_memory - 3 * 8 * sizes.n_samples**2))  # beside a sum of products
-        why = set_by(config.device_memory_budget, "--device-memory-budget", "what is free on the device")
-        places["device"] = (held, WaveLimits(on_device - joined, limits.memory, why, place="on the device"))
-    places["host"] = (held, limits_in_memory(limits.memory, limits.memory_why, joined))
+        places["device"] = (held, _on_device(sizes, limits, config, device_memory, names))
+    places["host"] = (held, limits_in_memory(limits.memory, limits.memory_why, _joined(sizes, config, names)))
     return places
+
+
+def _on_device(
+    sizes: WaveSizes, limits: WaveLimits, config: SpectralConfig, device_memory: int, names: Sequence[str]
+) -> WaveLimits:
+    """Return what a wave may take on the device, where these parameters are held there."""
+    room = int(DEVICE_SHARE * (device_memory - 3 * 8 * sizes.n_samples**2))  # beside a sum of products
+    why = set_by(config.device_memory_budget, "--device-memory-budget", "what is free on the device")
+    return WaveLimits(room - _joined(sizes, config, names), limits.memory, why, place="on the device")
 
 
 def cut_and_copy(
@@ -188,17 +204,23 @@ def cut_and_copy(
     return (held, place) if len(held) >= len(on_disk) else (on_disk, place)
 
 
-def _of_one_rank(sizes: WaveSizes, config: SpectralConfig, count: int) -> tuple[WaveSizes, int]:
-    """Return the sizes of what one of several ranks holds, and the bytes of one Gram's gradients of all samples.
+def _own(sizes: WaveSizes, config: SpectralConfig) -> WaveSizes:
+    """Return the sizes of what one rank holds: the gradients of its own units."""
+    if world_size() == 1:
+        return sizes.in_memory()
+    return sizes.in_memory(sum(map(len, make_units(sizes.n_samples, config.chunk_size)[:: world_size()])))
 
-    The latter pass beside what it holds: those that go to the others, those that come, and those that are multiplied.
+
+def _joined(sizes: WaveSizes, config: SpectralConfig, names: Sequence[str]) -> int:
+    """Return the bytes that pass beside what a rank holds, where the Grams of these parameters are shared.
+
+    The largest Gram's gradients of all samples: those that go to the others, those that come, and those that are
+    multiplied.
     """
-    if count == 1:
-        return sizes.in_memory(), 0
-    own = sum(map(len, make_units(sizes.n_samples, config.chunk_size)[::count]))
+    if world_size() == 1:
+        return 0
     whole = sizes.in_memory()
-    of_grams = gram_keys(list(sizes.shapes), config.gram_per).values()
-    return sizes.in_memory(own), 3 * max((whole.of(names).disk for names in of_grams), default=0)
+    return 3 * max((whole.of(members).disk for members in gram_keys(list(names), config.gram_per).values()), default=0)
 
 
 def limits_in_memory(memory: int, why: str, joined: int = 0) -> WaveLimits:

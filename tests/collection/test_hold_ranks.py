@@ -160,6 +160,28 @@ def test_ranks_that_share_a_device_share_what_is_free_there_and_say_so(monkeypat
     assert within_devices(config, torch.device("cpu"), TwoRanks(), progress=True) == config
 
 
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_gram_too_large_to_come_together_on_the_device_is_held_on_the_host_alone(monkeypatch, count):
+    shapes = [GradientShape(f"layer.{index}.weight", (64, 64), torch.float32) for index in range(8)]
+    shapes.append(GradientShape("head.weight", (128, 128), torch.float32))
+    config = SpectralConfig(keep_gradients="none", chunk_size=4, representation="dense")
+    monkeypatch.setattr(held_where, "world_size", lambda: count)
+
+    def places(room):
+        limits = {"disk": 1 << 40, "memory": 1 << 40, "row_dtype": torch.float32}
+        device_memory = int(room / held_where.DEVICE_SHARE) + 3 * 8 * 64**2 + 10
+        plan = run_layout.layout_within(shapes, [8] * 64, config, device_memory=device_memory, **limits)
+        return {name: place for wave, place in zip(plan.waves, plan.places, strict=True) for name in wave.parameters}
+
+    layer, head = (4 * 64 * size**2 for size in (64, 128))  # bytes of the rows of all samples
+    beside = 3 if count > 1 else 0  # what comes of one Gram, goes, and is multiplied
+    assert set(places(head // count + beside * head).values()) == {"device"}
+    assert places(head // count + beside * head - 100) == {
+        shape.name: "host" if shape.name == "head.weight" else "device" for shape in shapes
+    }
+    assert set(places(layer // count + beside * layer - 100).values()) == {"host"}
+
+
 def test_a_rank_plans_for_its_own_samples_and_for_what_comes_of_one_gram(monkeypatch):
     shapes = [GradientShape(f"layer.{index}.weight", (64, 64), torch.float32) for index in range(8)]
     config = SpectralConfig(
