@@ -45,6 +45,18 @@ _DTYPES: dict[str, tuple[int, tuple[Any, ...]]] = {
 }
 #: The chains of codecs of a chunk, after BitRound where rows are rounded.
 _CODECS = (["bytes", "crc32c"], ["bytes", "zstd", "crc32c"], ["bytes", "blosc", "crc32c"])
+#: What each codec may be told.
+_OPTIONS = {
+    "bytes": {"endian"},
+    "zstd": {"level", "checksum"},
+    "blosc": {"typesize", "cname", "clevel", "shuffle", "blocksize"},
+    "crc32c": set(),
+    "numcodecs.bitround": {"keepbits"},
+}
+#: What the metadata of an array say, beside the dimensions' names, attributes and transformers.
+_FIELDS = {"zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs"}
+_MORE_FIELDS = {"attributes", "dimension_names", "storage_transformers"}
+_NAMES_OF_CHUNKS = {"name": "default", "configuration": {"separator": "/"}}
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
@@ -207,6 +219,9 @@ def _facts_of(metadata: Any) -> ArrayFacts:
     """Return what metadata say; `ValueError` where no run has such an array."""
     if metadata["zarr_format"] != 3 or metadata["node_type"] != "array":
         raise ValueError("it is none of Zarr 3")
+    unknown = metadata.keys() - _FIELDS - _MORE_FIELDS
+    if unknown:
+        raise ValueError(f"it has {str(min(unknown))[:60]!r}, which no run has")
     dtype = metadata["data_type"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"its dtype is {str(dtype)[:60]}")
@@ -216,6 +231,8 @@ def _facts_of(metadata: Any) -> ArrayFacts:
     grid = metadata["chunk_grid"]
     if grid["name"] != "regular" or metadata.get("storage_transformers"):
         raise ValueError("its chunks are not laid out regularly")
+    if metadata["chunk_key_encoding"] != _NAMES_OF_CHUNKS:
+        raise ValueError("its chunks have other names")
     shape, chunks = metadata["shape"], grid["configuration"]["chunk_shape"]
     sizes = [*shape, *chunks]
     if (
@@ -232,8 +249,15 @@ def _facts_of(metadata: Any) -> ArrayFacts:
         names = names[1:]
     if names not in _CODECS:
         raise ValueError(f"its codecs are {', '.join(map(str, names))[:60]}")
-    if metadata["codecs"][-len(names)].get("configuration", {}).get("endian", "little") != "little":
-        raise ValueError("its bytes are in another order")
+    for codec in metadata["codecs"]:
+        options = codec.get("configuration", {})
+        if codec.keys() - {"name", "configuration"} or options.keys() - _OPTIONS[codec["name"]]:
+            raise ValueError(f"its codec {codec['name']} is told something that no run tells it")
+        if options.get("endian", "little") != "little":
+            raise ValueError("its bytes are in another order")
+    named = metadata.get("dimension_names") or [None] * len(shape)
+    if len(named) != len(shape) or any(not isinstance(name, str | None) for name in named):
+        raise ValueError(f"its dimensions are called {str(named)[:60]}")
     attributes = metadata.get("attributes", {})
     if not isinstance(attributes, dict):
         raise ValueError(f"its attributes are {str(attributes)[:60]}")
