@@ -50,7 +50,7 @@ class RunPlan:
         passes = "1 pass" if way.waves == 1 or way.name != "waves" else f"{way.waves} passes"
         time = f"about {format_seconds(way.seconds)}" if self.rates != UNKNOWN else "a short run"
         if self.rates != UNKNOWN and way.at_risk > _WORTH_SAYING:
-            time += f", of which a kill costs up to {format_seconds(way.at_risk)}"
+            time += f", of which a kill costs about {format_seconds(way.at_risk)}"
         return "\n".join(
             (
                 f"{trace.name}, {trace.n_params:,} parameters; {self.n_samples:,} samples of {self.mean_length:.0f} "
@@ -122,10 +122,10 @@ def _risk(plan: RunPlan) -> str:
     """Return what a kill costs, in words."""
     way = plan.chosen
     if way.hold == "disk":
-        return "A kill costs the batches in flight: what was written is there."
+        return "A kill costs the units in flight: what was written is there."
     what = "the wave in flight" if way.waves > 1 else "the pass"
     what += " and the forward pass" if way.name != "waves" and way.boundaries else ""
-    return f"A kill costs {what}" + (f", up to {format_seconds(way.at_risk)}." if plan.rates != UNKNOWN else ".")
+    return f"A kill costs {what}" + (f", about {format_seconds(way.at_risk)}." if plan.rates != UNKNOWN else ".")
 
 
 def strategies_table(plan: RunPlan) -> list[str]:

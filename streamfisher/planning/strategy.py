@@ -35,7 +35,7 @@ class Strategy:
     boundaries: float = 0.0  # bytes of hidden states between layers, where they are streamed
     hold: str = "disk"  # where gradients are until they are reduced: 'device', 'host' or 'disk'
     away: float = 0.0  # bytes of gradients that are in host memory where the others are on the device
-    at_risk: float = 0.0  # seconds of work that a kill costs at most, where gradients are not on disk
+    at_risk: float = 0.0  # seconds of work that a kill costs where gradients are in memory: of a wave on average
     every: int = 1  # only every so-maniest boundary is kept
 
     @property
